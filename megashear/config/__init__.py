@@ -1,0 +1,1 @@
+"""Run files: sections, shapes, presets, checks. Knows nothing of torch."""

@@ -1,0 +1,76 @@
+"""The shape of a LLaMA: sizes, position encoding, and what follows from them (parameter counts, FLOPs).
+
+Key properties: frozen, free of torch, one class for sources and targets. Names are those of megatron-core where it has one.
+Read next: `presets.py` (shapes by name), `legality.py` (which shapes a layout can carry).
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's rescaling of rotary frequencies (Hugging Face's `rope_type: llama3`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a LLaMA; the masks' granularities (hidden, head, intermediate, layer) are fields of it."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    max_position_embeddings: int = 4096
+
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that share one key/value head (q = H / G); 1 is multi-head attention."""
+        return self.num_heads // self.num_query_groups
+
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer: q, k, v, o, gate, up, down and two norms."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_query_groups)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding and, where it is not tied, of the output layer; without padding rows."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    def parameters(self) -> int:
+        """All parameters, embeddings included (the count that the scaling law of references uses)."""
+        return self.embedding_parameters() + self.num_layers * self.layer_parameters() + self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of a forward and backward pass per token: 6 per weight of a product, causal attention counted half."""
+        products = (
+            self.num_layers * (self.layer_parameters() - 2 * self.hidden_size) + self.vocab_size * self.hidden_size
+        )
+        attention = self.num_layers * sequence_length * self.num_heads * self.head_dim
+        return 6 * products + 6 * attention
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Rows of the embedding as stored under tensor parallelism: the next multiple of `tensor_parallel`."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+    def with_target(self, target: "ModelShape") -> "ModelShape":
+        """This model's own vocabulary, positions and head_dim with the target's hidden, layers, heads, groups, intermediate."""
+        return replace(
+            self,
+            hidden_size=target.hidden_size,
+            num_layers=target.num_layers,
+            num_heads=target.num_heads,
+            num_query_groups=target.num_query_groups,
+            intermediate_size=target.intermediate_size,
+        )
