@@ -1,16 +1,22 @@
 """Every key of a run file, with its type, default and meaning: one frozen dataclass a section.
 
-Key properties: the meaning stands in the field's metadata (`help`), from which `docs/config.md` is made and against which the
-recipes are tested; `null` as a default means "derived", and the meaning says from what. Read next: `load.py`, `check.py`.
+Key properties: the meaning stands in the field's metadata (`help`), from which `docs/config.md` and the recipes are
+made; `null` as a default means "derived", and the meaning says from what. Read next: `load.py`, `check.py`.
 """
+# ruff: noqa: RUF009 - `key` makes a dataclass field and the sections are frozen, so nothing mutable is shared
 
 from dataclasses import dataclass, field
 from typing import Any
 
+STAGES = ("prune", "finalize", "pretrain", "export")
+GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")
 
-def key(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A config key: default, meaning in one sentence, and the values allowed where they are words."""
-    metadata = {"help": meaning, "choices": choices}
+
+def key(
+    default: Any, meaning: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A config key: default, meaning in one sentence, the words allowed (also as items of a list), inclusive bounds."""
+    metadata = {"help": meaning, "choices": choices, "low": low, "high": high}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -22,10 +28,11 @@ class RunConfig:
 
     folder: str = key("runs/default", "folder of the run: checkpoints, logs, results")
     stages: list[str] = key(
-        ["prune", "finalize", "pretrain", "export"],
+        list(STAGES),
         "stages in order, of: prune, finalize, pretrain, export; a stage that is done is not run again",
+        STAGES,
     )
-    seed: int = key(1234, "seed of initial weights, data order and mask noise")
+    seed: int = key(1234, "seed of initial weights, data order and mask noise", low=0)
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,21 @@ class ShapeConfig:
     """A shape by preset, by sizes, or a preset with some sizes changed; what is left null comes from the source."""
 
     preset: str | None = key(None, "name of a shape (`megashear check --presets` lists them), or null")
-    hidden_size: int | None = key(None, "hidden size d")
-    num_layers: int | None = key(None, "decoder layers L")
-    num_heads: int | None = key(None, "query heads H")
+    hidden_size: int | None = key(None, "hidden size d", low=1)
+    num_layers: int | None = key(None, "decoder layers L", low=1)
+    num_heads: int | None = key(None, "query heads H", low=1)
     num_query_groups: int | None = key(
-        None, "key/value heads G; null keeps the source's query heads per group, where it can"
+        None, "key/value heads G; null keeps the source's query heads per group, where it can", low=1
     )
-    head_dim: int | None = key(None, "size of a head; a target inherits the source's; null is hidden_size / num_heads")
-    intermediate_size: int | None = key(None, "width of the SwiGLU layer I")
-    vocab_size: int | None = key(None, "vocabulary; from scratch null takes the dataset's")
+    head_dim: int | None = key(
+        None, "size of a head; a target inherits the source's; null is hidden_size / num_heads", low=1
+    )
+    intermediate_size: int | None = key(None, "width of the SwiGLU layer I", low=1)
+    vocab_size: int | None = key(None, "vocabulary; from scratch null takes the dataset's", low=1)
     tie_word_embeddings: bool | None = key(None, "output layer shares the embedding")
-    rope_theta: float | None = key(None, "base of the rotary frequencies")
-    norm_eps: float | None = key(None, "epsilon of RMSNorm")
-    max_position_embeddings: int | None = key(None, "longest context that the exported config declares")
+    rope_theta: float | None = key(None, "base of the rotary frequencies", low=0)
+    norm_eps: float | None = key(None, "epsilon of RMSNorm", low=0)
+    max_position_embeddings: int | None = key(None, "longest context that the exported config declares", low=1)
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,13 @@ class DataConfig:
     """What is read."""
 
     folder: str | None = key(None, "dataset folder made by tools/preprocess_data.py (holds manifest.json)")
-    sequence_length: int = key(4096, "tokens predicted per sample; a sample is one token longer")
+    sequence_length: int = key(4096, "tokens predicted per sample; a sample is one token longer", low=1)
     exhausted: str = key(
         "repeat",
         "a domain that runs out: repeats, is shared among the others, or stops the run",
         ("repeat", "renormalise", "stop"),
     )
-    max_epochs: float = key(4.0, "warn at the start when planned weights need more epochs of a domain than this")
+    max_epochs: float = key(4.0, "warn at the start when planned weights need more epochs of a domain than this", low=0)
 
 
 @dataclass(frozen=True)
@@ -93,23 +102,23 @@ class MixtureConfig:
         None, "reference loss per domain in nats per token, for `references: list`"
     )
     scaling_law: str | None = key(None, "JSON file of tools/fit_reference_losses.py, for `references: scaling_law`")
-    eta: float = key(1.0, "step size of the exponential ascent")
-    mixing: float = key(1e-4, "share c of the uniform distribution mixed in by the `reference` rule")
-    floor: float = key(0.0, "smallest weight of a domain after an update")
-    cap: float = key(1.0, "largest weight of a domain after an update")
-    max_change: float = key(1.0, "largest change of a weight in one update")
-    smoothing: float = key(0.0, "exponential smoothing of the losses: share of the previous value kept")
+    eta: float = key(1.0, "step size of the exponential ascent", low=0)
+    mixing: float = key(1e-4, "share c of the uniform distribution mixed in by the `reference` rule", low=0, high=1)
+    floor: float = key(0.0, "smallest weight of a domain after an update", low=0, high=1)
+    cap: float = key(1.0, "largest weight of a domain after an update", low=0, high=1)
+    max_change: float = key(1.0, "largest change of a weight in one update", low=0, high=1)
+    smoothing: float = key(0.0, "exponential smoothing of the losses: share of the previous value kept", low=0, high=1)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Layout of the ranks; data parallelism is what is left of the world size."""
 
-    tensor: int = key(1, "tensor parallel size")
-    pipeline: int = key(1, "pipeline parallel size; layers need not divide")
-    virtual_pipeline: int = key(1, "model chunks per pipeline stage (interleaved 1F1B)")
+    tensor: int = key(1, "tensor parallel size", low=1)
+    pipeline: int = key(1, "pipeline parallel size; layers need not divide", low=1)
+    virtual_pipeline: int = key(1, "model chunks per pipeline stage (interleaved 1F1B)", low=1)
     sequence: bool = key(False, "sequence parallelism in the norms and residuals (needs tensor > 1)")
-    world_size: int | None = key(None, "ranks in all, for `check` on a laptop; null: the launched ranks")
+    world_size: int | None = key(None, "ranks in all, for `check` on a laptop; null: the launched ranks", low=1)
     distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
     recompute: str = key(
         "none", "activation recomputation: none, or full (each layer again in the backward)", ("none", "full")
@@ -120,29 +129,31 @@ class ParallelConfig:
 class OptimizerConfig:
     """Adam for the weights: one section per training stage."""
 
-    learning_rate: float = key(1e-4, "peak learning rate of the weights")
-    beta1: float = key(0.9, "Adam's first-moment decay")
-    beta2: float = key(0.95, "Adam's second-moment decay")
-    eps: float = key(1e-8, "Adam's epsilon")
-    weight_decay: float = key(0.0, "decoupled weight decay")
-    clip_norm: float = key(1.0, "global gradient norm at which gradients are scaled down")
+    learning_rate: float = key(1e-4, "peak learning rate of the weights", low=0)
+    beta1: float = key(0.9, "Adam's first-moment decay", low=0, high=1)
+    beta2: float = key(0.95, "Adam's second-moment decay", low=0, high=1)
+    eps: float = key(1e-8, "Adam's epsilon", low=0)
+    weight_decay: float = key(0.0, "decoupled weight decay", low=0)
+    clip_norm: float = key(1.0, "global gradient norm at which gradients are scaled down", low=0)
     schedule: str = key("cosine", "learning rate after warm-up: cosine, or warm-up-stable-decay", ("cosine", "wsd"))
     warmup_steps: int | None = key(
-        None, "linear warm-up; null: a tenth of the steps when pruning, 3 % when pre-training"
+        None, "linear warm-up; null: a tenth of the steps when pruning, 3 % when pre-training", low=0
     )
-    decay_steps: int | None = key(None, "length of the decay at the end under `wsd`; null: a fifth of the steps")
-    min_ratio: float = key(0.1, "learning rate at the end as a share of the peak")
+    decay_steps: int | None = key(None, "length of the decay at the end under `wsd`; null: a fifth of the steps", low=0)
+    min_ratio: float = key(0.1, "learning rate at the end as a share of the peak", low=0, high=1)
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """How long and how wide a training stage is."""
 
-    steps: int = key(3200, "optimizer steps")
-    global_batch: int = key(32, "sequences per step over all ranks")
-    micro_batch: int = key(1, "sequences per rank and forward pass")
-    eval_interval: int = key(50, "steps between held-out evaluations, each followed by an update of the mixture")
-    eval_sequences: int = key(64, "held-out sequences per domain in an evaluation (fewer where a domain has fewer)")
+    steps: int = key(3200, "optimizer steps", low=1)
+    global_batch: int = key(32, "sequences per step over all ranks", low=1)
+    micro_batch: int = key(1, "sequences per rank and forward pass", low=1)
+    eval_interval: int = key(50, "steps between held-out evaluations, each followed by an update of the mixture", low=1)
+    eval_sequences: int = key(
+        64, "held-out sequences per domain in an evaluation (fewer where a domain has fewer)", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -154,17 +165,19 @@ class PruneConfig:
     )
     batch: BatchConfig = key(BatchConfig(), "steps and batches")
     optimizer: OptimizerConfig = key(OptimizerConfig(), "Adam for the weights")
-    mask_learning_rate: float = key(1.0, "learning rate of log-alpha")
-    lambda_learning_rate: float = key(1.0, "learning rate of the Lagrange multipliers (ascent)")
+    mask_learning_rate: float = key(1.0, "learning rate of log-alpha", low=0)
+    lambda_learning_rate: float = key(1.0, "learning rate of the Lagrange multipliers (ascent)", low=0)
     sparsity_warmup_steps: int | None = key(
-        None, "steps over which targets grow to their full value; null: a fifth of the steps"
+        None, "steps over which targets grow to their full value; null: a fifth of the steps", low=0
     )
     granularities: list[str] | None = key(
-        None, "masks to learn, of: hidden, group, query, intermediate, layer; null: those that shrink"
+        None, "masks to learn, of: hidden, group, query, intermediate, layer; null: those that shrink", GRANULARITIES
     )
     log_alpha_init: float = key(5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01)")
-    log_alpha_limit: float = key(4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100")
-    lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published")
+    log_alpha_limit: float = key(
+        4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100", low=0
+    )
+    lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
     clip: str = key(
         "joint",
         "gradient clipping: one norm over weights, masks and multipliers (published), or weights alone",
@@ -189,18 +202,20 @@ class PretrainConfig:
 class CheckpointConfig:
     """When a run is saved."""
 
-    interval: int = key(200, "steps between checkpoints; one is always saved at a stage's end")
-    keep: int = key(2, "newest checkpoints kept per stage")
+    interval: int = key(200, "steps between checkpoints; one is always saved at a stage's end", low=1)
+    keep: int = key(2, "newest checkpoints kept per stage", low=1)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """What is written while training."""
 
-    interval: int = key(10, "steps between progress lines")
+    interval: int = key(10, "steps between progress lines", low=1)
     tensorboard: bool = key(True, "write TensorBoard events where the package is installed")
     wandb_project: str | None = key(None, "Weights & Biases project; null: off")
-    nonfinite_limit: int = key(5, "skipped steps in a row (non-finite loss or gradient) after which the run stops")
+    nonfinite_limit: int = key(
+        5, "skipped steps in a row (non-finite loss or gradient) after which the run stops", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +224,7 @@ class ExportConfig:
 
     folder: str | None = key(None, "folder to write; null: `export` in the run folder")
     dtype: str | None = key(None, "dtype of the weights; null: the run's precision", ("fp32", "bf16", "fp16"))
-    max_shard_gb: float = key(5.0, "largest safetensors file in 10^9 bytes")
+    max_shard_gb: float = key(5.0, "largest safetensors file in 10^9 bytes", low=0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The shape of a LLaMA: sizes, position encoding, and what follows from them (parameter counts, FLOPs).
 
-Key properties: frozen, free of torch, one class for sources and targets. Names are those of megatron-core where it has one.
+Key properties: frozen, free of torch, one class for sources and targets. Names are megatron-core's where it has one.
 Read next: `presets.py` (shapes by name), `legality.py` (which shapes a layout can carry).
 """
 
@@ -65,7 +65,7 @@ class ModelShape:
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
     def with_target(self, target: "ModelShape") -> "ModelShape":
-        """This model's own vocabulary, positions and head_dim with the target's hidden, layers, heads, groups, intermediate."""
+        """This model's vocabulary, positions and head_dim, the target's hidden, layers, heads, groups, intermediate."""
         return replace(
             self,
             hidden_size=target.hidden_size,

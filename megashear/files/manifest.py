@@ -1,6 +1,7 @@
 """Digests of a folder's files: what a folder holds is what was written, or it is refused by the name of the file.
 
-`manifest.json` maps each relative name to its size and SHA-256. Names that leave the folder are refused. Read next: `atomic.py`.
+`manifest.json` maps each relative name to its size and SHA-256. Names that leave the folder are refused.
+Read next: `atomic.py`.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ def inside(folder: Path, name: str, error: type[MegashearError]) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
         raise error(
-            f"{folder / NAME}: the name {name!r} leaves the folder; the manifest was not made by megashear, do not use it"
+            f"{folder / NAME}: the name {name!r} leaves the folder; megashear did not make this manifest, do not use it"
         )
     return folder.joinpath(*parts)
 
@@ -54,7 +55,7 @@ def read_manifest(folder: Path, error: type[MegashearError]) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any], error: type[MegashearError], digests: bool = True) -> None:
-    """Compare sizes, and digests unless told not to, of every file that the manifest names; raises `error` by file name."""
+    """Compare sizes, and digests unless told not to, of every file the manifest names; raises `error` by file name."""
     for name, entry in manifest["files"].items():
         path = inside(Path(folder), name, error)
         if not path.is_file():

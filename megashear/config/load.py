@@ -1,0 +1,192 @@
+"""A run file and overrides as one typed `Config`: every unknown key and wrong value at once, with its place.
+
+Order of precedence: the schema's defaults, the `paper` preset of the prune section, the file, the overrides. OmegaConf
+parses overrides and resolves interpolations (`${run.folder}`, `${oc.env:NAME,default}`); nothing in a file runs code.
+Read next: `schema.py`, `convert.py`, `check.py`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megashear.config import keys
+from megashear.config.convert import convert, near
+from megashear.config.paper import PAPER
+from megashear.config.schema import Config
+from megashear.errors import ConfigError
+from megashear.files.atomic import write_text
+
+Leaves = dict[keys.Path, Any]
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
+    """The config of a run file with `a.b=value` overrides. Raises ConfigError: all problems, each with its place."""
+    problems: list[str] = []
+    values: Leaves = {}
+    places: dict[keys.Path, str] = {}
+    tree, lines = _read_file(Path(path))
+    _flatten(tree, (), values, places, lambda at: f"{path}:{lines.get(at, 1)}", problems)
+    for text in overrides or []:
+        tree = _read_override(text, problems)
+        _flatten(tree, (), values, places, lambda _, text=text: f"override {text!r}", problems)
+    resolved = _resolve(values, places, problems)
+    for at, value in list(resolved.items()):
+        try:
+            resolved[at] = convert(value, keys.leaf_keys()[at])
+        except ValueError as wrong:
+            problems.append(f"{places.get(at, path)}: {'.'.join(at)} {wrong}")
+    if problems:
+        raise ConfigError(problems)
+    return _build(Config, resolved, ())
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config or a section of it as nested plain values, in the schema's order."""
+    return asdict(config)
+
+
+def config_digest(config: Config, sections: list[str]) -> str:
+    """SHA-256 of the named sections or keys (dotted): equal digests mean equal values, whatever the file's text."""
+    chosen = {}
+    for name in sections:
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        chosen[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as a run file that loads to the same config. Raises StorageError."""
+    write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def _read_file(path: Path) -> tuple[dict[Any, Any], dict[keys.Path, int]]:
+    """The file's values, interpolations unresolved, and the line of every key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a run file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            return {}, {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: is not a mapping of sections, such as `run:`")
+        lines: dict[keys.Path, int] = {}
+        _mark_lines(node, (), lines)
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: is not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: is not a run file: {_first_line(error)}") from error
+    assert isinstance(tree, dict)
+    return tree, lines
+
+
+def _mark_lines(node: yaml.Node, at: keys.Path, lines: dict[keys.Path, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = (*at, str(name.value))
+            lines[inner] = name.start_mark.line + 1
+            if inner in keys.sections():
+                _mark_lines(value, inner, lines)
+
+
+def _read_override(text: str, problems: list[str]) -> dict[Any, Any]:
+    name, equals, _ = text.partition("=")
+    if not equals or not name:
+        problems.append(f"override {text!r}: has no `key=value`; write for example run.seed=1")
+        return {}
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
+        problems.append(f"override {text!r}: cannot be parsed: {_first_line(error)}")
+        return {}
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _flatten(
+    tree: dict[Any, Any], at: keys.Path, values: Leaves, places: dict[keys.Path, str], place: Any, problems: list[str]
+) -> None:
+    """Add the leaves of `tree` to `values` and where they stand to `places`; unknown names go to `problems`."""
+    for name, value in tree.items():
+        path = (*at, str(name))
+        dotted = ".".join(path)
+        if path in keys.leaf_keys():
+            values[path], places[path] = value, place(path)
+        elif path not in keys.sections():
+            problems.append(f"{place(path)}: unknown key {dotted}{_suggestion(path)}")
+        elif isinstance(value, dict):
+            _flatten(value, path, values, places, place, problems)
+        elif value is not None:  # a section with nothing in it keeps its defaults
+            problems.append(f"{place(path)}: {dotted} is {value!r}, expected a section with keys of its own")
+
+
+def _suggestion(path: keys.Path) -> str:
+    """The key that was probably meant: one of the same name elsewhere, or the nearest name in the same section."""
+    same = [key.name for key in keys.leaf_keys().values() if key.path[-1] == path[-1]]
+    inside = [name for name in same if name.startswith(".".join(path[:-1]))]
+    if same:
+        return f"; did you mean {(inside or same)[0]}?"
+    siblings = {name[len(path) - 1] for name in keys.leaf_keys() if name[: len(path) - 1] == path[:-1]}
+    return near(path[-1], sorted(siblings))
+
+
+def _resolve(values: Leaves, places: dict[keys.Path, str], problems: list[str]) -> Leaves:
+    """Defaults, preset and values merged, interpolations resolved one by one so that each failure has its place."""
+    paper = values.get(("prune", "preset")) == "paper"
+    merged = {at: _preset(at) if paper and at in _PAPER_PATHS else key.default for at, key in keys.leaf_keys().items()}
+    merged.update(values)
+    tree = OmegaConf.create({})
+    for at, value in merged.items():
+        try:
+            OmegaConf.update(tree, ".".join(at), value, merge=False)
+        except (OmegaConfBaseException, ValueError) as error:
+            problems.append(f"{places[at]}: {'.'.join(at)}: {_first_line(error)}")
+            merged[at] = keys.leaf_keys()[at].default
+    for at in merged:
+        if merged[at] == "???":  # OmegaConf would select null; `convert` says that a value is missing
+            continue
+        try:
+            value = OmegaConf.select(tree, ".".join(at))
+            merged[at] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except (OmegaConfBaseException, RecursionError, ValueError) as error:
+            problems.append(f"{places.get(at, 'config')}: {'.'.join(at)}: {_first_line(error)}")
+            merged[at] = keys.leaf_keys()[at].default
+    return merged
+
+
+def _preset(at: keys.Path) -> Any:
+    value: Any = PAPER
+    for part in at[1:]:
+        value = value[part]
+    return value
+
+
+_PAPER_PATHS = {
+    at for at in keys.leaf_keys() if at[0] == "prune" and at[1] in PAPER and (len(at) == 2 or at[2] in PAPER[at[1]])
+}
+
+
+def _build(cls: Any, values: Leaves, prefix: keys.Path) -> Any:
+    """An instance of the section `cls` from the leaves below `prefix`."""
+    arguments = {}
+    for name, kind in get_type_hints(cls).items():
+        at = (*prefix, name)
+        arguments[name] = _build(kind, values, at) if is_dataclass(kind) else values[at]
+    return cls(**arguments)
