@@ -1,0 +1,177 @@
+"""What each op means, in plain torch: the masked norm, SwiGLU, RoPE, attention, mask noise and the hard concrete sample.
+
+Compiled kernels are held against these functions, and these run wherever no kernel was built. Everything is computed in
+at least fp32 (float64 stays float64), nothing waits for the device, and autograd of these lines defines the gradients.
+Shape suffixes: T tokens, D hidden, F intermediate units, B batch, H query heads, G key/value groups, S positions.
+Read next: `__init__.py` (which form is used when), `../masks/` and `../model/` (who calls).
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megashear.config.shape import RopeScaling
+
+BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
+"""Temperature and stretch of the hard concrete distribution (Louizos et al. 2018; Sheared LLaMA, section 2.1)."""
+
+NOISE_FLOOR = 17
+"""Smallest numerator over 2^24 of the mask noise: the first odd one above 1e-6 (and 2^24 - 17 the last below 1 - 1e-6)."""
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = None) -> Tensor:
+    """Root mean square norm; with a mask, only live dimensions count and the output is masked (Sheared LLaMA's N_w).
+
+    x: [.., D] of any floating dtype; weight_D, mask_D: [D]. Returns x's shape and dtype.
+    out = weight * mask * x * rsqrt(sum of x^2 over mask != 0 / #(mask != 0) + eps), the normalised x rounded to x's dtype
+    before the products, as Hugging Face's LLaMA does: a mask of ones gives the same bits as none. All zeros gives zeros.
+    The mask's gradient comes from the product alone, never from the selection.
+    """
+    wide = _accumulation_dtype(x)
+    x_wide = x.to(wide)
+    if mask_D is None:
+        mean_square = x_wide.square().mean(-1, keepdim=True)
+    else:
+        live_D = mask_D.detach() != 0
+        square = torch.where(live_D, x_wide, 0.0).square().sum(-1, keepdim=True)
+        mean_square = square / live_D.sum().clamp(min=1)
+    out = weight_D.to(wide) * (x_wide * torch.rsqrt(mean_square + eps)).to(x.dtype)
+    if mask_D is not None:
+        out = out * mask_D.to(wide)
+    return out.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * mask, gate the first half of the last dimension and up the second (Shazeer 2020).
+
+    gate_up: [.., 2F] of any floating dtype; mask_F: [F]. Returns [.., F] in gate_up's dtype, rounded once.
+    """
+    gate, up = gate_up.to(_accumulation_dtype(gate_up)).chunk(2, dim=-1)
+    out = F.silu(gate) * up
+    if mask_F is not None:
+        out = out * mask_F.to(out.dtype)
+    return out.to(gate_up.dtype)
+
+
+def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Rotary frequencies [head_dim / 2] in fp32, rescaled as Llama 3 does where `scaling` is given."""
+    frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    if scaling is None:
+        return frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / frequency
+    smooth = (context / wavelength - low) / (high - low)
+    blended = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+    scaled = torch.where(wavelength > context / low, frequency / scaling.factor, blended)
+    return torch.where(wavelength < context / high, frequency, scaled)
+
+
+def rope_tables(
+    head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles of positions 0 to `positions` - 1 (Su et al. 2021).
+
+    Returns two fp32 tensors [positions, head_dim / 2] on `device`. Computed on the CPU, so every device holds equal bits.
+    """
+    angle = torch.arange(positions, dtype=torch.float32)[:, None] * _inverse_frequencies(head_dim, theta, scaling)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of the last dimension: the rotate-half convention of Hugging Face's LLaMA.
+
+    x: [.., S, head_dim]; cos, sin: [positions, head_dim / 2] with positions >= S, of which the first S are used, or any
+    shape that broadcasts to x's halves. Returns x's shape and dtype; computed in at least fp32.
+    """
+    if cos.dim() == 2 and cos.shape[0] > x.shape[-2]:
+        cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
+    first, second = x.to(_accumulation_dtype(x)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tensor | None = None) -> Tensor:
+    """Causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head.
+
+    q_BHSD: [B, H, S, head_dim]; k_BGSD, v_BGSD: [B, G, S, head_dim] with H a multiple of G, query heads h * G // H sharing a
+    group; head_mask_H: [H]. Returns [B, H, S, head_dim] in q's dtype.
+    """
+    grouped = q_BHSD.shape[1] != k_BGSD.shape[1]
+    out = F.scaled_dot_product_attention(q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
+    if head_mask_H is None:
+        return out
+    wide = _accumulation_dtype(out)
+    return (out.to(wide) * head_mask_H.to(wide)[:, None, None]).to(out.dtype)
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): ten rounds of multiply and exchange.
+
+    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks] of 32-bit words.
+    """
+    low32 = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = counter
+    for i in range(10):
+        k0 = np.uint64((key[0] + i * 0x9E3779B9) & 0xFFFFFFFF)
+        k1 = np.uint64((key[1] + i * 0xBB67AE85) & 0xFFFFFFFF)
+        product0, product2 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1 = (product2 >> np.uint64(32)) ^ c1 ^ k0, product2 & low32
+        c2, c3 = (product0 >> np.uint64(32)) ^ c3 ^ k1, product0 & low32
+    return np.stack((c0, c1, c2, c3))
+
+
+def mask_noise(
+    seed: int, step: int, micro_batch: int, granularity: int, units: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform noise of one granularity's units: a pure function of its arguments, the same bits everywhere.
+
+    Returns fp32 [units] on `device`, strictly inside (1e-6, 1 - 1e-6). Unit i takes word i % 4 of the Philox block whose
+    counter is (i // 4, granularity, micro_batch, step) and whose key is (seed mod 2^32, seed div 2^32 mod 2^32). A word w
+    becomes n / 2^24 with the odd number n = 2 (w >> 9) + 1 clipped to [17, 2^24 - 17]: exact in fp32, and so is 1 - n / 2^24.
+    Raises ValueError where step, micro_batch or granularity is outside [0, 2^32).
+    """
+    check_counter(step, micro_batch, granularity)
+    blocks = -(-units // 4)
+    counter = np.empty((4, blocks), dtype=np.uint64)
+    counter[0] = np.arange(blocks, dtype=np.uint64)
+    counter[1], counter[2], counter[3] = granularity, micro_batch, step
+    words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)).T.reshape(-1)[:units]
+    numerator = np.clip(2 * (words >> np.uint64(9)).astype(np.int64) + 1, NOISE_FLOOR, 2**24 - NOISE_FLOOR)
+    return torch.from_numpy(numerator.astype(np.float32) * np.float32(2.0**-24)).to(device)
+
+
+def check_counter(step: int, micro_batch: int, granularity: int) -> None:
+    """Raise ValueError unless each of the noise's three indices fits a 32-bit word of the counter."""
+    for name, value in (("step", step), ("micro_batch", micro_batch), ("granularity", granularity)):
+        if not 0 <= value < 2**32:
+            raise ValueError(f"mask noise: {name} is {value}, outside [0, 2^32)")
+
+
+def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """A sample of the hard concrete distribution for each unit, in [0, 1] with exact zeros and ones (Louizos et al. 2018).
+
+    log_alpha, uniform: one shape, uniform inside (0, 1). Returns that shape in log_alpha's dtype. The gradient to log_alpha is
+    (zeta - gamma) s (1 - s) / beta strictly inside (0, 1) and exactly 0 at the bounds; there is none to uniform.
+    """
+    wide = _accumulation_dtype(log_alpha)
+    u = uniform.detach().to(wide)
+    s = torch.sigmoid((u.log() - torch.log1p(-u) + log_alpha.to(wide)) / BETA)
+    stretched = s * (ZETA - GAMMA) + GAMMA
+    inside = (stretched > 0) & (stretched < 1)
+    return torch.where(inside, stretched, stretched.detach().clamp(0.0, 1.0)).to(log_alpha.dtype)
+
+
+def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int) -> Tensor:
+    """`hard_concrete` on `mask_noise` of the same indices, units counted in row-major order of log_alpha.
+
+    The compiled form draws the noise, the sample and its gradient in one launch. Returns log_alpha's shape and dtype.
+    """
+    noise = mask_noise(seed, step, micro_batch, granularity, log_alpha.numel(), log_alpha.device)
+    return hard_concrete(log_alpha, noise.view(log_alpha.shape))
