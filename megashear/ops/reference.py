@@ -1,4 +1,4 @@
-"""What each op means, in plain torch: the masked norm, SwiGLU, RoPE, attention, mask noise and the hard concrete sample.
+"""What each op means, in plain torch: masked norm, SwiGLU and attention, RoPE, mask noise, hard concrete samples.
 
 Compiled kernels are held against these functions, and these run wherever no kernel was built. Everything is computed in
 at least fp32 (float64 stays float64), nothing waits for the device, and autograd of these lines defines the gradients.
@@ -19,7 +19,7 @@ BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 """Temperature and stretch of the hard concrete distribution (Louizos et al. 2018; Sheared LLaMA, section 2.1)."""
 
 NOISE_FLOOR = 17
-"""Smallest numerator over 2^24 of the mask noise: the first odd one above 1e-6 (and 2^24 - 17 the last below 1 - 1e-6)."""
+"""Smallest numerator over 2^24 of the mask noise: the first odd one above 1e-6; 2^24 - 17 is the last below 1 - 1e-6."""
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -30,8 +30,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = No
     """Root mean square norm; with a mask, only live dimensions count and the output is masked (Sheared LLaMA's N_w).
 
     x: [.., D] of any floating dtype; weight_D, mask_D: [D]. Returns x's shape and dtype.
-    out = weight * mask * x * rsqrt(sum of x^2 over mask != 0 / #(mask != 0) + eps), the normalised x rounded to x's dtype
-    before the products, as Hugging Face's LLaMA does: a mask of ones gives the same bits as none. All zeros gives zeros.
+    out = weight * mask * x * rsqrt(sum of x^2 over mask != 0 / #(mask != 0) + eps), the normalised x rounded to x's
+    dtype before the products, as Hugging Face's LLaMA does: a mask of ones gives the same bits as none. A mask of zeros
+    gives zeros.
     The mask's gradient comes from the product alone, never from the selection.
     """
     wide = _accumulation_dtype(x)
@@ -79,7 +80,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles of positions 0 to `positions` - 1 (Su et al. 2021).
 
-    Returns two fp32 tensors [positions, head_dim / 2] on `device`. Computed on the CPU, so every device holds equal bits.
+    Returns two fp32 tensors [positions, head_dim / 2] on `device`; computed on the CPU, so every device holds the same
+    bits.
     """
     angle = torch.arange(positions, dtype=torch.float32)[:, None] * _inverse_frequencies(head_dim, theta, scaling)
     return angle.cos().to(device), angle.sin().to(device)
@@ -100,8 +102,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head.
 
-    q_BHSD: [B, H, S, head_dim]; k_BGSD, v_BGSD: [B, G, S, head_dim] with H a multiple of G, query heads h * G // H sharing a
-    group; head_mask_H: [H]. Returns [B, H, S, head_dim] in q's dtype.
+    q_BHSD: [B, H, S, head_dim]; k_BGSD, v_BGSD: [B, G, S, head_dim] with H a multiple of G, query head h reading group
+    h * G // H; head_mask_H: [H]. Returns [B, H, S, head_dim] in q's dtype.
     """
     grouped = q_BHSD.shape[1] != k_BGSD.shape[1]
     out = F.scaled_dot_product_attention(q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
@@ -114,7 +116,8 @@ def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tenso
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): ten rounds of multiply and exchange.
 
-    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks] of 32-bit words.
+    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks], words below
+    2^32.
     """
     low32 = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = counter
@@ -132,9 +135,10 @@ def mask_noise(
 ) -> Tensor:
     """Uniform noise of one granularity's units: a pure function of its arguments, the same bits everywhere.
 
-    Returns fp32 [units] on `device`, strictly inside (1e-6, 1 - 1e-6). Unit i takes word i % 4 of the Philox block whose
-    counter is (i // 4, granularity, micro_batch, step) and whose key is (seed mod 2^32, seed div 2^32 mod 2^32). A word w
-    becomes n / 2^24 with the odd number n = 2 (w >> 9) + 1 clipped to [17, 2^24 - 17]: exact in fp32, and so is 1 - n / 2^24.
+    Returns fp32 [units] on `device`, strictly inside (1e-6, 1 - 1e-6). Unit i takes word i % 4 of the Philox block
+    whose counter is (i // 4, granularity, micro_batch, step) and whose key is (seed mod 2^32, seed div 2^32 mod 2^32).
+    A word w becomes n / 2^24 with the odd n = 2 (w >> 9) + 1 clipped to [17, 2^24 - 17]; n / 2^24 and 1 - n / 2^24 are
+    exact in fp32.
     Raises ValueError where step, micro_batch or granularity is outside [0, 2^32).
     """
     check_counter(step, micro_batch, granularity)
@@ -155,10 +159,10 @@ def check_counter(step: int, micro_batch: int, granularity: int) -> None:
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """A sample of the hard concrete distribution for each unit, in [0, 1] with exact zeros and ones (Louizos et al. 2018).
+    """A hard concrete sample for each unit, in [0, 1] with exact zeros and ones (Louizos et al. 2018).
 
-    log_alpha, uniform: one shape, uniform inside (0, 1). Returns that shape in log_alpha's dtype. The gradient to log_alpha is
-    (zeta - gamma) s (1 - s) / beta strictly inside (0, 1) and exactly 0 at the bounds; there is none to uniform.
+    log_alpha, uniform: one shape, uniform inside (0, 1). Returns that shape in log_alpha's dtype. The gradient to
+    log_alpha is (zeta - gamma) s (1 - s) / beta strictly inside (0, 1) and exactly 0 at the bounds; uniform has none.
     """
     wide = _accumulation_dtype(log_alpha)
     u = uniform.detach().to(wide)
