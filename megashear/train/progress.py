@@ -1,0 +1,100 @@
+"""The progress line of a training stage.
+
+    prune 1200/3200  loss 2.4310  grad 0.84  lr 7.31e-05  29,504 tok/s  MFU 38.2%  sparsity hidden 35/37% ...  ETA 3:07
+
+Key properties: the rate is of this process's own steps (a resumed run does not count what an earlier process did),
+smoothed over steps, and by the wall clock: evaluations and checkpoints are in it, and so in the ETA. Read next:
+`flops.py`, `metrics.py`.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+from megashear.train.flops import model_flops_utilisation
+
+HALF_LIFE_STEPS = 50
+
+
+class Progress:
+    """Rate, ETA and progress line of one stage."""
+
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        flops_per_token: float,
+        device_name: str,
+        devices: int,
+        step: int = 0,
+        tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """steps: of the whole stage; step, tokens: done before this process; devices: ranks that share the work."""
+        self.stage = stage
+        self.steps = steps
+        self._flops = (flops_per_token, device_name, devices)
+        self._clock = clock
+        self._step, self._tokens, self._time = step, tokens, clock()
+        # Sums that decay with the steps; their quotients are the smoothed rates, without a bias at the start.
+        self._sum_steps = self._sum_tokens = self._sum_seconds = 0.0
+
+    def advance(self, step: int, tokens: int) -> None:
+        """Take note that `step` steps and `tokens` tokens of the stage are done; call it at every line."""
+        now = self._clock()
+        decay = 0.5 ** ((step - self._step) / HALF_LIFE_STEPS)
+        self._sum_steps = self._sum_steps * decay + step - self._step
+        self._sum_tokens = self._sum_tokens * decay + tokens - self._tokens
+        self._sum_seconds = self._sum_seconds * decay + now - self._time
+        self._step, self._tokens, self._time = step, tokens, now
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Smoothed tokens per second over all devices; 0 before the first step."""
+        return self._sum_tokens / self._sum_seconds if self._sum_seconds > 0 else 0.0
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
+        return model_flops_utilisation(self.tokens_per_second, *self._flops)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of the stage at the present rate; None before the first step."""
+        if not self._sum_steps:
+            return None
+        return (self.steps - self._step) * self._sum_seconds / self._sum_steps
+
+    def line(
+        self,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        expected: Mapping[str, float] | None = None,
+        target: Mapping[str, float] | None = None,
+    ) -> str:
+        """The line for the step of the last `advance`. expected, target: sparsity (0 to 1) by granularity, or None."""
+        parts = [
+            f"{self.stage} {self._step:>{len(str(self.steps))}}/{self.steps}",
+            f"loss {loss:.4f}",
+            f"grad {grad_norm:.3g}",
+            f"lr {lr:.2e}",
+            f"{self.tokens_per_second:,.0f} tok/s",
+        ]
+        if self.utilisation is not None:
+            parts.append(f"MFU {self.utilisation:.1%}")
+        if expected:
+            targets = target or {}
+            shown = [
+                f"{name} {value * 100:.1f}" + (f"/{targets[name] * 100:.1f}%" if name in targets else "%")
+                for name, value in expected.items()
+            ]
+            parts.append("sparsity " + " ".join(shown))
+        left = self.seconds_left
+        parts.append(f"ETA {duration(left)}" if left is not None else "ETA -")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm, rounded to the minute: 11 220 is 3:07."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d}"
