@@ -1,0 +1,41 @@
+"""`Masks`: what a masked forward pass takes, in the form in which layers use it.
+
+Key properties: plain tensors that carry autograd to log-alpha; None stands for a mask of ones (a granularity that is
+not learned), so that an unpruned pass costs nothing. Read next: `state.py`, which makes them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megashear.config.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Mask values of one micro-batch, each in [0, 1], for the whole model (a rank takes its slices)."""
+
+    hidden: Tensor | None = None
+    """[d], shared by the residual stream everywhere."""
+    head: Tensor | None = None
+    """[L, H], one per query head: group mask times query mask."""
+    intermediate: Tensor | None = None
+    """[L, I]."""
+    layer: Tensor | None = None
+    """[L], shared by attention and MLP of a layer."""
+
+
+def assemble(values: Mapping[str, Tensor], source: ModelShape) -> Masks:
+    """Masks from the values of the learned granularities (shapes of their log-alpha).
+
+    Query head h of a layer is masked by group[h // q] * query[h // q, h % q], q query heads in a group.
+    """
+    group, query = values.get("group"), values.get("query")
+    head = None
+    if group is not None:
+        head = group.repeat_interleave(source.queries_per_group, dim=1)
+    if query is not None:
+        flat = query.reshape(source.num_layers, source.num_heads)
+        head = flat if head is None else head * flat
+    return Masks(values.get("hidden"), head, values.get("intermediate"), values.get("layer"))

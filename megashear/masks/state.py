@@ -1,0 +1,203 @@
+"""`MaskState`: log-alpha, Lagrange multipliers and their Adam, alike on every rank.
+
+Key properties: fp32 masters, replicated; a step's masks are a function of (seed, step, micro-batch) and log-alpha, not
+of the layout; log-alpha is projected onto [-limit, limit] in the master itself (the published code projects a copy).
+One step of the training loop:
+
+    state.zero_gradients()
+    masks = state.sample(seed, step, micro_batch)      # per micro-batch and model chunk; backward fills the gradients
+    all_reduce(state.gradients_flat())                 # in place; or set_gradients_flat(reduced)
+    state.add_lagrangian_gradients(step)
+    state.scale_gradients(...); state.step(factor)     # where gradients are clipped jointly
+
+Sources: Sheared LLaMA, section 2.1 and appendix A. Read next: `lagrangian.py`, `keep.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear import ops
+from megashear.config.schema import PruneConfig
+from megashear.config.shape import ModelShape
+from megashear.errors import CheckpointError
+from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros
+from megashear.masks.lagrangian import lagrangian, scheduled_target
+from megashear.masks.masks import Masks, assemble
+from megashear.masks.target import mask_specs
+
+INIT_STD = 0.01
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MaskState:
+    """Parameters of the learned masks and what is done with them; see the module's docstring for the order of calls."""
+
+    def __init__(
+        self,
+        source: ModelShape,
+        target: ModelShape,
+        config: PruneConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Fresh state: log-alpha ~ N(config.log_alpha_init, 0.01) by seed and granularity, multipliers 0.
+
+        Raises ConfigError where config.granularities do not fit the shapes.
+        """
+        self.source, self.target, self.config = source, target, config
+        self.specs = mask_specs(source, target, config.granularities)
+        self.log_alpha: dict[str, Tensor] = {}
+        self.multipliers: dict[str, Tensor] = {}
+        for spec in self.specs:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + spec.index) % 2**63)
+            start = config.log_alpha_init + INIT_STD * torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+            master = clamp(start.to(device=device, dtype=dtype), config.log_alpha_limit)
+            self.log_alpha[spec.name] = master.requires_grad_()
+            self.multipliers[spec.name] = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
+        self._rates = (config.mask_learning_rate, config.lambda_learning_rate)
+        self._adam = torch.optim.Adam(
+            [
+                {"params": list(self.log_alpha.values()), "maximize": False},
+                {"params": list(self.multipliers.values()), "maximize": True},
+            ],
+            betas=ADAM_BETAS,
+            eps=ADAM_EPS,
+        )
+        # All gradients are views of one buffer, log-alpha's first: one all-reduce, one norm, one scaling.
+        parameters = self.parameters()
+        self._gradient = torch.zeros(sum(p.numel() for p in parameters), device=device, dtype=dtype)
+        for parameter, part in zip(parameters, self._gradient.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def parameters(self) -> list[Tensor]:
+        """Log-alpha of every learned granularity, then the multipliers."""
+        return [*self.log_alpha.values(), *self.multipliers.values()]
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which target sparsities grow; by default a fifth of the stage's steps."""
+        chosen = self.config.sparsity_warmup_steps
+        return self.config.batch.steps // 5 if chosen is None else chosen
+
+    # Masks
+
+    def sample(self, seed: int, step: int, micro_batch: int) -> Masks:
+        """Random masks of one micro-batch; gradients reach log-alpha. micro_batch: its index within the global batch.
+
+        Each call builds its own graph: call it once for each backward pass (so once per model chunk).
+        """
+        values = {
+            spec.name: ops.sample_hard_concrete(self.log_alpha[spec.name], seed, step, micro_batch, spec.index)
+            for spec in self.specs
+        }
+        return assemble(values, self.source)
+
+    @torch.no_grad()
+    def deterministic(self, mode: str = "target") -> Masks:
+        """Masks without noise, zeros by the target's shape (`target`) or by what is expected now (`expected`)."""
+        if mode not in ("target", "expected"):
+            raise ValueError(f"mode is target or expected, not {mode!r}")
+        values = {}
+        for spec in self.specs:
+            rows = self.log_alpha[spec.name].reshape(spec.rows, spec.units)
+            zeros = spec.zeros_per_row if mode == "target" else expected_zeros(rows)
+            values[spec.name] = deterministic(rows, zeros).view(spec.shape)
+        return assemble(values, self.source)
+
+    # The constraint
+
+    def targets(self, step: int) -> dict[str, float]:
+        """Scheduled target sparsity per granularity at a step."""
+        return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
+
+    def lagrangian_loss(self, step: int) -> tuple[Tensor, dict[str, dict[str, Any]]]:
+        """The Lagrangian (0-d, differentiable) and {"expected": {granularity: 0-d}, "target": {granularity: float}}."""
+        targets = self.targets(step)
+        rows = {s.name: self.log_alpha[s.name].reshape(s.rows, s.units) for s in self.specs}
+        loss, expected = lagrangian(rows, self.multipliers, targets)
+        return loss, {"expected": expected, "target": targets}
+
+    def add_lagrangian_gradients(self, step: int) -> tuple[Tensor, dict[str, dict[str, Any]]]:
+        """Adds the Lagrangian's gradients once, after the reduction: they are the same on every rank.
+
+        Returns what `lagrangian_loss` does, the loss detached.
+        """
+        loss, info = self.lagrangian_loss(step)
+        loss.backward()
+        return loss.detach(), info
+
+    # Gradients and the optimiser
+
+    def zero_gradients(self) -> None:
+        """Sets every gradient to 0; to be called before the first micro-batch of a step."""
+        self._gradient.zero_()
+
+    def gradients_flat(self) -> Tensor:
+        """Gradients of log-alpha, one flat view for one all-reduce in place (multipliers have none from the data)."""
+        return self._gradient[: sum(value.numel() for value in self.log_alpha.values())]
+
+    def set_gradients_flat(self, flat: Tensor) -> None:
+        """Takes reduced gradients of log-alpha, in the layout of `gradients_flat`."""
+        self.gradients_flat().copy_(flat)
+
+    def grad_norm_squared(self) -> Tensor:
+        """Sum of squares of all gradients here, 0-d; counted once in a global norm, since every rank holds the same."""
+        return self._gradient.square().sum()
+
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiplies every gradient, as a joint clip does."""
+        self._gradient.mul_(factor)
+
+    @torch.no_grad()
+    def step(self, learning_rate_factor: float) -> None:
+        """One Adam step: log-alpha descends, the multipliers ascend, both rates times the factor of the schedule."""
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * learning_rate_factor
+        self._adam.step()
+        for log_alpha in self.log_alpha.values():
+            clamp(log_alpha, self.config.log_alpha_limit)
+        if self.config.lambda2_cap is not None:
+            for pair in self.multipliers.values():
+                pair[1].clamp_(max=self.config.lambda2_cap)
+
+    # Saving
+
+    def _named(self) -> dict[str, Tensor]:
+        named = {f"log_alpha.{name}": value for name, value in self.log_alpha.items()}
+        return named | {f"multipliers.{name}": value for name, value in self.multipliers.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all parameters, their Adam moments (`NAME.exp_avg`, `NAME.exp_avg_sq`) and `adam_steps` (0-d)."""
+        saved: dict[str, Tensor] = {"adam_steps": torch.tensor(0)}
+        for name, value in self._named().items():
+            saved[name] = value.detach().clone()
+            moments = self._adam.state.get(value, {})
+            for moment in MOMENTS:
+                saved[f"{name}.{moment}"] = moments.get(moment, torch.zeros_like(value)).detach().clone()
+            saved["adam_steps"] = torch.tensor(int(moments.get("step", 0)))
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Takes up a saved state. Raises CheckpointError where granularities or sizes are another run's."""
+        named = self._named()
+        wanted = {f"{name}{end}": v.shape for name, v in named.items() for end in ("", *(f".{m}" for m in MOMENTS))}
+        wanted["adam_steps"] = torch.Size(())
+        found = {name: value.shape for name, value in saved.items()}
+        if wanted != found:
+            differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise CheckpointError(
+                f"mask state: the checkpoint's granularities or sizes differ from this run's in {', '.join(differing)}. "
+                "Use the source, target and prune.granularities with which it was saved."
+            )
+        steps = float(saved["adam_steps"])
+        for name, value in named.items():
+            value.copy_(saved[name])
+            moments = {moment: saved[f"{name}.{moment}"].to(value).clone() for moment in MOMENTS}
+            self._adam.state[value] = {"step": torch.tensor(steps), **moments}
