@@ -1,0 +1,114 @@
+"""The device of a rank: CUDA with NCCL, or the CPU with gloo, presented to megatron-core in CUDA's stead.
+
+megatron-core asks for CUDA in places: `torch.cuda.current_device()`, the literal "cuda" in tensor factories, and names of
+tensor types. `present_cpu` answers these with the CPU, so that the very same megatron-core code runs under gloo. It acts
+only when no GPU is in use, and says so in the log.
+"""
+
+import functools
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+def uses_cuda() -> bool:
+    """Whether ranks compute on GPUs: CUDA is there and MEGASHEAR_DEVICE is not `cpu`."""
+    return os.environ.get("MEGASHEAR_DEVICE", "") != "cpu" and torch.cuda.is_available()
+
+
+def rank_device() -> torch.device:
+    """The device on which this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """torch.distributed's backend for that device."""
+    return "nccl" if uses_cuda() else "gloo"
+
+
+def device_name() -> str:
+    """The device as its maker calls it."""
+    return torch.cuda.get_device_name() if uses_cuda() else "CPU"
+
+
+class _CpuCuda:
+    """`torch.cuda` for megatron-core on the CPU: the current device is the CPU, and there is nothing to wait for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(device: Any = None) -> None:
+        return None
+
+
+class _CpuTorch:
+    """`torch` for megatron-core on the CPU: tensor factories take the device "cuda" for the CPU."""
+
+    cuda = _CpuCuda()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in FACTORIES:
+            value = _on_cpu(value)
+            setattr(self, name, value)
+        return value
+
+
+CPU_TORCH = _CpuTorch()
+
+
+def present_cpu() -> None:
+    """Let the megatron-core modules loaded so far run on the CPU; does nothing on a GPU, and nothing the second time.
+
+    Only the name `torch` inside megatron-core's modules is exchanged, so that other libraries in the process see torch as it is.
+    `Tensor.type()` is a method of all tensors: called without an argument it names fp32, bf16 and fp16 as on CUDA.
+    """
+    if uses_cuda():
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = CPU_TORCH  # type: ignore[attr-defined]
+    if not hasattr(torch.Tensor.type, "__wrapped__"):
+        torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
+        logger.info("no GPU in use: megatron-core computes on the CPU, ranks talk through gloo")
+
+
+def _on_cpu(factory: Any) -> Any:
+    """A tensor factory that takes "cuda" for the CPU."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _cuda_type_names(original: Any) -> Any:
+    """`Tensor.type()` that names dtypes as on CUDA; conversions are untouched."""
+
+    @functools.wraps(original)
+    def type_name(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None and tensor.dtype in TYPE_NAMES:
+            return TYPE_NAMES[tensor.dtype]
+        return original(tensor, dtype, *args, **kwargs) if dtype is not None else original(tensor)
+
+    return type_name

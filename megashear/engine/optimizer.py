@@ -1,0 +1,94 @@
+"""Gradient buffers and Adam of the weights, by megatron-core: DistributedDataParallel, distributed optimizer, fp32 masters.
+
+Clipping is taken apart into norm, scale and step, because a pruning step may count the masks' gradients in the same norm
+(as the published code does). Fused Adam is Transformer Engine's or Apex's where megatron-core finds them. Read next: `sharded.py`.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.module import MegatronModule
+
+from megashear.config.schema import OptimizerConfig
+
+
+class WeightOptimizer:
+    """Adam over the weights of this rank's chunks, with gradients accumulated in fp32 buffers."""
+
+    def __init__(
+        self, modules: list[MegatronModule], optimizer: OptimizerConfig, dtype: torch.dtype, distributed: bool
+    ) -> None:
+        """modules: plain chunks; `chunks` holds them wrapped. distributed: shard the state over data-parallel ranks."""
+        config = modules[0].config
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
+        )
+        self.chunks = [
+            DistributedDataParallel(config, settings, module, disable_bucketing=index > 0)
+            for index, module in enumerate(modules)
+        ]
+        config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = get_megatron_optimizer(
+            CoreOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.learning_rate,
+                min_lr=0.0,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                clip_grad=0.0,
+                use_distributed_optimizer=distributed,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+        )
+        # megatron-core shares one config among chunks; each chunk's gradient hooks read it.
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+
+    def zero_gradients(self) -> None:
+        """Clear the gradient buffers before a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def prepare(self) -> float:
+        """Take over the reduced gradients; returns their global L2 norm (every weight counted once over all ranks)."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def scale(self, norm: float, limit: float) -> float:
+        """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor."""
+        for part in _parts(self.optimizer):
+            clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm)
+        return min(1.0, limit / (norm + 1e-6))
+
+    def step(self, learning_rate: float) -> None:
+        """One Adam step at a learning rate, and the new weights on every rank."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step_with_ready_grads()
+
+    def reload_weights(self) -> None:
+        """Copy the weights into the fp32 masters (after loading weights into the chunks)."""
+        self.optimizer.reload_model_params()
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def unwrap(chunk: torch.nn.Module) -> Any:
+    """The plain model chunk inside gradient buffers."""
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk

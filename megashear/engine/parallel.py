@@ -1,0 +1,140 @@
+"""Parallel layers: megatron-core's, without their random initialisation.
+
+Weights are filled by `model/load.py`, from a folder or from a seeded generator that does not know the layout; so layers are
+made empty here, and the marks that megatron-core's initialisation would have set are set here.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer import TransformerConfig
+
+from megashear.config.schema import ParallelConfig
+from megashear.config.shape import ModelShape
+from megashear.engine.device import uses_cuda
+
+
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's config for a shape and a layout.
+
+    `num_layers` is rounded up to what the pipeline divides: megatron-core checks it although our stages are built by
+    `layout.stage_layers`, which needs no such thing.
+    """
+    parts = parallel.pipeline * parallel.virtual_pipeline
+    return TransformerConfig(
+        num_layers=-(-shape.num_layers // parts) * parts,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.intermediate_size,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        use_cpu_initialization=not uses_cuda(),
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=uses_cuda() and gradient_fusion_available(),
+        deterministic_mode=False,
+        batch_p2p_comm=uses_cuda(),
+    )
+
+
+def gradient_fusion_available() -> bool:
+    """NVIDIA Apex's kernel that adds weight gradients into the fp32 buffer inside the product."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _no_initialisation(_: torch.Tensor) -> None:
+    """Stand in where megatron-core asks for an initialiser that it never calls."""
+
+
+def _mark(weight: torch.nn.Parameter, dim: int) -> None:
+    tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
+def column_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor_parallel.ColumnParallelLinear:
+    """A linear layer whose output features are spread over tensor-parallel ranks (weight [outputs / TP, inputs])."""
+    layer = tensor_parallel.ColumnParallelLinear(
+        inputs, outputs, config=config, init_method=_no_initialisation, bias=False, gather_output=False
+    )
+    _mark(layer.weight, 0)
+    return layer
+
+
+def row_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor_parallel.RowParallelLinear:
+    """A linear layer whose input features are spread over tensor-parallel ranks (weight [outputs, inputs / TP])."""
+    layer = tensor_parallel.RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=_no_initialisation,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+    _mark(layer.weight, 1)
+    return layer
+
+
+def vocab_embedding(rows: int, width: int, config: TransformerConfig) -> tensor_parallel.VocabParallelEmbedding:
+    """An embedding whose rows are spread over tensor-parallel ranks; its output is [S, B, D], or [S / TP, B, D]."""
+    layer = tensor_parallel.VocabParallelEmbedding(
+        rows,
+        width,
+        init_method=_no_initialisation,
+        config=config,
+        reduce_scatter_embeddings=config.sequence_parallel,
+    )
+    _mark(layer.weight, 0)
+    return layer
+
+
+def output_layer(inputs: int, rows: int, config: TransformerConfig, own_weight: bool) -> Any:
+    """The vocabulary-parallel output layer; without a weight of its own it is given the embedding's."""
+    layer = tensor_parallel.ColumnParallelLinear(
+        inputs,
+        rows,
+        config=config,
+        init_method=_no_initialisation,
+        bias=False,
+        gather_output=False,
+        skip_weight_param_allocation=not own_weight,
+    )
+    if own_weight:
+        _mark(layer.weight, 0)
+    return layer
+
+
+def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Have the gradient of a replicated weight summed over tensor-parallel ranks when activations are split by sequence."""
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def cross_entropy(logits_SBV: torch.Tensor, labels_SB: torch.Tensor) -> torch.Tensor:
+    """Cross entropy per token [S, B] in fp32 from logits whose last dimension is spread over tensor-parallel ranks."""
+    return tensor_parallel.vocab_parallel_cross_entropy(logits_SBV, labels_SB)
+
+
+def gather_features(x: torch.Tensor) -> torch.Tensor:
+    """All tensor-parallel ranks' last dimensions side by side; the gradient is summed over ranks and scattered back."""
+    return mappings.all_gather_last_dim_from_tensor_parallel_region(x)
+
+
+def gather_logits(logits: torch.Tensor) -> torch.Tensor:
+    """All columns of vocabulary-parallel logits on every tensor-parallel rank."""
+    return mappings.gather_from_tensor_model_parallel_region(logits)
+
+
+def tensor_group() -> Any:
+    """The tensor-parallel process group."""
+    return parallel_state.get_tensor_model_parallel_group()

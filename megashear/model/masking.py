@@ -1,0 +1,88 @@
+"""What one rank needs of a micro-batch's masks: its slices, with gradients that simply add up over ranks.
+
+Head and intermediate masks act on tensor-parallel shards: a rank takes its slice, and the sum of all ranks' gradients is the
+whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's gradient is
+the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module one plain sum
+over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under parallelism).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megashear.config.shape import ModelShape
+from megashear.engine.layout import Layout
+from megashear.masks.masks import Masks
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of one layer on one rank; None is a mask of ones."""
+
+    hidden: Tensor | None  # [D]
+    head: Tensor | None  # [H / TP]
+    intermediate: Tensor | None  # [F / TP]
+    branch: Tensor | None  # [D] or [1]: hidden * layer, on what a branch adds to the residual stream
+
+
+@dataclass(frozen=True)
+class StageMasks:
+    """The masks of a model chunk: one entry a local layer, and the hidden mask for embedding and final norm."""
+
+    hidden: Tensor | None
+    layers: list[LayerMasks]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def shared_by_ranks(mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """A mask on activations: its gradient is scaled so that a sum over tensor-parallel ranks counts it once."""
+    if mask is None or layout.sequence or layout.tensor_size == 1:
+        return mask
+    return _ScaleGradient.apply(mask, 1.0 / layout.tensor_size)
+
+
+def stage_masks(
+    masks: Masks | None, shape: ModelShape, layout: Layout, layers: range, dtype: torch.dtype
+) -> StageMasks:
+    """This rank's slices of the masks for the given global layers.
+
+    masks: hidden [D], head [L, H], intermediate [L, F], layer [L], each or all of them None. The products that masks enter
+    are computed in `dtype`; masks and their gradients stay in their own precision until then.
+    """
+    if masks is None:
+        return StageMasks(None, [LayerMasks(None, None, None, None) for _ in layers])
+    hidden = shared_by_ranks(masks.hidden, layout)
+    layer_L = shared_by_ranks(masks.layer, layout)
+    heads = shape.num_heads // layout.tensor_size
+    columns = shape.intermediate_size // layout.tensor_size
+    rows = []
+    for index in layers:
+        branch = hidden if layer_L is None else layer_L[index] * (1.0 if hidden is None else hidden)
+        rows.append(
+            LayerMasks(
+                hidden=hidden,
+                head=None if masks.head is None else _slice(masks.head[index], layout.tensor_rank, heads).to(dtype),
+                intermediate=None
+                if masks.intermediate is None
+                else _slice(masks.intermediate[index], layout.tensor_rank, columns),
+                branch=None if branch is None else branch.to(dtype),
+            )
+        )
+    return StageMasks(hidden, rows)
+
+
+def _slice(mask: Tensor, rank: int, width: int) -> Tensor:
+    return mask[rank * width : (rank + 1) * width]
