@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = ("prune", "finalize", "pretrain", "export")
-GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")
 
 
 def key(
@@ -52,8 +51,8 @@ class ShapeConfig:
     intermediate_size: int | None = key(None, "width of the SwiGLU layer I", low=1)
     vocab_size: int | None = key(None, "vocabulary; from scratch null takes the dataset's", low=1)
     tie_word_embeddings: bool | None = key(None, "output layer shares the embedding")
-    rope_theta: float | None = key(None, "base of the rotary frequencies", low=0)
-    norm_eps: float | None = key(None, "epsilon of RMSNorm", low=0)
+    rope_theta: float | None = key(None, "base of the rotary frequencies", low=1)
+    norm_eps: float | None = key(None, "epsilon of RMSNorm", low=1e-12)
     max_position_embeddings: int | None = key(None, "longest context that the exported config declares", low=1)
 
 
@@ -107,7 +106,9 @@ class MixtureConfig:
     floor: float = key(0.0, "smallest weight of a domain after an update", low=0, high=1)
     cap: float = key(1.0, "largest weight of a domain after an update", low=0, high=1)
     max_change: float = key(1.0, "largest change of a weight in one update", low=0, high=1)
-    smoothing: float = key(0.0, "exponential smoothing of the losses: share of the previous value kept", low=0, high=1)
+    smoothing: float = key(
+        0.0, "exponential smoothing of the losses: share of the previous value kept", low=0, high=0.999
+    )
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ class OptimizerConfig:
     """Adam for the weights: one section per training stage."""
 
     learning_rate: float = key(1e-4, "peak learning rate of the weights", low=0)
-    beta1: float = key(0.9, "Adam's first-moment decay", low=0, high=1)
-    beta2: float = key(0.95, "Adam's second-moment decay", low=0, high=1)
-    eps: float = key(1e-8, "Adam's epsilon", low=0)
+    beta1: float = key(0.9, "Adam's first-moment decay", low=0, high=0.9999)
+    beta2: float = key(0.95, "Adam's second-moment decay", low=0, high=0.999999)
+    eps: float = key(1e-8, "Adam's epsilon", low=1e-20)
     weight_decay: float = key(0.0, "decoupled weight decay", low=0)
-    clip_norm: float = key(1.0, "global gradient norm at which gradients are scaled down", low=0)
+    clip_norm: float = key(1.0, "global gradient norm at which gradients are scaled down", low=1e-6)
     schedule: str = key("cosine", "learning rate after warm-up: cosine, or warm-up-stable-decay", ("cosine", "wsd"))
     warmup_steps: int | None = key(
         None, "linear warm-up; null: a tenth of the steps when pruning, 3 % when pre-training", low=0
@@ -171,11 +172,14 @@ class PruneConfig:
         None, "steps over which targets grow to their full value; null: a fifth of the steps", low=0
     )
     granularities: list[str] | None = key(
-        None, "masks to learn, of: hidden, group, query, intermediate, layer; null: those that shrink", GRANULARITIES
+        None,
+        "masks to learn, of: hidden, group (a key/value head with its query heads), query, intermediate, layer; "
+        "null: those that shrink",
+        ("hidden", "group", "query", "intermediate", "layer"),
     )
     log_alpha_init: float = key(5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01)")
     log_alpha_limit: float = key(
-        4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100", low=0
+        4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100", low=0.1
     )
     lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
     clip: str = key(
@@ -224,7 +228,7 @@ class ExportConfig:
 
     folder: str | None = key(None, "folder to write; null: `export` in the run folder")
     dtype: str | None = key(None, "dtype of the weights; null: the run's precision", ("fp32", "bf16", "fp16"))
-    max_shard_gb: float = key(5.0, "largest safetensors file in 10^9 bytes", low=0)
+    max_shard_gb: float = key(5.0, "largest safetensors file in 10^9 bytes", low=0.001)
 
 
 @dataclass(frozen=True)

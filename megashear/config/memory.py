@@ -1,0 +1,127 @@
+"""Memory per rank, estimated before anything is launched: one `Memory` per pipeline stage.
+
+Key properties: arithmetic on sizes alone; what is left out is CUDA's context, NCCL's buffers and fragmentation (2 to
+4 GiB). Bytes: weights 2 (bf16) or 4 (fp32); gradients 4, accumulated in fp32; optimizer: Adam's two moments 8, and 4
+for an fp32 master where weights are bf16, divided by data parallelism under the distributed optimizer. Activations
+follow Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4, for SwiGLU, query groups and attention
+that stores no scores. Read next: `shape.py`, `check.py`.
+"""
+
+from dataclasses import dataclass
+
+from megashear.config.schema import ParallelConfig
+from megashear.config.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a pipeline stage."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank does in a step: micro_batch sequences of sequence_length at a time, micro_batches of them."""
+
+    micro_batch: int
+    micro_batches: int
+    sequence_length: int
+    data_parallel: int
+    precision: str
+    masked: bool
+
+
+def stage_memory(shape: ModelShape, parallel: ParallelConfig, work: Work) -> list[Memory]:
+    """Memory of a rank of each pipeline stage, the first stage first."""
+    return [_memory(shape, parallel, work, stage) for stage in range(parallel.pipeline)]
+
+
+def chunk_layers(num_layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
+    """Layers in each model chunk of a pipeline stage; earlier parts of the stack take what does not divide."""
+    base, extra = divmod(num_layers, parallel.pipeline * parallel.virtual_pipeline)
+    parts = [chunk * parallel.pipeline + stage for chunk in range(parallel.virtual_pipeline)]
+    return [base + (part < extra) for part in parts]
+
+
+def rank_parameters(shape: ModelShape, parallel: ParallelConfig, stage: int) -> int:
+    """Parameters on a rank of a stage: products and vocabulary rows over tensor-parallel ranks, norms on each."""
+    norms = 2 * shape.hidden_size
+    layer = (shape.layer_parameters() - norms) // parallel.tensor + norms
+    count = layer * sum(chunk_layers(shape.num_layers, parallel, stage))
+    vocabulary = shape.padded_vocab_size(parallel.tensor) // parallel.tensor * shape.hidden_size
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    if first:
+        count += vocabulary
+    if last:
+        count += shape.hidden_size
+        if not (first and shape.tie_word_embeddings):  # a tied pipeline holds a copy on its last stage
+            count += vocabulary
+    return count
+
+
+def layer_activations(shape: ModelShape, parallel: ParallelConfig, work: Work) -> int:
+    """Bytes that one layer keeps for the backward of one micro-batch, without recomputation.
+
+    Elements per token: inputs and outputs of both norms 4d, with masks both branches' outputs 2d more, these divided
+    only under sequence parallelism; over tensor-parallel ranks q, k, v and the attention's output (2H + 2G) head_dim,
+    with masks the output before its mask H head_dim more, and gate, up and their product 3I.
+    """
+    heads, groups = shape.num_heads, shape.num_query_groups
+    replicated = (6 if work.masked else 4) * shape.hidden_size
+    split = ((3 if work.masked else 2) * heads + 2 * groups) * shape.head_dim + 3 * shape.intermediate_size
+    per_token = replicated // _sequence_split(parallel) + split // parallel.tensor
+    return per_token * work.micro_batch * work.sequence_length * _element(work)
+
+
+def layers_in_flight(shape: ModelShape, parallel: ParallelConfig, work: Work, stage: int) -> int:
+    """Layers, once per micro-batch in flight, whose activations a stage holds at its peak.
+
+    1F1B runs PP - stage - 1 forwards ahead; interleaved with V chunks 2 (PP - stage - 1) + (V - 1) PP chunk forwards
+    (Narayanan et al. 2021, section 2.2).
+    """
+    chunks = chunk_layers(shape.num_layers, parallel, stage)
+    behind = parallel.pipeline - stage - 1
+    if parallel.virtual_pipeline == 1:
+        return chunks[0] * min(behind + 1, work.micro_batches)
+    ahead = 2 * behind + (parallel.virtual_pipeline - 1) * parallel.pipeline
+    return max(chunks) * min(ahead + 1, work.micro_batches * parallel.virtual_pipeline)
+
+
+def _memory(shape: ModelShape, parallel: ParallelConfig, work: Work, stage: int) -> Memory:
+    count = rank_parameters(shape, parallel, stage)
+    tokens = work.micro_batch * work.sequence_length
+    optimizer = (12 if work.precision == "bf16" else 8) * count
+    if parallel.distributed_optimizer:
+        optimizer //= work.data_parallel
+    flying = layers_in_flight(shape, parallel, work, stage)
+    layer = layer_activations(shape, parallel, work)
+    if parallel.recompute == "full":  # the input of every layer, and one layer in full while its backward runs
+        inputs = shape.hidden_size * tokens * _element(work) // _sequence_split(parallel)
+        activations = flying * inputs + layer
+    else:
+        activations = flying * layer
+    logits = 0
+    if stage == parallel.pipeline - 1:  # logits and their gradient, and the softmax in fp32
+        logits = (2 * _element(work) + 4) * tokens * shape.padded_vocab_size(parallel.tensor) // parallel.tensor
+    return Memory(count, _element(work) * count, 4 * count, optimizer, activations, logits)
+
+
+def _element(work: Work) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if work.precision == "bf16" else 4
+
+
+def _sequence_split(parallel: ParallelConfig) -> int:
+    """Parts into which activations outside the products are split."""
+    return parallel.tensor if parallel.sequence else 1

@@ -1,0 +1,72 @@
+"""Whether the mixture section can work: weights that normalise, references that are there, guard rails that meet.
+
+Read next: `schema.py` (MixtureConfig), `dataset.py` (the dataset's domains).
+"""
+
+from megashear.config.schema import Config, MixtureConfig
+from megashear.config.stages import training_stages
+
+
+def mixture_problems(config: Config) -> list[str]:
+    """What stops dynamic batch loading, whatever the dataset; empty where no stage trains."""
+    if not training_stages(config):
+        return []
+    mixture = config.mixture
+    problems = _weight_problems(mixture)
+    if mixture.rule != "static":
+        problems += _reference_problems(config)
+        problems += _guard_problems(mixture)
+    return problems
+
+
+def _weight_problems(mixture: MixtureConfig) -> list[str]:
+    weights = mixture.initial_weights
+    if weights is None:
+        return []
+    if not weights:
+        return ["mixture.initial_weights: no domain is named; name all, or leave it null"]
+    adaptive = mixture.rule != "static"
+    low = [name for name, weight in weights.items() if weight < 0 or (weight == 0 and adaptive)]
+    if low:
+        reason = "a weight that follows the losses has to start above 0" if adaptive else "weights are not negative"
+        return [f"mixture.initial_weights: {', '.join(low)}: {reason}; raise it, or leave the domain out"]
+    if sum(weights.values()) <= 0:
+        return ["mixture.initial_weights: they sum to 0; raise one"]
+    return []
+
+
+def _reference_problems(config: Config) -> list[str]:
+    mixture = config.mixture
+    if mixture.references == "source" and config.source.folder is None:
+        return [
+            "mixture.references: `source` evaluates the source model, and source.folder is null; use `list` or "
+            "`scaling_law`, or rule: static"
+        ]
+    if mixture.references == "scaling_law" and mixture.scaling_law is None:
+        return ["mixture.scaling_law: missing; give the JSON file of tools/fit_reference_losses.py"]
+    if mixture.references != "list":
+        return []
+    losses = mixture.reference_losses
+    if not losses:
+        return ["mixture.reference_losses: missing; give a loss in nats per token for every domain"]
+    problems = []
+    negative = [name for name, loss in losses.items() if loss < 0]
+    if negative:
+        problems.append(f"mixture.reference_losses: {', '.join(negative)}: a cross entropy is not negative")
+    weights = mixture.initial_weights
+    if weights is not None and weights.keys() != losses.keys():
+        odd = ", ".join(sorted(weights.keys() ^ losses.keys()))
+        problems.append(f"mixture.reference_losses: {odd}: not in both this and initial_weights; name the same domains")
+    return problems
+
+
+def _guard_problems(mixture: MixtureConfig) -> list[str]:
+    problems = []
+    if mixture.floor > mixture.cap:
+        problems.append(f"mixture.floor: {mixture.floor} is above mixture.cap {mixture.cap}; lower it")
+    count = len(mixture.initial_weights or mixture.reference_losses or ())
+    if count and mixture.floor * count > 1:
+        problems.append(f"mixture.floor: {mixture.floor} x {count} domains is above 1; use at most {1 / count:.4f}")
+    if count and mixture.cap * count < 1:
+        problems.append(f"mixture.cap: {mixture.cap} x {count} domains is below 1; use at least {1 / count:.4f}")
+    return problems

@@ -1,0 +1,58 @@
+"""Batches and schedules of the training stages: what divides, what fits into the steps, and what null stands for.
+
+Read next: `schema.py` (the keys), `check.py`.
+"""
+
+from megashear.config.legality import either, near_multiples
+from megashear.config.schema import BatchConfig, Config, OptimizerConfig, ParallelConfig, PretrainConfig, PruneConfig
+
+
+def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
+    """The sections of the stages that train, of those that the run names, in order."""
+    sections: dict[str, PruneConfig | PretrainConfig] = {"prune": config.prune, "pretrain": config.pretrain}
+    return {name: section for name, section in sections.items() if name in config.run.stages}
+
+
+def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
+    """What does not divide: the global batch over ranks and micro-batches, micro-batches over a virtual pipeline."""
+    replica = parallel.tensor * parallel.pipeline
+    if world_size is None or world_size % replica:  # the layout's own problem is reported with the shapes
+        return []
+    data_parallel = world_size // replica
+    at_once = batch.micro_batch * data_parallel
+    if batch.global_batch % at_once:
+        return [
+            f"{stage}.batch.global_batch: {batch.global_batch} is not divisible by micro_batch {batch.micro_batch} x "
+            f"{data_parallel} data-parallel ranks = {at_once}; "
+            f"use {either(near_multiples(batch.global_batch, at_once))}"
+        ]
+    count = batch.global_batch // at_once
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        legal = [near * at_once for near in near_multiples(count, parallel.pipeline)]
+        return [
+            f"{stage}.batch.global_batch: {batch.global_batch} makes {count} micro-batches, and virtual_pipeline needs "
+            f"a multiple of parallel.pipeline {parallel.pipeline}; use {either(legal)}"
+        ]
+    return []
+
+
+def schedule_problems(config: Config, stage: str, optimizer: OptimizerConfig, batch: BatchConfig) -> list[str]:
+    """Warm-ups and decays that do not fit into the steps."""
+    problems = []
+    warmup, decay = optimizer.warmup_steps or 0, optimizer.decay_steps or 0
+    if warmup >= batch.steps:
+        problems.append(
+            f"{stage}.optimizer.warmup_steps: {warmup} leaves nothing of {batch.steps} steps; use fewer, or null"
+        )
+    elif optimizer.schedule == "wsd" and warmup + decay > batch.steps:
+        problems.append(
+            f"{stage}.optimizer.decay_steps: {decay} and a warm-up of {warmup} are more than {batch.steps} steps; "
+            f"use at most {batch.steps - warmup}"
+        )
+    sparsity = config.prune.sparsity_warmup_steps or 0
+    if stage == "prune" and sparsity >= batch.steps:
+        problems.append(
+            f"prune.sparsity_warmup_steps: {sparsity} of {batch.steps} steps leaves none at the full target; "
+            "use fewer, or null"
+        )
+    return problems
