@@ -1,0 +1,226 @@
+"""The blended stream: which sample of which domain stands at every place of the global sample stream.
+
+A domain's seats in a global batch are its share plus the remainder carried from earlier batches, rounded; its samples
+come in the epoch orders of `samples.py`; a keyed permutation mixes the domains within the batch. Key properties: the
+stream is a function of (seed, weight history, batch sizes) alone, so it is the same for every layout; the state is a
+few numbers per domain. Read next: `apportion.py` (rounding), `loader.py` (tokens of a plan).
+
+Legend: B sequence of the global batch, K domain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megashear.data.apportion import apportion
+from megashear.data.manifest import Dataset
+from megashear.data.samples import Permutation, sample_count, samples_at
+from megashear.errors import CheckpointError, ConfigError, DataError, TrainingError
+
+
+@dataclass(frozen=True)
+class DomainSource:
+    """A domain as the stream sees it: its name, the tokens of its training split, and the sequence length S."""
+
+    name: str
+    tokens: int
+    sequence_length: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch."""
+        return sample_count(self.tokens, self.sequence_length)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One global batch: for each sequence its domain and its sample. `first` is the global number of its first
+    sequence.
+    """
+
+    first: int
+    domain_B: np.ndarray
+    sample_B: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.domain_B)
+
+
+def sources(dataset: Dataset, sequence_length: int) -> list[DomainSource]:
+    """The training splits of a dataset; raises DataError for a domain too short for one sample."""
+    found = [DomainSource(d, len(dataset.stream(d, "train")), sequence_length) for d in dataset.domains]
+    for source in found:
+        if source.samples == 0:
+            raise DataError(
+                f"{dataset.folder}: domain {source.name!r} has {source.tokens} training tokens, fewer than one "
+                "sample of "
+                f"{sequence_length + 1}; add text, leave the domain out or lower data.sequence_length"
+            )
+    return found
+
+
+def weight_array(weights: Mapping[str, float] | Sequence[float] | np.ndarray, names: list[str]) -> np.ndarray:
+    """Weights as float64 [K] that sum to 1, from a dict by name or an array in order; raises ConfigError."""
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ConfigError(f"domain weights name {sorted(weights)}, the dataset has {sorted(names)}; name each once")
+        weights = [weights[name] for name in names]
+    weight_K = np.array(weights, dtype=np.float64)
+    if weight_K.shape != (len(names),) or not np.isfinite(weight_K).all() or weight_K.min() < 0 or weight_K.sum() <= 0:
+        raise ConfigError(
+            f"domain weights {list(weights)}: give one finite, non-negative number per domain, not all zero"
+        )
+    total = weight_K.sum()
+    return weight_K if total == 1.0 else weight_K / total
+
+
+class BlendedStream:
+    """The global sample stream of a run. Attributes: `names` of the domains in order, `cursor_K`, samples taken of
+    each.
+    """
+
+    def __init__(
+        self,
+        domains: list[DomainSource],
+        seed: int,
+        weights: Mapping[str, float] | Sequence[float] | np.ndarray,
+        exhausted: str = "repeat",
+    ) -> None:
+        """exhausted: `repeat`, `renormalise` or `stop`, what happens where a domain's epoch ends (config
+        `data.exhausted`).
+        """
+        assert exhausted in ("repeat", "renormalise", "stop"), exhausted
+        self.domains, self.seed, self.exhausted = domains, seed, exhausted
+        self.names = [source.name for source in domains]
+        self._samples_K = np.array([source.samples for source in domains], dtype=np.int64)
+        self.cursor_K = np.zeros(len(domains), dtype=np.int64)
+        self._remainder_K = np.zeros(len(domains), dtype=np.float64)
+        self._next = 0
+        self.set_weights(weights)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Domain weights in force, float64 [K], sum 1."""
+        return self._weight_K.copy()
+
+    def set_weights(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
+        """Use other weights from the next batch on; remainders are kept."""
+        self._weight_K = weight_array(weights, self.names)
+
+    def next_batch(self, global_batch: int) -> BatchPlan:
+        """Plan the next `global_batch` sequences and move on.
+
+        Returns a BatchPlan with domain_B int64 [B] (index into `names`) and sample_B int64 [B] (sample of the domain's
+        stream).
+        Raises TrainingError where a domain ran out under `stop`, or all did under `renormalise`; the state is then
+        unchanged.
+        """
+        seat_K, remainder_K = self._seats(global_batch)
+        domain_B = np.repeat(np.arange(len(self.domains)), seat_K)
+        parts = [
+            samples_at(np.arange(start, start + seats), int(count), self.seed, name)
+            for name, start, seats, count in zip(self.names, self.cursor_K, seat_K, self._samples_K, strict=True)
+        ]
+        place_B = Permutation(global_batch, self.seed, "places in a batch", self._next)(np.arange(global_batch))
+        plan = BatchPlan(self._next, domain_B[place_B], np.concatenate(parts)[place_B])
+        self.cursor_K, self._remainder_K = self.cursor_K + seat_K, remainder_K
+        self._next += global_batch
+        return plan
+
+    def _seats(self, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seats int64 [K] of each domain in the next batch, and the remainders to carry float64 [K]."""
+        if self.exhausted == "renormalise":
+            return self._seats_of_the_rest(global_batch)
+        seat_K, remainder_K = apportion(self._weight_K, self._remainder_K, global_batch)
+        if self.exhausted == "stop" and (over_K := self.cursor_K + seat_K > self._samples_K).any():
+            name = self.names[int(np.argmax(over_K))]
+            raise TrainingError(
+                f"domain {name!r} has run out of data after {self._next} sequences and data.exhausted is `stop`; "
+                "add data, lower its weight, or set data.exhausted to repeat or renormalise"
+            )
+        return seat_K, remainder_K
+
+    def _seats_of_the_rest(self, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seats where domains that ran out give theirs to the others, in proportion to the others' weights."""
+        left_K = self._samples_K - self.cursor_K
+        seat_K, remainder_K = np.zeros_like(left_K), self._remainder_K.copy()
+        open_K = left_K > 0
+        remainder_K[~open_K] = 0.0
+        while True:
+            weight_K = np.where(open_K, self._weight_K, 0.0)
+            if weight_K.sum() <= 0:
+                raise TrainingError(
+                    f"every domain has run out of data after {self._next} sequences and data.exhausted is "
+                    "`renormalise`; "
+                    "add data, train for fewer steps, or set data.exhausted to repeat"
+                )
+            weight_K /= weight_K.sum()
+            remainder_K += weight_K * (0.0 - remainder_K[open_K].sum()) * open_K
+            rest = global_batch - int(seat_K[~open_K].sum())
+            seat_K[open_K], remainder_K[open_K] = apportion(weight_K[open_K], remainder_K[open_K], rest)
+            over_K = open_K & (seat_K > left_K)
+            if not over_K.any():
+                return seat_K, remainder_K
+            remainder_K[open_K] = self._remainder_K[open_K]
+            seat_K[over_K], remainder_K[over_K] = left_K[over_K], 0.0
+            open_K = open_K & ~over_K
+
+    def epochs(self) -> dict[str, float]:
+        """Epochs taken of each domain's training split so far."""
+        return {name: float(c / n) for name, c, n in zip(self.names, self.cursor_K, self._samples_K, strict=True)}
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens predicted of each domain so far."""
+        return {s.name: int(c) * s.sequence_length for s, c in zip(self.domains, self.cursor_K, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the stream depends on, as JSON values (doubles round-trip); its size never
+        grows.
+        """
+        return {
+            "seed": self.seed,
+            "names": self.names,
+            "samples": self._samples_K.tolist(),
+            "next": self._next,
+            "cursors": self.cursor_K.tolist(),
+            "remainders": self._remainder_K.tolist(),
+            "weights": self._weight_K.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; raises CheckpointError where it is of other domains, other data or another
+        seed.
+        """
+        own = self.state_dict()
+        for key, meaning in (("names", "domains"), ("samples", "samples per domain"), ("seed", "seed")):
+            if state.get(key) != own[key]:
+                raise CheckpointError(
+                    f"the checkpoint's data stream has other {meaning}: {state.get(key)}, this run has "
+                    f"{own[key]}; resume with "
+                    "the dataset, seed and sequence length that it was saved with, or start a new run folder"
+                )
+        self._next = int(state["next"])
+        self.cursor_K = np.array(state["cursors"], dtype=np.int64)
+        self._remainder_K = np.array(state["remainders"], dtype=np.float64)
+        self._weight_K = np.array(state["weights"], dtype=np.float64)
+
+
+def planned_epochs(
+    domains: list[DomainSource], weights: Mapping[str, float] | Sequence[float] | np.ndarray, sequences: int
+) -> dict[str, float]:
+    """Epochs of each domain that `sequences` samples at constant `weights` will take."""
+    weight_K = weight_array(weights, [source.name for source in domains])
+    return {s.name: float(w * sequences / s.samples) for s, w in zip(domains, weight_K, strict=True)}
+
+
+def epoch_warnings(epochs: dict[str, float], max_epochs: float) -> list[str]:
+    """One line for each domain of `planned_epochs` that needs more than `max_epochs` (config `data.max_epochs`)."""
+    return [
+        f"domain {name!r}: the planned weights take {count:.1f} epochs of it, more than data.max_epochs = "
+        f"{max_epochs:g}; "
+        "lower its weight, add data or train for fewer steps"
+        for name, count in epochs.items()
+        if count > max_epochs
+    ]

@@ -1,0 +1,167 @@
+"""One face for the two kinds of tokenizer files: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
+
+Key properties: ids are the library's own, without beginning or end tokens; the digest names the tokenizer in every
+dataset and checkpoint; nothing is downloaded and nothing read from a file runs code. Read next: `preprocess.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megashear.errors import DataError
+from megashear.files.manifest import digest
+
+# Where the end-of-sequence token is looked up beside a tokenizer.json, in this order.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+# What travels with a tokenizer into datasets and exports; a model's config.json is its own.
+COMPANIONS = (*SETTINGS[:3], "added_tokens.json", "tokenizer.model")
+
+
+class Encoder(Protocol):
+    """What a tokenizer library must do: text to ids, ids to text, its number of ids and the end-of-sequence id it
+    knows.
+    """
+
+    vocab_size: int
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+
+
+class SentencePieceEncoder:
+    """`tokenizer.model` through the sentencepiece library."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the library refuses the file."""
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.load_from_serialized_proto(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: not a SentencePiece model ({error}); give the model's tokenizer.model") from error
+        self.vocab_size = self._model.vocab_size()
+        eos = self._model.eos_id()
+        self.eos_id = eos if eos >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self._model.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._model.decode(ids)
+
+
+class HuggingFaceEncoder:
+    """`tokenizer.json` through the tokenizers library."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the library refuses the file."""
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a tokenizer.json ({error}); give the model's tokenizer.json") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos_id = self._find_eos(path.parent)
+
+    def _find_eos(self, folder: Path) -> int | None:
+        """The end-of-sequence id that the files beside the tokenizer name, first file first."""
+        for name in SETTINGS:
+            settings = read_settings(folder / name)
+            token = settings.get("eos_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            ids = settings.get("eos_token_id")
+            found = self._tokenizer.token_to_id(content) if isinstance(content, str) else ids
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int):
+                return found
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object beside a tokenizer, {} where there is none; raises DataError where it is not one."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not JSON ({error}); repair or remove it") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+class Tokenizer:
+    """A loaded tokenizer.
+
+    Attributes: `path` of its main file; `name` of that file; `digest`, the file's SHA-256; `vocab_size`, one more than
+    the largest id; `eos_id`; `files`, the paths to carry along into a dataset or an export.
+    """
+
+    def __init__(self, path: Path, encoder: Encoder, eos_id: int) -> None:
+        self.path, self.name = path, path.name
+        self.digest = digest(path)
+        self.vocab_size, self.eos_id = encoder.vocab_size, eos_id
+        self.files = [path] + [p for name in COMPANIONS if (p := path.parent / name).is_file() and p != path]
+        self._encoder = encoder
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 [tokens], as the library's own encoder gives them; no token is added."""
+        return np.array(self._encoder.encode(text), dtype=np.int64)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of ids [tokens]."""
+        return self._encoder.decode([int(i) for i in ids])
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer's main file: `path` itself, or in a folder `tokenizer.json`, else `tokenizer.model`. Raises
+    DataError.
+    """
+    if path.is_dir():
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path / name).is_file():
+                return path / name
+        raise DataError(f"{path}: holds neither tokenizer.json nor tokenizer.model; give the folder of a tokenizer")
+    if not path.is_file():
+        raise DataError(f"{path}: not found; give a tokenizer.model, a tokenizer.json or a folder holding one")
+    return path
+
+
+def load_tokenizer(path: Path | str, eos_id: int | None = None) -> Tokenizer:
+    """Load a `tokenizer.model`, a `tokenizer.json`, or the one in a folder (`tokenizer.json` where it holds both).
+
+    eos_id: the end-of-sequence id where it is known from elsewhere; null: the SentencePiece model's own, or what
+    tokenizer_config.json, special_tokens_map.json, generation_config.json or config.json beside a tokenizer.json name.
+    Raises DataError: no such file, a damaged one, or one whose end-of-sequence token is not known.
+    """
+    file = tokenizer_file(Path(path)).absolute()
+    encoder: Encoder = HuggingFaceEncoder(file) if file.suffix == ".json" else SentencePieceEncoder(file)
+    eos = encoder.eos_id if eos_id is None else eos_id
+    if eos is None:
+        raise DataError(
+            f"{file}: no end-of-sequence token known; put a tokenizer_config.json with `eos_token` beside it, "
+            "documents must end in one"
+        )
+    if not 0 <= eos < encoder.vocab_size:
+        raise DataError(
+            f"{file}: the end-of-sequence id {eos} is outside of its {encoder.vocab_size} ids; repair the files"
+        )
+    return Tokenizer(file, encoder, eos)

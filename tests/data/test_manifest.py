@@ -1,0 +1,118 @@
+import json
+import os
+
+import pytest
+
+from megashear.data.manifest import SPLITS, Dataset, check_domain_name
+from megashear.errors import DataError
+
+
+def edit_manifest(folder, change):
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_a_dataset_says_of_itself(dataset, sentencepiece_model):
+    assert dataset.domains == ["web", "книги 📚", "code"]
+    assert (dataset.vocab_size, dataset.eos_id) == (500, 2)
+    assert len(dataset.stream("web")) == 5000 and len(dataset.stream("web", "heldout")) == 700
+    tokenizer = dataset.tokenizer()
+    assert tokenizer.digest == dataset.tokenizer_digest
+    assert (dataset.folder / "tokenizer" / "tokenizer.model").read_bytes() == sentencepiece_model.read_bytes()
+    assert dataset.pair("code").documents == dataset.counts["code"]["train"]["documents"]
+    dataset.verify()
+
+
+def test_streams_cannot_be_written(dataset):
+    with pytest.raises(ValueError):
+        dataset.stream("web")[0] = 1
+
+
+def test_every_file_missing_cut_or_grown_is_refused_by_name(dataset_folder):
+    files = [p for p in dataset_folder.rglob("*") if p.is_file()]
+    assert len(files) == 3 * len(SPLITS) * 2 + 2
+    for path in files:
+        content = path.read_bytes()
+        for change in (None, content[:-1], content + b"x", b""):
+            path.unlink(missing_ok=True)
+            if change is not None:
+                path.write_bytes(change)
+            with pytest.raises(DataError, match=path.name):
+                Dataset.open(dataset_folder)
+        path.write_bytes(content)
+    Dataset.open(dataset_folder).verify()
+
+
+def test_a_flipped_bit_is_found_by_verify(dataset_folder):
+    for path in [p for p in dataset_folder.rglob("*") if p.is_file() and p.name != "manifest.json"]:
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[len(damaged) // 2] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=path.name):
+            Dataset.open(dataset_folder).verify()
+        path.write_bytes(content)
+
+
+def test_swapped_domains_are_found(dataset_folder):
+    for suffix in (".bin", ".idx"):
+        web, code = dataset_folder / f"web.train{suffix}", dataset_folder / f"code.train{suffix}"
+        os.rename(web, dataset_folder / "aside")
+        os.rename(code, web)
+        os.rename(dataset_folder / "aside", code)
+    with pytest.raises(DataError, match="train"):
+        Dataset.open(dataset_folder)
+
+
+def test_another_tokenizer_is_refused(dataset_folder, tokenizer_json):
+    (dataset_folder / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    with pytest.raises(DataError, match="not the tokenizer"):
+        Dataset.open(dataset_folder).tokenizer()
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/etc/x", ".hidden", "a\\b", "a\0b", "a\nb", "", " ", "x" * 300])
+def test_a_name_that_is_no_file_name_is_refused(dataset_folder, name):
+    assert check_domain_name(name) is not None
+    edit_manifest(dataset_folder, lambda content: content["domains"].update({name: content["domains"]["web"]}))
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        Dataset.open(dataset_folder)
+
+
+@pytest.mark.parametrize("name", ["CommonCrawl", "книги", "📚 books", "a.b-c_d", "C4 (2019)"])
+def test_names_in_any_script_are_fine(name):
+    assert check_domain_name(name) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("domains"),
+        lambda content: content.pop("tokenizer"),
+        lambda content: content.update(domains=[1, 2]),
+        lambda content: content.update(domains={}),
+        lambda content: content.update(version=99),
+        lambda content: content["domains"]["web"].pop("train"),
+        lambda content: content["domains"]["web"]["train"].update(tokens=4999),
+        lambda content: content["domains"]["web"]["train"].update(documents="many"),
+        lambda content: content["tokenizer"].update(vocab_size=None),
+        lambda content: content["files"].pop("web.train.bin"),
+        lambda content: content["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(dataset_folder, change):
+    edit_manifest(dataset_folder, change)
+    with pytest.raises(DataError, match=r"manifest\.json|web\.train"):
+        Dataset.open(dataset_folder)
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(DataError, match=r"manifest\.json: not found"):
+        Dataset.open(tmp_path)
+
+
+def test_an_empty_domain_is_refused(tmp_path, sentencepiece_model, write_dataset):
+    folder = write_dataset(tmp_path / "d", sentencepiece_model, {"web": (100, 10), "none": (0, 0)})
+    with pytest.raises(DataError, match="'none' has no tokens"):
+        Dataset.open(folder)
