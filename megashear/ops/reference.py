@@ -19,7 +19,7 @@ BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 """Temperature and stretch of the hard concrete distribution (Louizos et al. 2018; Sheared LLaMA, section 2.1)."""
 
 NOISE_FLOOR = 17
-"""Smallest numerator over 2^24 of the mask noise: the first odd one above 1e-6; 2^24 - 17 is the last below 1 - 1e-6."""
+"""Least numerator over 2^24 of the mask noise: the first odd one above 1e-6; 2^24 - 17 is the last below 1 - 1e-6."""
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -116,7 +116,7 @@ def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tenso
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): ten rounds of multiply and exchange.
 
-    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks], words below
+    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks] of words below
     2^32.
     """
     low32 = np.uint64(0xFFFFFFFF)

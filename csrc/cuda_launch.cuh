@@ -1,0 +1,64 @@
+// cuda_launch.cuh: what the CUDA kernels share: vector access, sums over a block, launch checks, and a strip sum.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "number.h"
+
+namespace megashear {
+
+constexpr int kThreads = 256;
+
+// N elements that are read or written by one instruction.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T value[N];
+};
+
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load(const T* address) {
+  return *reinterpret_cast<const Pack<T, N>*>(address);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store(T* address, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(address) = pack;
+}
+
+// Widest pack of 16 bytes that every row start allows, or single elements.
+template <typename T>
+bool packs_fit(int64_t columns, const void* first, const void* second, const void* third) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second) |
+                         reinterpret_cast<uintptr_t>(third);
+  return columns % static_cast<int64_t>(16 / sizeof(T)) == 0 && bits % 16 == 0;
+}
+
+// The sum of `value` over the block's threads, given to all of them; the order of addition is fixed.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float warp_sums[kThreads / 32];
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  __syncthreads();  // the previous use of warp_sums is over
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += warp_sums[warp];
+  return total;
+}
+
+inline cudaStream_t stream_of(intptr_t executor) { return reinterpret_cast<cudaStream_t>(executor); }
+
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(status));
+  }
+}
+
+}  // namespace megashear

@@ -1,0 +1,151 @@
+"""Build the kernels: csrc/ for the CPU as megashear._csrc and, with nvcc, for CUDA as megashear._csrc_cuda.
+
+Neither needs torch. What cannot be built is left out, and megashear then computes in plain torch; the build says what it
+did, and so does `megashear env`. Environment:
+    MEGASHEAR_CPU        auto (default: build where a C++ compiler is found), 0 (never), 1 (fail where it cannot be built)
+    MEGASHEAR_CUDA       the same for CUDA, where nvcc decides; no GPU is needed to build
+    MEGASHEAR_CUDA_ARCH  compute capabilities, default "80;90a"; PTX of the first lets later devices run it too
+    CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_APPEND_FLAGS  as usual
+The rest of the package's description stands in pyproject.toml.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHITECTURES = "80;90a"
+CPU, CUDA = "megashear._csrc", "megashear._csrc_cuda"
+SWITCHES = {CPU: "MEGASHEAR_CPU", CUDA: "MEGASHEAR_CUDA"}
+
+
+class CannotBuild(Exception):
+    """Why one of the two libraries is left out."""
+
+
+def sources(pattern: str) -> list[str]:
+    """The binding file and the kernel sources of one device, relative to the root."""
+    found = [*ROOT.glob(f"csrc/device_{pattern}"), *ROOT.glob(f"csrc/*/{pattern}")]
+    return ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in found)]
+
+
+def headers() -> list[str]:
+    """Compiler flags that find Python's and pybind11's headers; CannotBuild where pybind11 is not installed."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild("pybind11 is not installed") from error
+    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+
+
+def cpu_command(target: Path) -> list[str]:
+    """The command that compiles and links the CPU kernels; CannotBuild where there is no C++ compiler."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    configured = shlex.split(sysconfig.get_config_var("CXX") or "")[:1]
+    candidates = [named] if named else [configured, ["c++"], ["g++"], ["clang++"]]
+    compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
+    if compiler is None:
+        raise CannotBuild("no C++ compiler was found (set CXX or install g++)")
+    flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    linking = shlex.split(os.environ.get("LDFLAGS", ""))
+    return [*compiler, *flags, *headers(), *sources("cpu.cpp"), "-o", str(target), *linking]
+
+
+def find_nvcc() -> str:
+    """Path of nvcc; CannotBuild where there is none."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [*(str(Path(home) / "bin" / "nvcc") for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next((path for path in map(shutil.which, candidates) if path), None)
+    if nvcc is None:
+        raise CannotBuild("nvcc was not found (set CUDA_HOME)")
+    return nvcc
+
+
+def cuda_architecture_flags() -> list[str]:
+    """nvcc's flags for MEGASHEAR_CUDA_ARCH: code for each, and PTX of the first."""
+    names = os.environ.get("MEGASHEAR_CUDA_ARCH", CUDA_ARCHITECTURES).replace(",", ";").replace(".", "").split(";")
+    names = [name.strip() for name in names if name.strip()]
+    if not names or not all(name.rstrip("af").isdigit() for name in names):
+        raise CannotBuild("MEGASHEAR_CUDA_ARCH must list compute capabilities like 80;90a")
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}"]
+
+
+def cuda_command(target: Path) -> list[str]:
+    """The command that compiles and links the CUDA kernels, with the CUDA runtime inside; CannotBuild without nvcc."""
+    flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "--threads=0", "-DMEGASHEAR_MODULE=_csrc_cuda"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architecture_flags()]
+    return [find_nvcc(), *flags, *headers(), *sources("cuda.cu"), "-o", str(target)]
+
+
+COMMANDS = {CPU: cpu_command, CUDA: cuda_command}
+
+
+class BuildKernels(build_ext):
+    """Builds each library by one command, or leaves it out and says why."""
+
+    def build_extensions(self) -> None:
+        """Build what the environment asks for; forget the rest, so that nothing expects its file."""
+        self.left_out: list[Extension] = []
+        for extension in list(self.extensions):
+            try:
+                self._build(extension)
+            except CannotBuild as reason:
+                self._leave_out(extension, reason)
+        self.extensions = [extension for extension in self.extensions if extension not in self.left_out]
+
+    def _build(self, extension: Extension) -> None:
+        switch = SWITCHES[extension.name]
+        if os.environ.get(switch, "auto") == "0":
+            raise CannotBuild(f"{switch}=0")
+        target = Path(self.get_ext_fullpath(extension.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f"{target.name}.new")
+        command = COMMANDS[extension.name](fresh)
+        print("megashear:", shlex.join(command), flush=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode != 0:
+            fresh.unlink(missing_ok=True)
+            raise CannotBuild(f"{command[0]} ended with status {done.returncode}, see above")
+        fresh.replace(target)
+        print(f"megashear: built {extension.name} with {command[0]}", flush=True)
+
+    def _leave_out(self, extension: Extension, reason: CannotBuild) -> None:
+        switch = SWITCHES[extension.name]
+        if os.environ.get(switch) == "1":
+            raise CompileError(f"megashear: {extension.name} was asked for by {switch}=1, but {reason}") from reason
+        print(f"megashear: {extension.name} is left out, plain torch serves in its place: {reason}", flush=True)
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        self.left_out.append(extension)
+
+    def copy_extensions_to_source(self) -> None:
+        """Place the libraries beside the sources (editable installs), as new files: a running process keeps its own."""
+        build_py = self.get_finalized_command("build_py")
+        for extension in [*self.extensions, *self.left_out]:
+            package = build_py.get_package_dir("megashear")
+            (ROOT / package / Path(self.get_ext_filename(extension.name)).name).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+def check_switches() -> None:
+    """Stop with one message where a switch of the environment has a value that means nothing."""
+    for switch in SWITCHES.values():
+        if os.environ.get(switch, "auto") not in ("auto", "0", "1"):
+            raise SystemExit(f"megashear: {switch} must be auto, 0 or 1, not {os.environ[switch]!r}")
+
+
+if __name__ == "__main__":
+    check_switches()
+    setup(
+        ext_modules=[Extension(CPU, sources("cpu.cpp")), Extension(CUDA, sources("cuda.cu"))],
+        cmdclass={"build_ext": BuildKernels},
+    )
