@@ -1,0 +1,230 @@
+"""`megashear VERB`: one thin function per verb; what a user got wrong is one message on stderr and an exit code.
+
+Key properties: each verb imports what it needs when it runs, so `--help` is quick and `check` loads no torch; a
+traceback appears for faults of megashear itself alone. Read next: `report.py` (what `check` prints), `train/run.py`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megashear import __version__
+from megashear.errors import ConfigError, MegashearError, ModelError
+
+if TYPE_CHECKING:
+    from megashear.config.schema import Config
+    from megashear.config.shape import ModelShape
+
+INTERNAL_ERROR = 70  # sysexits' EX_SOFTWARE
+KEYBOARD_INTERRUPT = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+EXIT_CODES = """\
+exit codes:
+    0  done
+    1  an error of another kind
+    2  the command line or the run file: unknown keys, an impossible target, layout or schedule
+    3  data: a dataset, a shard or a tokenizer that cannot be used
+    4  model: a folder of weights that is missing, unsafe or incomplete
+    5  checkpoint: none that is valid, or one of another run
+    6  training: losses that stay non-finite, a domain that ran out
+    7  storage: a disk that is full or read-only
+    8  busy: another process holds the run folder
+   70  a fault of megashear itself (with a traceback; please report it)
+   75  stopped by a signal after saving a checkpoint: the same command goes on from there
+  130  stopped by Ctrl-C
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line (null: the process's own) and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.act(options)
+        sys.stdout.flush()
+        return 0
+    except MegashearError as error:
+        _tell(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return KEYBOARD_INTERRUPT
+    except BrokenPipeError:  # the reader of our output went away; nothing more can be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception:
+        traceback.print_exc()
+        print("megashear: this is a fault of megashear; please report it with the lines above", file=sys.stderr)
+        return INTERNAL_ERROR
+
+
+def _tell(error: MegashearError) -> None:
+    """Print a user's error once for all ranks.
+
+    Rank 0 prints. Another rank leaves the message where torchrun looks for the first failure; without that place it
+    prints too, because the error may be its own.
+    """
+    rank = os.environ.get("RANK", "0")
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        content = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
+        Path(place).write_text(json.dumps({"message": content}), encoding="utf-8")
+    if rank == "0" or not place:
+        who = "megashear" if rank == "0" else f"megashear (rank {rank})"
+        print("\n".join(f"{who}: error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megashear",
+        description="Prune a LLaMA to a shape that you name, and pre-train it further on a dynamic mixture.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megashear {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, meaning: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        added.set_defaults(act=globals()[f"_{name}"], verb=name)
+        return added
+
+    one = verb("import", "copy a Hugging Face LLaMA into a verified model folder")
+    one.add_argument("source", type=Path, help="Hugging Face folder: config.json, tokenizer, safetensors")
+    one.add_argument("output", type=Path, help="model folder to write")
+    for name, meaning in (
+        ("check", "check a run file without torch, weights or data; print shapes, layout, memory and tokens"),
+        ("run", "go through the stages that a run file names, from where the run stopped"),
+        ("prune", "run the pruning stage of a run file"),
+        ("finalize", "cut the pruned model out of the masked one"),
+        ("pretrain", "run the continued pre-training of a run file"),
+    ):
+        one = verb(name, meaning)
+        one.add_argument("file", type=Path, nargs="?" if name == "check" else None, help="run file (YAML)")
+        one.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys to override, such as run.seed=1")
+        if name == "check":
+            one.add_argument("--presets", action="store_true", help="list the shapes that have a name")
+    one = verb("export", "write a Hugging Face folder from a model folder or a run, and load it back")
+    one.add_argument("model", type=Path, help="model folder, or run folder")
+    one.add_argument("output", type=Path, help="folder to write")
+    one.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: the model's)")
+    one.add_argument("--max-shard-gb", type=_size, default=5.0, help="largest file in 10^9 bytes (default: 5)")
+    one = verb("eval", "held-out loss and perplexity of a model, by domain")
+    one.add_argument("model", type=Path, help="model folder")
+    one.add_argument("data", type=Path, help="dataset folder")
+    one.add_argument("--sequence-length", type=_count, default=4096, help="tokens of a sequence (default: 4096)")
+    one.add_argument("--sequences", type=_count, default=64, help="sequences of each domain (default: 64)")
+    verb("env", "show versions, devices and the kernels in use")
+    one = verb("plot", "draw losses, sparsities and the mixture of a run")
+    one.add_argument("run", type=Path, help="run folder")
+    one.add_argument("--output", type=Path, help="folder of the pictures (default: plots in the run folder)")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _size(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _import(options: argparse.Namespace) -> None:
+    from megashear.weights.importer import import_model
+
+    import_model(options.source, options.output)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from megashear import report
+    from megashear.config.check import check
+    from megashear.config.load import load_config
+
+    if options.presets:
+        print(report.presets_table())
+    if options.file is None:
+        if not options.presets:
+            raise ConfigError("check: no run file; give one, or --presets")
+        return
+    config = load_config(options.file, options.overrides)
+    print(report.render(config, check(config, _source_shape(config), None)))
+
+
+def _source_shape(config: "Config") -> "ModelShape | None":
+    """The shape of the source's folder; null where there is no such folder here."""
+    from megashear.weights.hf_config import NAME, read_config, shape_of_config
+
+    if config.source.folder is None or not Path(config.source.folder).is_dir():
+        return None
+    folder = Path(config.source.folder)
+    return shape_of_config(read_config(folder), folder / NAME)
+
+
+def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
+    from megashear.config.check import check
+    from megashear.config.load import load_config
+
+    config = load_config(options.file, options.overrides)
+    for stage in stages or []:
+        if stage not in config.run.stages:
+            raise ConfigError(f"run.stages: it does not name {stage}; add it to the run file")
+    source = _source_shape(config)
+    if config.source.folder is not None and source is None:
+        raise ModelError(f"source.folder: {config.source.folder} is no folder; run `megashear import` first")
+    check(config, source, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
+
+    from megashear.train.run import run
+
+    run(config, stages)
+
+
+def _prune(options: argparse.Namespace) -> None:
+    _run(options, ["prune"])
+
+
+def _finalize(options: argparse.Namespace) -> None:
+    _run(options, ["finalize"])
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    _run(options, ["pretrain"])
+
+
+def _export(options: argparse.Namespace) -> None:
+    from megashear.export.folder import export_model
+
+    export_model(options.model, options.output, options.dtype, options.max_shard_gb)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from megashear.train.evaluate import evaluate_folder
+    from megashear.train.tables import loss_table
+
+    losses = evaluate_folder(options.model, options.data, options.sequence_length, options.sequences)
+    print(loss_table({options.model.name: losses}))
+
+
+def _env(options: argparse.Namespace) -> None:
+    from megashear.engine.environment import describe
+
+    rows = describe()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from megashear.plot.run import plot_run
+
+    for path in plot_run(options.run, options.output):
+        print(path)

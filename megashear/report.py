@@ -1,0 +1,84 @@
+"""What `megashear check` prints: shapes, layout, memory of every pipeline stage, tokens wanted and there, disk space.
+
+Key properties: text made of a `Report`, without torch. Read next: `config/check.py`, `train/tables.py`.
+"""
+
+from megashear.config.check import Report
+from megashear.config.dataset import planned_weights, stage_tokens
+from megashear.config.memory import Memory
+from megashear.config.presets import PRESETS
+from megashear.config.schema import BatchConfig, Config
+from megashear.config.stages import training_stages
+from megashear.train import tables
+
+STATE_BYTES = {"bf16": 14, "fp32": 12}
+"""Bytes of a checkpoint per parameter at most: weights, fp32 masters where they differ, Adam's two moments."""
+
+
+def render(config: Config, report: Report) -> str:
+    """The tables of everything that a check could see, and what it could not."""
+    stages = {name: stage.batch for name, stage in training_stages(config).items()}
+    parts = []
+    if report.source is not None:
+        parts.append(tables.shape_table(report.source, report.target))
+    if stages:
+        parts.append(tables.stage_table(stages, config.data.sequence_length))
+    if report.world_size is not None:
+        parts.append(tables.layout_table(config.parallel, report.world_size))
+    if report.memory:
+        parts.append(memory_table(report.memory))
+    if report.dataset is not None and stages:
+        parts.append(tables.epochs_table(_epochs(config, report, stages), config.data.max_epochs))
+    if stages:
+        parts.append(tables.checkpoint_table(config.run.folder, config.checkpoint, stages))
+    if stages and report.source is not None:
+        parts.append(disk_table(config, report))
+    notes = [f"warning: {text}" for text in report.warnings] + [f"not checked: {text}" for text in report.not_checked]
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+
+def memory_table(memory: dict[str, list[Memory]]) -> str:
+    """Estimated GiB on a rank of each pipeline stage, by training stage."""
+    header = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "all"]
+    rows = []
+    for name, ranks in memory.items():
+        for index, rank in enumerate(ranks):
+            sizes = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.logits, rank.total)
+            label = name if len(ranks) == 1 else f"{name}, pipeline {index}"
+            rows.append([label, tables.count(rank.parameters), *(f"{size / 2**30:.2f}" for size in sizes)])
+    return tables.table("Memory per rank, estimated (GiB, without CUDA's and NCCL's own)", header, rows)
+
+
+def disk_table(config: Config, report: Report) -> str:
+    """GiB of one checkpoint of each stage, and of those kept with the one that is being written."""
+    rows = []
+    for name in training_stages(config):
+        shape = report.target if name == "pretrain" and report.target is not None else report.source
+        assert shape is not None
+        size = STATE_BYTES[config.precision] * shape.parameters() / 2**30
+        rows.append([name, f"{size:.1f}", f"{size * (config.checkpoint.keep + 1):.1f}"])
+    return tables.table("Disk space (GiB, at most)", ["", "a checkpoint", "at the peak"], rows)
+
+
+def presets_table() -> str:
+    """Every shape that a preset names."""
+    header = ["preset", "hidden", "layers", "heads", "groups", "head size", "intermediate", "vocabulary", "parameters"]
+    rows = []
+    for name, shape in PRESETS.items():
+        sizes = [shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_query_groups, shape.head_dim]
+        sizes += [shape.intermediate_size, shape.vocab_size]
+        rows.append([name, *(str(size) for size in sizes), tables.count(shape.parameters())])
+    return tables.table("Shapes", header, rows)
+
+
+def _epochs(config: Config, report: Report, stages: dict[str, BatchConfig]) -> dict[str, dict[str, float]]:
+    assert report.dataset is not None
+    weights = planned_weights(config, report.dataset)
+    there = {name: max(domain.train_tokens, 1) for name, domain in report.dataset.domains.items()}
+    return {
+        stage: {
+            name: weight * stage_tokens(batch, config.data.sequence_length) / there[name]
+            for name, weight in weights.items()
+        }
+        for stage, batch in stages.items()
+    }
