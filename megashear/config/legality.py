@@ -6,6 +6,7 @@ Read next: `shape.py` (the sizes), `presets.py` (where shapes come from).
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 
 from megashear.config.schema import ParallelConfig
@@ -66,15 +67,17 @@ def shape_problems(
 
     target: null where a stage prunes nothing. world_size: ranks in all; null leaves it unchecked.
     """
+    shapes = {"source": source} if target is None else {"source": source, "target": target}
+    no_sizes = [problem for section, shape in shapes.items() for problem in size_problems(shape, section)]
     problems = layout_problems(parallel, world_size)
-    problems += self_problems(source, "source")
-    if target is not None:
-        problems += self_problems(target, "target")
-    if parallel.tensor >= 1 and parallel.pipeline >= 1 and parallel.virtual_pipeline >= 1:
+    if no_sizes:
+        return problems + no_sizes
+    problems += [problem for section, shape in shapes.items() for problem in self_problems(shape, section)]
+    layout_is_one = min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) >= 1
+    if layout_is_one:
         problems += source_layout_problems(source, parallel)
-        if target is not None:
-            problems += target_layout_problems(source, target, parallel)
     if target is not None:
+        problems += target_layout_problems(source, target, parallel) if layout_is_one else []
         problems += pruning_problems(source, target)
     return problems
 
@@ -104,14 +107,19 @@ def layout_problems(parallel: ParallelConfig, world_size: int | None) -> list[st
     return problems
 
 
-def self_problems(shape: ModelShape, section: str) -> list[str]:
-    """Problems of a shape by itself, with keys under `section`."""
+def size_problems(shape: ModelShape, section: str) -> list[str]:
+    """Sizes of a shape that are not above 0, with keys under `section`."""
     keys = ("hidden_size", "num_layers", "num_heads", "num_query_groups", "head_dim", "intermediate_size", "vocab_size")
-    problems = [
+    return [
         f"{section}.{key}: {getattr(shape, key)} is not a size; use 1 or more"
         for key in keys
         if getattr(shape, key) < 1
     ]
+
+
+def self_problems(shape: ModelShape, section: str) -> list[str]:
+    """Problems of a shape by itself, with keys under `section`."""
+    problems = size_problems(shape, section)
     if problems:
         return problems
     if shape.num_heads % shape.num_query_groups:
@@ -131,7 +139,7 @@ def self_problems(shape: ModelShape, section: str) -> list[str]:
 def source_layout_problems(source: ModelShape, parallel: ParallelConfig) -> list[str]:
     """Sizes of the source that the layout cannot carry; the source stands, so the layout has to give."""
     problems = []
-    legal = [t for t in range(1, max(source.num_heads, 1) + 1) if not undividable(source, t)]
+    legal = [t for t in range(1, source.num_heads + 1) if not undividable(source, t)]
     for key in undividable(source, parallel.tensor):
         problems.append(
             f"parallel.tensor: the source's {key} {getattr(source, key)} cannot be split over {parallel.tensor} ranks; "
@@ -151,13 +159,16 @@ def target_layout_problems(source: ModelShape, target: ModelShape, parallel: Par
     problems, tensor = [], parallel.tensor
     for key in undividable(target, tensor):
         value, limit = getattr(target, key), getattr(source, key)
+        rule = f"not divisible by parallel.tensor {tensor}"
         if key == "num_query_groups":
-            legal = nearest([g for g in range(1, limit + 1) if g % tensor == 0 or tensor % g == 0], value)
             rule = f"neither a multiple nor a divisor of parallel.tensor {tensor}"
+            way_out = legal_groups(source, target, tensor)
         else:
-            legal = [near for near in near_multiples(value, tensor) if near <= limit]
-            rule = f"not divisible by parallel.tensor {tensor}"
-        problems.append(f"target.{key}: {value} is {rule}; use {either(legal) or 'a smaller parallel.tensor'}")
+            factor = tensor
+            if key == "num_heads" and not groups_undividable(target.num_query_groups, tensor):
+                factor = math.lcm(tensor, target.num_query_groups)
+            way_out = either([near for near in near_multiples(value, factor) if near <= limit])
+        problems.append(f"target.{key}: {value} is {rule}; use {way_out or 'a smaller parallel.tensor'}")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if target.num_layers < stages <= source.num_layers:
         problems.append(
@@ -193,10 +204,26 @@ def pruning_problems(source: ModelShape, target: ModelShape) -> list[str]:
 def undividable(shape: ModelShape, tensor: int) -> list[str]:
     """Keys of a shape that tensor parallelism cannot split: sizes by multiples, groups also by replicating them."""
     keys = [key for key in ("hidden_size", "num_heads", "intermediate_size") if getattr(shape, key) % tensor]
-    groups = shape.num_query_groups
-    if groups > 0 and groups % tensor and tensor % groups:
+    if groups_undividable(shape.num_query_groups, tensor):
         keys.append("num_query_groups")
     return keys
+
+
+def groups_undividable(groups: int, tensor: int) -> bool:
+    """Whether key/value heads can neither be split over tensor ranks nor be held by several of them alike."""
+    return bool(groups % tensor and tensor % groups)
+
+
+def legal_groups(source: ModelShape, target: ModelShape, tensor: int) -> str:
+    """The nearest numbers of groups that the layout carries, with the heads that keep the target's heads per group."""
+    queries = max(target.queries_per_group, 1)  # 0 where there are fewer heads than groups
+    legal = [
+        groups
+        for groups in range(1, source.num_query_groups + 1)
+        if not groups_undividable(groups, tensor) and groups * queries % tensor == 0
+    ]
+    pairs = nearest(legal, target.num_query_groups)
+    return " or ".join(f"{groups} with num_heads {groups * queries}" for groups in pairs)
 
 
 def near_multiples(value: int, factor: int) -> list[int]:

@@ -193,7 +193,7 @@ class MaskState:
         if wanted != found:
             differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
             raise CheckpointError(
-                f"mask state: the checkpoint's granularities or sizes differ from this run's in {', '.join(differing)}. "
+                f"mask state: the checkpoint's granularities or sizes are not this run's in {', '.join(differing)}. "
                 "Use the source, target and prune.granularities with which it was saved."
             )
         steps = float(saved["adam_steps"])

@@ -1,0 +1,128 @@
+"""Masked model -> plain dense LLaMA, one Hugging Face tensor after another: units are cut, mask values multiplied in.
+
+Key properties: exact. With deterministic masks the masked forward pass and the pruned model compute one function, so
+only rounding differs; the masked norm's divisor, the count of hidden units that are not 0, is the pruned model's d'.
+Where each mask value goes (z: deterministic masks, K: keep sets):
+
+    embedding [:, K] * z_hidden                         norms [K] * z_hidden
+    q, k, v [rows, K]                                   o [K, rows] * z_layer * z_hidden (rows) * z_head (columns)
+    gate [K, K], up [K, K] * z_intermediate (rows)      down [K, K] * z_layer * z_hidden (rows)
+    final norm [K] * z_hidden, or [K] where tied        output [:, K]
+
+z_head goes into o's columns, because query heads of a group share v. A tied output layer holds the embedding's z_hidden
+already, which the final norm therefore leaves out: (w z) E^T = w (E z)^T, so ties survive the fold.
+Under `published` masking the embedding is not masked in the forward pass, so it is not here either, and the final norm
+carries z_hidden, tied or not. Read next: `keep.py`.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megashear.config.shape import ModelShape
+from megashear.errors import ModelError
+from megashear.masks.keep import KeepSets
+from megashear.masks.masks import Masks
+
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What is needed to fold any tensor of the source; call it tensor by tensor, in any order."""
+
+    source: ModelShape
+    keep: KeepSets
+    masks: Masks
+    """Deterministic masks that are open exactly where `keep` keeps."""
+    masking: str = "exact"
+    """prune.masking of the run that made the masks: exact or published."""
+
+    def __call__(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The pruned tensor and its name, or None where it goes away (a dropped layer, a tied copy of the embedding).
+
+        name, tensor: a full tensor of the source under its Hugging Face name. Products are taken in at least fp32 and
+        rounded once to the tensor's dtype. Raises ModelError for a name that LLaMA does not have.
+        """
+        match = LAYER_NAME.fullmatch(name)
+        if match:
+            return self._layer(int(match[1]), match[2], name, tensor)
+        hidden, z_hidden = self.keep.hidden, self.masks.hidden
+        exact = self.masking == "exact"
+        if name == "model.embed_tokens.weight":
+            return name, cut(tensor, columns=hidden, column_scale=z_hidden if exact else None)
+        if name == "model.norm.weight":
+            in_output = exact and self.source.tie_word_embeddings
+            return name, cut(tensor, rows=hidden, row_scale=None if in_output else z_hidden)
+        if name == "lm_head.weight":
+            return None if self.source.tie_word_embeddings else (name, cut(tensor, columns=hidden))
+        raise ModelError(f"{name}: not a tensor of a LLaMA; the model holds something that cannot be pruned here")
+
+    def _layer(self, layer: int, part: str, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """A tensor of source layer `layer`, renumbered."""
+        place = (self.keep.layer == layer).nonzero()
+        if place.numel() == 0:
+            return None
+        new_name = f"model.layers.{int(place)}.{part}.weight"
+        hidden, z_hidden = self.keep.hidden, self.masks.hidden
+        columns_I = self.keep.intermediate[layer]
+        if part in NORMS:
+            return new_name, cut(tensor, rows=hidden, row_scale=z_hidden)
+        if part == "self_attn.q_proj":
+            return new_name, cut(tensor, rows=self._head_rows(self.keep.head[layer]), columns=hidden)
+        if part in ("self_attn.k_proj", "self_attn.v_proj"):
+            return new_name, cut(tensor, rows=self._head_rows(self.keep.group[layer]), columns=hidden)
+        if part == "self_attn.o_proj":
+            z_head = None if self.masks.head is None else self.masks.head[layer]
+            z_columns = None if z_head is None else z_head.repeat_interleave(self.source.head_dim)
+            return new_name, cut(
+                tensor, hidden, self._head_rows(self.keep.head[layer]), self._branch_scale(layer), z_columns
+            )
+        if part == "mlp.gate_proj":
+            return new_name, cut(tensor, rows=columns_I, columns=hidden)
+        if part == "mlp.up_proj":
+            z_intermediate = None if self.masks.intermediate is None else self.masks.intermediate[layer]
+            return new_name, cut(tensor, rows=columns_I, columns=hidden, row_scale=z_intermediate)
+        if part == "mlp.down_proj":
+            return new_name, cut(tensor, hidden, columns_I, self._branch_scale(layer))
+        raise ModelError(f"{name}: not a tensor of a LLaMA; the model holds something that cannot be pruned here")
+
+    def _head_rows(self, heads: Tensor) -> Tensor:
+        """Rows that the given heads take in a projection: head_dim side by side for each."""
+        return (heads[:, None] * self.source.head_dim + torch.arange(self.source.head_dim)).reshape(-1)
+
+    def _branch_scale(self, layer: int) -> Tensor | None:
+        """What a branch's output is multiplied by, [d] or [1]: layer mask times hidden mask."""
+        hidden = self.masks.hidden
+        if self.masks.layer is None:
+            return hidden
+        z_layer = self.masks.layer[layer : layer + 1]
+        return z_layer if hidden is None else z_layer * hidden
+
+
+def cut(
+    tensor: Tensor,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """The given rows and columns of a matrix (or entries of a vector), scaled by mask values and rounded once.
+
+    rows, columns: int64 indices, null keeps all. row_scale, column_scale: values for all source rows and columns ([1]:
+    the same for all), null is ones. Returns a contiguous tensor of the input's dtype on its device.
+    """
+    out = tensor
+    for dim, index in ((0, rows), (1, columns)):
+        if index is not None:
+            out = out.index_select(dim, index.to(tensor.device))
+    for dim, index, scale in ((0, rows, row_scale), (1, columns, column_scale)):
+        if scale is not None:
+            kept = scale if scale.numel() == 1 or index is None else scale[index.to(scale.device)]
+            wide = torch.promote_types(torch.promote_types(out.dtype, scale.dtype), torch.float32)
+            shape = [-1 if at == dim else 1 for at in range(out.dim())]
+            out = out.to(wide) * kept.to(device=tensor.device, dtype=wide).view(shape)
+    return out.to(tensor.dtype).contiguous()

@@ -1,0 +1,64 @@
+"""Keep sets: order, ties, groups with their queries, agreement with deterministic masks; the doubtful units."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megashear.config.schema import PruneConfig
+from megashear.config.shape import ModelShape
+from megashear.masks.keep import borderline_units, keep_sets
+from megashear.masks.state import MaskState
+from megashear.masks.target import mask_specs
+
+
+def masks_and_keep(source, target, seed, spread=2):
+    """Masks and keep sets of a state whose log-alpha takes few values, so that ties are common."""
+    state = MaskState(source, target, PruneConfig(), seed=0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in state.log_alpha.values():
+            value.copy_(torch.randint(-spread, spread + 1, value.shape, generator=generator))
+    return state.deterministic(), keep_sets(state.log_alpha, state.specs, source)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_kept_units_are_the_open_ones_in_order(seed, groups, queries, hidden, layers):
+    source = ModelShape(16, 3, 12, 4, 4, 20, 11)
+    target = ModelShape(hidden, layers, groups * queries, groups, 4, 12, 11)
+    masks, keep = masks_and_keep(source, target, seed)
+    for mask, kept in ((masks.hidden, keep.hidden), (masks.layer, keep.layer)):
+        assert kept.tolist() == (list(range(len(kept))) if mask is None else mask.nonzero()[:, 0].tolist())
+    assert keep.group.shape == (3, groups) and keep.head.shape == (3, groups * queries)
+    for layer in range(3):
+        if masks.head is not None:
+            assert keep.head[layer].tolist() == masks.head[layer].nonzero()[:, 0].tolist()
+        assert keep.intermediate[layer].tolist() == masks.intermediate[layer].nonzero()[:, 0].tolist()
+        assert (keep.head[layer] // 3).tolist() == keep.group[layer].repeat_interleave(queries).tolist()
+
+
+def test_ties_keep_the_lower_index(source, target):
+    specs = mask_specs(source, target)
+    keep = keep_sets({spec.name: torch.ones(spec.shape) for spec in specs}, specs, source)
+    assert keep.hidden.tolist() == list(range(40)) and keep.layer.tolist() == [0, 1, 2]
+    assert keep.head.tolist() == keep.group.tolist() == [list(range(5))] * 4
+
+
+def test_queries_alone_shrink_within_every_group(grouped_source):
+    target = ModelShape(16, 3, 4, 4, 4, 20, 11)
+    _, keep = masks_and_keep(grouped_source, target, seed=3)
+    assert keep.group.tolist() == [[0, 1, 2, 3]] * 3
+    assert (keep.head // 3).tolist() == [[0, 1, 2, 3]] * 3
+    assert keep.hidden.tolist() == list(range(16)) and keep.intermediate.shape == (3, 20)
+
+
+def test_borderline_units_are_counted_with_the_worst(grouped_source):
+    target = ModelShape(16, 2, 12, 4, 4, 10, 11)
+    specs = mask_specs(grouped_source, target)
+    intermediate = torch.full((3, 20), -4.6)
+    intermediate[:, :9] = 4.6
+    log_alpha = {"intermediate": intermediate, "layer": torch.tensor([1.0, 2.0, -1.0])}
+    first, second = borderline_units(log_alpha, specs)
+    assert (first.granularity, first.kept, first.below_half) == ("intermediate", 30, 3)
+    assert abs(first.worst - 1 / (1 + 2.718281828**5.52)) < 1e-6
+    assert (second.granularity, second.kept, second.below_half) == ("layer", 2, 0)
