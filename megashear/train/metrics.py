@@ -20,6 +20,7 @@ import errno
 import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -65,7 +66,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
             {f"{name}/{inner}": number for inner, number in value.items()} if isinstance(value, dict) else {name: value}
         )
         for tag, number in tags.items():
-            if name != "step" and isinstance(number, int | float):
+            if name != "step" and isinstance(number, Real):
                 yield f"{record['kind']}/{tag}", float(number)
 
 
@@ -107,7 +108,7 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Append one line, or leave the file as it was and raise OSError."""
-        line = orjson.dumps(dict(record), option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(dict(record), option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
         size = self.path.stat().st_size
         if self._file.write(line) != len(line):
             self._file.truncate(size)
@@ -218,7 +219,7 @@ class Metrics:
         self._each(lambda sink: sink.resume(stage, step))
 
     def write(self, record: Record) -> None:
-        """Write a record of the schema above; values are Python's own numbers."""
+        """Write a record of the schema above; values are Python's or numpy's numbers."""
         self._each(lambda sink: sink.write(record))
 
     def write_masks(self, masks: Mapping[str, np.ndarray]) -> None:

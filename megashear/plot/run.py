@@ -1,0 +1,73 @@
+"""All pictures of a run: `megashear plot RUN`.
+
+Key properties: reads `metrics.jsonl` and `masks.npz` of the run folder, while the run goes on as well; a picture for
+which nothing is recorded is left out; every PNG is written whole or not at all. Read next: `series.py`, `style.py`.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from megashear.errors import DataError
+from megashear.plot.losses import draw_losses
+from megashear.plot.masks import draw_masks
+from megashear.plot.series import Stage, stages_of
+from megashear.plot.sparsity import draw_multipliers, draw_sparsity
+from megashear.plot.style import STYLE, save
+from megashear.plot.training import draw_training
+from megashear.plot.weights import draw_weights
+from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
+
+PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
+    "weights.png": draw_weights,
+    "losses.png": draw_losses,
+    "sparsity.png": draw_sparsity,
+    "multipliers.png": draw_multipliers,
+    "training.png": draw_training,
+}
+
+
+def read_masks(path: Path) -> dict[str, np.ndarray]:
+    """Masks by granularity; none where the file is absent. Raises DataError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a file of masks ({error}); remove it to draw the rest") from None
+
+
+def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
+    """Draw every picture of a run into `output` (None: `plots` in the run folder) and return their paths.
+
+    Raises DataError where the folder has nothing to draw, StorageError where a picture cannot be written.
+    """
+    run_folder = Path(run_folder)
+    if not (run_folder / FILE_NAME).exists() and not (run_folder / MASKS_NAME).exists():
+        raise DataError(f"{run_folder}: no {FILE_NAME} here; give the folder of a run that has trained (run.folder)")
+    records = read_metrics(run_folder / FILE_NAME) if (run_folder / FILE_NAME).exists() else []
+    try:
+        stages = stages_of(records)
+    except KeyError as error:
+        raise DataError(f"{run_folder / FILE_NAME}: a record without {error}; not a file of a run") from None
+    masks = read_masks(run_folder / MASKS_NAME)
+    output = Path(output) if output is not None else run_folder / "plots"
+    written = []
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        for name, draw in PICTURES.items():
+            figure = draw(stages)
+            if figure is not None:
+                written.append(save(figure, output / name))
+        figure = draw_masks(masks)
+        if figure is not None:
+            written.append(save(figure, output / "masks.png"))
+    if not written:
+        raise DataError(
+            f"{run_folder / FILE_NAME}: nothing to draw yet; wait for the first progress line and try again"
+        )
+    return written
