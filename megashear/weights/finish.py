@@ -54,7 +54,10 @@ def copy_tensors(
     dtypes = source.dtypes if dtype is None else dict.fromkeys(source.dtypes, dtype)
     with ShardedWriter.create(folder, tensor_shapes(source.shape), dtypes, max_shard_bytes) as writer:
         for name in writer.places:
-            writer.write(name, source.read(name))
+            try:
+                writer.write(name, source.read(name))
+            except ModelError as error:
+                raise ModelError(f"{source.path}: {error}") from error
 
 
 def check_same_model(source: ModelFolder, copy: ModelFolder) -> None:

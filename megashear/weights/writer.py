@@ -73,15 +73,15 @@ class ShardedWriter:
         """
         place = self.places[name]
         if tuple(tensor.shape) != place.shape:
-            raise ModelError(f"{self.folder}: {name} is {tuple(tensor.shape)}, laid out as {place.shape}")
+            raise ModelError(f"tensor {name} is {tuple(tensor.shape)}, laid out as {place.shape}")
         rows = tensor.detach() if tensor.dim() > 1 else tensor.detach().unsqueeze(-1)
         step = max(1, _PIECE // max(1, rows.shape[1] * place.dtype.itemsize))
         offset = place.offset
         for piece in rows.split(step):
             piece = piece.to(device="cpu", dtype=place.dtype)
-            if not torch.isfinite(piece).all():
+            if not torch.stack(torch.aminmax(piece)).isfinite().all():
                 raise ModelError(
-                    f"{self.folder}: {name} holds NaN or infinity in {place.dtype}; such a model is not written:"
+                    f"tensor {name} holds NaN or infinity in {place.dtype}; such a model is not written:"
                     " take undamaged weights, or a wider dtype"
                 )
             offset = self._write_at(place.file, raw_bytes(piece), offset)
