@@ -24,7 +24,7 @@ def draw_losses(stages: Sequence[Stage]) -> Figure | None:
         max(0.35 + columns * each_width, 5.6),
         0.8 + rows * each_height,
         "Held-out loss per domain",
-        "band: 95% interval of the evaluation's error   dashed: reference loss",
+        "band: 95% interval of the evaluation's error   dashed: reference loss   each stage has its own scale",
     )
     top = figure.get_size_inches()[1] - 0.62
     for index, domain in enumerate(domains):
