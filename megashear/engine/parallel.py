@@ -16,6 +16,8 @@ from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.device import uses_cuda
 
+CoreConfig = TransformerConfig
+
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """megatron-core's config for a shape and a layout.

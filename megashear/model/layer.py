@@ -6,20 +6,25 @@ The fused products keep these row orders: q, k, v by group [G, q + 2, d]; gate t
 """
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from megashear import ops
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout
-from megashear.engine.parallel import column_parallel, gather_features, mark_sequence_parallel, row_parallel
+from megashear.engine.parallel import (
+    CoreConfig,
+    column_parallel,
+    gather_features,
+    mark_sequence_parallel,
+    row_parallel,
+)
 from megashear.model.masking import LayerMasks
 
 
 class Norm(nn.Module):
     """RMSNorm over the kept hidden dimensions; the weight [D] is the same on every tensor-parallel rank."""
 
-    def __init__(self, width: int, eps: float, config: TransformerConfig, device: torch.device) -> None:
+    def __init__(self, width: int, eps: float, config: CoreConfig, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=config.params_dtype, device=device))
         self.eps = eps
@@ -33,7 +38,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; the head mask multiplies each query head's output."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig, layout: Layout) -> None:
+    def __init__(self, shape: ModelShape, config: CoreConfig, layout: Layout) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         self.queries = shape.queries_per_group
@@ -75,7 +80,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x) * mask)."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig) -> None:
+    def __init__(self, shape: ModelShape, config: CoreConfig) -> None:
         super().__init__()
         self.gate_up = column_parallel(shape.hidden_size, 2 * shape.intermediate_size, config)
         self.down = row_parallel(shape.intermediate_size, shape.hidden_size, config)
@@ -88,7 +93,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """x += branch * attention(norm(x)); x += branch * mlp(norm(x)), where branch = layer mask * hidden mask."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig, layout: Layout) -> None:
+    def __init__(self, shape: ModelShape, config: CoreConfig, layout: Layout) -> None:
         super().__init__()
         self.attention_norm = Norm(shape.hidden_size, shape.norm_eps, config, layout.device)
         self.attention = Attention(shape, config, layout)

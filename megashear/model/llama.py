@@ -6,27 +6,26 @@ section 2.1, with the embedding masked too (`exact`), so that the masked model e
 """
 
 import torch
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megashear import ops
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout
-from megashear.engine.parallel import cross_entropy, output_layer, vocab_embedding
+from megashear.engine.module import StageModule
+from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, vocab_embedding
 from megashear.masks.masks import Masks
 from megashear.model.layer import Layer, Norm
 from megashear.model.masking import stage_masks
 
 
-class Llama(MegatronModule):
+class Llama(StageModule):
     """The layers of one model chunk; the first chunk embeds tokens, the last one gives logits or losses."""
 
     def __init__(
         self,
         shape: ModelShape,
-        config: TransformerConfig,
+        config: CoreConfig,
         layout: Layout,
         layers: range,
         pre_process: bool,
@@ -36,14 +35,13 @@ class Llama(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         """layers: global indices of this chunk's layers. mask_embedding: `exact` masking. recompute: layers again in backward."""
-        super().__init__(config)
+        super().__init__(config, pre_process, post_process, shape.tie_word_embeddings, vp_stage)
         self.shape, self.layout, self.layer_range = shape, layout, layers
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.mask_embedding, self.recompute = mask_embedding, recompute
-        self.share_embeddings_and_output_weights = shape.tie_word_embeddings
-        self.input_tensor: Tensor | None = None
+        self._rope: tuple[Tensor, Tensor] | None = None
         rows = shape.padded_vocab_size(layout.tensor_size)
-        self.layers = nn.ModuleList(Layer(shape, config, layout) for _ in layers)
+        # Named by global index, so that names are unique over chunks and the same in every layout.
+        self.layers = nn.ModuleDict({str(index): Layer(shape, config, layout) for index in layers})
         if pre_process:
             self.embedding = vocab_embedding(rows, shape.hidden_size, config)
         if post_process:
@@ -51,11 +49,6 @@ class Llama(MegatronModule):
             # A tied model on several stages holds a copy on the last one, kept equal by megatron-core's embedding group.
             self.output = output_layer(shape.hidden_size, rows, config, own_weight=not (self.tied and pre_process))
         self._mark_tied_weights()
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output layer is the embedding."""
-        return self.shape.tie_word_embeddings
 
     def _mark_tied_weights(self) -> None:
         """Have megatron-core sum the gradients of both copies, and count the weight once in the gradient norm."""
@@ -67,15 +60,11 @@ class Llama(MegatronModule):
             self.output.weight.shared = True
             self.output.weight.shared_embedding = True
 
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight of this chunk, for megatron-core's reduction between the first and the last stage."""
+    def embedding_weight(self) -> Tensor | None:
+        """The tied weight of this chunk, if it holds a copy."""
         if self.pre_process:
             return self.embedding.weight
         return self.output.weight if self.post_process and self.tied else None
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        """Take the previous stage's activations (called by megatron-core's schedules)."""
-        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, masks: Masks | None = None) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before the last stage."""
@@ -86,7 +75,7 @@ class Llama(MegatronModule):
             assert self.input_tensor is not None
             x_SBD = self.input_tensor
         rope = self.rope(tokens_BS.shape[1])
-        for layer, layer_masks in zip(self.layers, stage.layers, strict=True):
+        for layer, layer_masks in zip(self.layers.values(), stage.layers, strict=True):
             if self.recompute and self.training:
                 x_SBD = checkpoint(layer, x_SBD, rope, layer_masks, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -106,8 +95,12 @@ class Llama(MegatronModule):
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 .. length - 1, in fp32."""
-        shape = self.shape
-        return ops.rope_tables(shape.head_dim, length, shape.rope_theta, shape.rope_scaling, self.layout.device)
+        if self._rope is None or len(self._rope[0]) != length:
+            shape = self.shape
+            self._rope = ops.rope_tables(
+                shape.head_dim, length, shape.rope_theta, shape.rope_scaling, self.layout.device
+            )
+        return self._rope
 
     def logits(self, x_SBD: Tensor) -> Tensor:
         """Vocabulary-parallel logits [S, B, V / TP]; padding columns hold the dtype's smallest number."""

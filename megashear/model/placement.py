@@ -79,8 +79,8 @@ def vocab_piece(shape: ModelShape, layout: Layout, name: str) -> Piece:
 def chunk_pieces(shape: ModelShape, layout: Layout, layers: range, pre: bool, post: bool) -> dict[str, list[Piece]]:
     """Pieces of every parameter of a model chunk, by the parameter's name in `Llama`."""
     pieces: dict[str, list[Piece]] = {}
-    for local, layer in enumerate(layers):
-        pieces |= {f"layers.{local}.{name}": value for name, value in layer_pieces(shape, layout, layer).items()}
+    for layer in layers:
+        pieces |= {f"layers.{layer}.{name}": value for name, value in layer_pieces(shape, layout, layer).items()}
     if pre:
         pieces["embedding.weight"] = [vocab_piece(shape, layout, EMBEDDING)]
     if post:

@@ -1,0 +1,192 @@
+"""The training loop of a stage: evaluate and re-weight domains, draw a batch, step, log, save, stop when asked.
+
+Key properties: everything that the rest of a run depends on is in `StageState`, weights and optimizer aside; the order within a
+step is fixed (evaluation first, save last), so that a run resumed from any checkpoint has the bits of the unbroken one.
+The loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
+from megashear.data.blend import BlendedStream
+from megashear.data.loader import HeldOut, Loader
+from megashear.data.mixture import Mixture
+from megashear.engine.collectives import max_over_world
+from megashear.engine.layout import Layout
+from megashear.errors import Interrupted, TrainingError
+from megashear.train.evaluate import Losses, evaluate
+from megashear.train.metrics import Metrics
+from megashear.train.progress import Progress
+from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
+from megashear.train.signals import StopRequest
+from megashear.train.step import Stepper, StepResult, local_rows, micro_batches
+
+
+@dataclass
+class Counters:
+    """Plain numbers of a stage that are saved with it."""
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Stage:
+    """A training stage: what it is made of, and how far it is."""
+
+    name: str
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    logging: LoggingConfig
+    layout: Layout
+    stepper: Stepper
+    stream: BlendedStream
+    loader: Loader
+    heldout: HeldOut
+    mixture: Mixture
+    metrics: Metrics
+    progress: Progress
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.counters.step * self.batch.global_batch * self.loader.sequence_length
+
+    @property
+    def warmup_share(self) -> float:
+        """Share of the steps that the learning rate warms up, where the config leaves it open."""
+        return PRUNE_WARMUP_SHARE if self.name == "prune" else PRETRAIN_WARMUP_SHARE
+
+
+def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: StopRequest) -> Losses:
+    """Run a stage to its end; returns the held-out losses there.
+
+    save: writes a checkpoint of the stage as it is. Raises Interrupted after saving when asked to stop, TrainingError when too
+    many steps in a row were not finite.
+    """
+    started = time.monotonic() - stage.counters.seconds
+    while stage.counters.step < stage.batch.steps:
+        if stage.counters.step % stage.batch.eval_interval == 0:
+            update = stage.counters.step > 0 or stage.name == "pretrain"
+            evaluate_and_reweight(stage, update)
+        result = train_step(stage)
+        stage.counters.step += 1
+        stage.counters.seconds = time.monotonic() - started
+        report_step(stage, result)
+        finished = stage.counters.step == stage.batch.steps
+        stopping = not finished and bool(max_over_world(_flag(stop.received is not None, stage.layout)).item())
+        if finished or stopping or stage.counters.step % save_interval == 0:
+            save()
+        if stopping:
+            raise Interrupted(
+                f"stopped by a signal at step {stage.counters.step} of {stage.name}, after saving; run the same command to go on"
+            )
+    return evaluate_and_reweight(stage, update=False)
+
+
+def _flag(value: bool, layout: Layout) -> torch.Tensor:
+    return torch.tensor([int(value)], dtype=torch.int32, device=layout.device)
+
+
+def train_step(stage: Stage) -> StepResult:
+    """Draw the next global batch and run one optimizer step on this rank's part of it."""
+    counters, batch = stage.counters, stage.batch
+    plan = stage.stream.next_batch(batch.global_batch)
+    rows = local_rows(batch.global_batch, stage.layout, batch.micro_batch).numpy()
+    samples, _ = stage.loader.read(plan, rows)
+    factor = learning_rate_factor(counters.step, batch.steps, stage.optimizer, stage.warmup_share)
+    batches = micro_batches(samples, stage.layout, batch.micro_batch, stage.layout.device)
+    result = stage.stepper.run(batches, counters.step, factor, factor * stage.optimizer.learning_rate)
+    counters.skipped += result.skipped
+    counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if result.skipped else 0
+    if counters.skipped_in_a_row >= stage.logging.nonfinite_limit:
+        raise TrainingError(
+            f"{stage.name}: loss or gradient not finite in {counters.skipped_in_a_row} steps in a row, the last is step "
+            f"{counters.step}, whose samples are {_sample_names(stage, plan)}; no weight was changed by them. Look at these "
+            "samples, lower the learning rate, or raise logging.nonfinite_limit"
+        )
+    return result
+
+
+def _sample_names(stage: Stage, plan) -> str:
+    names = [f"{stage.stream.names[d]}:{s}" for d, s in zip(plan.domain_B, plan.sample_B, strict=True)]
+    return ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
+
+
+def evaluate_and_reweight(stage: Stage, update: bool) -> Losses:
+    """Held-out losses now; with `update`, the mixture's next weights from them. Writes the record and the masks."""
+    masks = stage.stepper.masks
+    deterministic = None if masks is None else masks.deterministic("expected")
+    chunks = stage.stepper.weights.chunks
+    losses = evaluate(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
+    if update:
+        stage.mixture.update({name: loss for name, (loss, _) in losses.items()})
+        stage.stream.set_weights(stage.mixture.weights)
+    names = stage.stream.names
+    stage.metrics.write(
+        {
+            "stage": stage.name,
+            "step": stage.counters.step,
+            "kind": "eval",
+            "loss": {name: loss for name, (loss, _) in losses.items()},
+            "error": {name: error for name, (_, error) in losses.items()},
+            "reference": stage.mixture.references,
+            "weights": dict(zip(names, map(float, stage.stream.weights), strict=True)),
+        }
+    )
+    if deterministic is not None:
+        found = {name: getattr(deterministic, name) for name in ("hidden", "head", "intermediate", "layer")}
+        stage.metrics.write_masks({name: mask.cpu().numpy() for name, mask in found.items() if mask is not None})
+    return losses
+
+
+def report_step(stage: Stage, result: StepResult) -> None:
+    """Write the records and print the line, every `logging.interval` steps and at the end."""
+    counters = stage.counters
+    if counters.step % stage.logging.interval and counters.step != stage.batch.steps:
+        return
+    stage.progress.advance(counters.step, stage.tokens)
+    factor = learning_rate_factor(counters.step - 1, stage.batch.steps, stage.optimizer, stage.warmup_share)
+    rate = factor * stage.optimizer.learning_rate
+    head = {"stage": stage.name, "step": counters.step}
+    stage.metrics.write(
+        head
+        | {
+            "kind": "train",
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": stage.tokens,
+            "tokens_per_second": stage.progress.tokens_per_second,
+            "seconds": counters.seconds,
+            "domain_tokens": stage.stream.tokens(),
+            "skipped": counters.skipped,
+        }
+    )
+    expected = target = None
+    if result.sparsity is not None and stage.stepper.masks is not None:
+        expected = {name: float(value) for name, value in result.sparsity["expected"].items()}
+        target = result.sparsity["target"]
+        pairs = {name: value.detach().cpu().numpy() for name, value in stage.stepper.masks.multipliers.items()}
+        stage.metrics.write(
+            head
+            | {
+                "kind": "mask",
+                "expected": expected,
+                "target": target,
+                "lambda1": {name: float(pair[0]) for name, pair in pairs.items()},
+                "lambda2": {name: float(pair[1]) for name, pair in pairs.items()},
+                "lagrangian": result.lagrangian,
+            }
+        )
+    if stage.layout.is_main:
+        print(stage.progress.line(result.loss, result.grad_norm, rate, expected, target), flush=True)
+
+

@@ -1,0 +1,29 @@
+"""Learning-rate schedules as factors of the peak: linear warm-up, then cosine or warm-up-stable-decay.
+
+The first step's factor is 0 where there is a warm-up, as in the published runs of Sheared LLaMA.
+"""
+
+import math
+
+from megashear.config.schema import OptimizerConfig
+
+PRUNE_WARMUP_SHARE = 0.1
+PRETRAIN_WARMUP_SHARE = 0.03
+WSD_DECAY_SHARE = 0.2
+
+
+def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig, warmup_share: float) -> float:
+    """Factor of the peak learning rate at a step (0 .. steps - 1).
+
+    warmup_share: length of the warm-up where the config leaves it open. Cosine falls to `min_ratio` at the last step's end;
+    `wsd` stays at 1 and falls linearly to `min_ratio` over `decay_steps`.
+    """
+    warmup = round(steps * warmup_share) if optimizer.warmup_steps is None else optimizer.warmup_steps
+    if step < warmup:
+        return step / warmup
+    floor = optimizer.min_ratio
+    if optimizer.schedule == "cosine":
+        progress = (step - warmup) / max(1, steps - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay = round(steps * WSD_DECAY_SHARE) if optimizer.decay_steps is None else optimizer.decay_steps
+    return 1.0 if step < steps - decay else floor + (1 - floor) * (steps - step) / max(1, decay)

@@ -1,0 +1,126 @@
+"""One optimizer step: micro-batches through the pipeline, gradients of weights and masks, clipping, update or skip.
+
+Key properties: the loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which the loss or a
+gradient is not finite anywhere updates nothing anywhere. Read next: `loop.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.engine.collectives import sum_over_world
+from megashear.engine.layout import Layout
+from megashear.engine.optimizer import WeightOptimizer
+from megashear.engine.pipeline import run_micro_batches
+from megashear.masks.state import MaskState
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one rank: tokens and next tokens [b, S], and its index within the global batch."""
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    index: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    lagrangian: float | None
+    sparsity: dict[str, dict[str, Any]] | None
+
+
+def micro_batches(samples: Tensor, layout: Layout, micro_batch: int, device: torch.device) -> list[MicroBatch]:
+    """This rank's micro-batches from its samples [rows, S + 1]; rows are in the order of `local_rows`."""
+    parts = samples.to(device).split(micro_batch)
+    return [
+        MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), number * layout.data_size + layout.data_rank)
+        for number, part in enumerate(parts)
+    ]
+
+
+def local_rows(global_batch: int, layout: Layout, micro_batch: int) -> Tensor:
+    """Rows of the global batch that this data-parallel rank trains on.
+
+    Micro-batch j of the global batch is its rows j * b .. (j + 1) * b and belongs to rank j mod DP, so that the micro-batches,
+    and with them the masks drawn for each, are the same in every layout.
+    """
+    rows = torch.arange(global_batch).view(-1, layout.data_size, micro_batch)
+    return rows[:, layout.data_rank].reshape(-1)
+
+
+class Stepper:
+    """Runs steps on this rank's chunks; `masks` is None outside pruning."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        weights: WeightOptimizer,
+        masks: MaskState | None,
+        seed: int,
+        micro_batch: int,
+        clip_norm: float,
+        clip_jointly: bool,
+    ) -> None:
+        self.layout, self.weights, self.masks = layout, weights, masks
+        self.seed, self.micro_batch = seed, micro_batch
+        self.clip_norm, self.clip_jointly = clip_norm, clip_jointly
+
+    def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
+        """Accumulate and reduce the gradients of one global batch; returns its mean loss, the same on every rank."""
+
+        def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
+            masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
+            output = chunk(batch.tokens_BS, batch.labels_BS, masks)
+            return output, _mean_loss
+
+        self.weights.zero_gradients()
+        if self.masks is not None:
+            self.masks.zero_gradients()
+        length = batches[0].tokens_BS.shape[1]
+        losses = run_micro_batches(forward, self.weights.chunks, batches, length, self.micro_batch)
+        if self.masks is not None:
+            sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
+        return self._mean_over_world(losses, len(batches))
+
+    def _mean_over_world(self, losses: list[Tensor], count: int) -> float:
+        total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
+        if losses and self.layout.tensor_rank == 0:
+            total += torch.stack(losses).double().sum() / (count * self.layout.data_size)
+        return float(sum_over_world(total))
+
+    def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
+        """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights."""
+        loss = self.forward_backward(batches, step)
+        lagrangian, sparsity = None, None
+        norm = self.weights.prepare()
+        total = norm
+        if self.masks is not None:
+            value, sparsity = self.masks.add_lagrangian_gradients(step)
+            lagrangian = float(value)
+            total = math.sqrt(norm**2 + float(self.masks.grad_norm_squared()))
+        clipped = total if self.clip_jointly else norm
+        skipped = not (math.isfinite(loss) and math.isfinite(total))
+        if not skipped:
+            scale = self.weights.scale(clipped, self.clip_norm)
+            if self.masks is not None and self.clip_jointly:
+                self.masks.scale_gradients(scale)
+            self.weights.step(learning_rate)
+            if self.masks is not None:
+                self.masks.step(factor)
+        return StepResult(loss, clipped, skipped, lagrangian, sparsity)
+
+
+def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+    loss = losses_BS.mean()
+    # The schedule divides its own copy in place; what is logged must not see that.
+    return loss, loss.detach().clone()
+
