@@ -1,8 +1,8 @@
 """Build the kernels: csrc/ for the CPU as megashear._csrc and, with nvcc, for CUDA as megashear._csrc_cuda.
 
-Neither needs torch. What cannot be built is left out, and megashear then computes in plain torch; the build says what it
-did, and so does `megashear env`. Environment:
-    MEGASHEAR_CPU        auto (default: build where a C++ compiler is found), 0 (never), 1 (fail where it cannot be built)
+Neither needs torch. What cannot be built is left out, and megashear then computes in plain torch; the build says what
+it did, and so does `megashear env`. Environment:
+    MEGASHEAR_CPU        auto (default: build where there is a C++ compiler), 0 (never), 1 (fail if it cannot be built)
     MEGASHEAR_CUDA       the same for CUDA, where nvcc decides; no GPU is needed to build
     MEGASHEAR_CUDA_ARCH  compute capabilities, default "80;90a"; PTX of the first lets later devices run it too
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_APPEND_FLAGS  as usual

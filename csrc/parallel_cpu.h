@@ -1,14 +1,17 @@
 // parallel_cpu.h: how the CPU kernels use threads and vector units.
 //
 // A kernel is a loop over rows shared by OpenMP threads, around a function of one row. MEGASHEAR_MULTIVERSION compiles
-// such a row function for several instruction sets and picks one when the library is loaded; the rest of the code stays at
-// the compiler's portable baseline, so one build runs on any machine of its architecture.
+// such a row function for several instruction sets and picks one by the processor's features when the library is loaded
+// (not by its name: arch=haswell would leave out every AMD); the rest of the code stays at the compiler's portable
+// baseline, so one build runs on any machine of its architecture.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && defined(__GLIBC__)
-#define MEGASHEAR_MULTIVERSION __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && __GNUC__ >= 12
+#define MEGASHEAR_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define MEGASHEAR_MULTIVERSION __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define MEGASHEAR_MULTIVERSION
 #endif

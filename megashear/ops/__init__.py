@@ -1,22 +1,24 @@
-"""The room of tensor operations that masks need: each has a meaning in plain torch and, where it was built, a kernel.
+"""The tensor operations that masks need: each has a meaning in plain torch and, where it was built, a compiled kernel.
 
-Read next: `reference.py`, the meaning of every op.
+These functions are the only door: they take the kernel where one was built for the tensor's device and dtype, else the
+reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference.
+Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form).
 """
 
-from megashear.ops.reference import (
-    apply_rope,
-    attention,
-    hard_concrete,
-    mask_noise,
-    rms_norm,
-    rope_tables,
-    sample_hard_concrete,
-    swiglu,
-)
+import torch
+from torch import Tensor
+
+from megashear.ops import reference
+from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
+from megashear.ops.kernels import rms_norm as rms_norm_kernel
+from megashear.ops.kernels import swiglu as swiglu_kernel
+from megashear.ops.kernels.library import library_for, serves
+from megashear.ops.reference import apply_rope, attention, rope_tables
 
 __all__ = [
     "apply_rope",
     "attention",
+    "backend",
     "hard_concrete",
     "mask_noise",
     "rms_norm",
@@ -24,3 +26,65 @@ __all__ = [
     "sample_hard_concrete",
     "swiglu",
 ]
+
+_COMPILED = ("rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
+_PLAIN = ("rope_tables", "apply_rope", "attention")
+
+
+def backend(device: torch.device | str | None = None) -> dict[str, str]:
+    """What serves each op on `device` (default: the current GPU, or the CPU where there is none).
+
+    Returns op name -> compiled-cpu, compiled-cuda or reference. Kernels take fp32 and bf16; float64 and fp16 are the
+    reference's.
+    """
+    if device is None:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    compiled = "reference" if library_for(device) is None else f"compiled-{device.type}"
+    return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference")
+
+
+def _fp32(vector: Tensor | None) -> Tensor | None:
+    """Weights and masks as kernels take them; autograd casts their gradients back."""
+    return None if vector is None else vector.float()
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = None) -> Tensor:
+    """Root mean square norm, of the live dimensions alone where there is a mask; see `reference.rms_norm`."""
+    if not serves(x):
+        return reference.rms_norm(x, weight_D, eps, mask_D)
+    return rms_norm_kernel.masked_rms_norm(x, weight_D.float(), _fp32(mask_D), eps)[0]
+
+
+def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * mask of one [.., 2F] tensor; see `reference.swiglu`."""
+    if not serves(gate_up):
+        return reference.swiglu(gate_up, mask_F)
+    return swiglu_kernel.masked_swiglu(gate_up, _fp32(mask_F))
+
+
+def mask_noise(
+    seed: int, step: int, micro_batch: int, granularity: int, units: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Uniform fp32 [units], a pure function of the first five arguments on any device; see `reference.mask_noise`."""
+    device = torch.device(device)
+    if library_for(device) is None:
+        return reference.mask_noise(seed, step, micro_batch, granularity, units, device)
+    reference.check_counter(step, micro_batch, granularity)
+    return hard_concrete_kernel.mask_noise(seed, step, micro_batch, granularity, units, device)
+
+
+def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """A hard concrete sample for given noise; see `reference.hard_concrete`."""
+    if log_alpha.dtype != torch.float32 or not serves(log_alpha):
+        return reference.hard_concrete(log_alpha, uniform)
+    return hard_concrete_kernel.hard_concrete(log_alpha, uniform.float())[0]
+
+
+def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int) -> Tensor:
+    """A hard concrete sample with the noise of these indices, in one launch; see `reference.sample_hard_concrete`."""
+    if log_alpha.dtype != torch.float32 or not serves(log_alpha):
+        return reference.sample_hard_concrete(log_alpha, seed, step, micro_batch, granularity)
+    reference.check_counter(step, micro_batch, granularity)
+    signed = (seed + 2**63) % 2**64 - 2**63  # as a 64-bit argument of the custom op
+    return hard_concrete_kernel.sample_hard_concrete(log_alpha, signed, step, micro_batch, granularity)[0]

@@ -116,8 +116,7 @@ def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tenso
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): ten rounds of multiply and exchange.
 
-    counter: uint64 [4, blocks] with words below 2^32; key: two words below 2^32. Returns uint64 [4, blocks] of words below
-    2^32.
+    counter: uint64 [4, blocks]; key: two integers. Returns uint64 [4, blocks]. All words are below 2^32.
     """
     low32 = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = counter
