@@ -18,7 +18,7 @@ from megashear.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 CHUNK = 1 << 16
 
 

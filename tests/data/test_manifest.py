@@ -35,7 +35,7 @@ def test_every_file_missing_cut_or_grown_is_refused_by_name(dataset_folder):
     assert len(files) == 3 * len(SPLITS) * 2 + 2
     for path in files:
         content = path.read_bytes()
-        for change in (None, content[:-1], content + b"x", b""):
+        for change in (None, content[:-2], content + b"x", b""):
             path.unlink(missing_ok=True)
             if change is not None:
                 path.write_bytes(change)

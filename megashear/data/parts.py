@@ -1,0 +1,142 @@
+"""One shard, tokenised: a part folder that is whole or absent, so that a run that was killed goes on shard by shard.
+
+A part holds `tokens.bin` (ids of all documents back to back, each ended by the end-of-sequence token), `documents.bin`
+(per document: hash of its text, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all that
+its bytes depend on: the shard's path, size and time, the tokenizer and the settings. Read next: `preprocess.py` (all
+shards), `merge.py`.
+"""
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megashear.data.domains import DomainRule, NoDomain
+from megashear.data.indexed import token_dtype
+from megashear.data.shards import BadLine, Document, ShardReader
+from megashear.data.tokenizer import Tokenizer
+from megashear.errors import DataError
+from megashear.files.atomic import atomic_folder, write_json
+
+# hash: blake2b of the text, 64 bits; domain: index into the part's domains; length: tokens, end included.
+DOCUMENT = np.dtype([("hash", "<u8"), ("domain", "<u4"), ("length", "<i4")])
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """What a part's bytes depend on beside the shard and the tokenizer."""
+
+    text_key: str = "text"
+    rule: DomainRule = field(default_factory=DomainRule)
+
+
+def part_name(shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> str:
+    """The name of a shard's part folder; raises DataError where there is no such shard."""
+    try:
+        status = os.stat(shard)
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be read ({error.strerror}); check the path") from error
+    identity = [str(shard), status.st_size, status.st_mtime_ns, tokenizer.digest, tokenizer.eos_id, repr(settings)]
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+
+
+def text_hash(text: str) -> int:
+    """64 bits of blake2b of the text: decides on which side of the held-out split a document stands."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+class PartWriter:
+    """Collects the documents and bad lines of one shard in an open folder."""
+
+    def __init__(self, folder: Path, shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> None:
+        self.folder, self.shard, self.tokenizer, self.settings = folder, shard, tokenizer, settings
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.domains: dict[str, int] = {}
+        self.hashes, self.indices, self.lengths = array("Q"), array("I"), array("i")
+        self.lines = self.bad = self.tokens = 0
+
+    def write(self, on_progress: Callable[[int, int, int], None]) -> None:
+        """Read the whole shard. on_progress is called per line with bytes read, documents and tokens so far."""
+        reader = ShardReader(self.shard, self.settings.text_key)
+        with open(self.folder / "tokens.bin", "wb") as tokens, open(self.folder / "bad_lines.jsonl", "wb") as bad:
+            for entry in reader:
+                self.lines = entry.line
+                problem = entry if isinstance(entry, BadLine) else self._add(entry, tokens)
+                if problem is not None:
+                    self.bad += 1
+                    bad.write(self._describe(problem))
+                on_progress(reader.bytes_read, len(self.lengths), self.tokens)
+        self._write_documents()
+
+    def _add(self, document: Document, tokens: Any) -> BadLine | None:
+        """Tokenise a document; a bad line where it has no usable domain."""
+        try:
+            domain = self.settings.rule.of(document.record, self.shard)
+        except NoDomain as error:
+            return BadLine(document.line, str(error), document.text[:200])
+        ids = self.tokenizer.encode(document.text)
+        tokens.write(np.append(ids, self.tokenizer.eos_id).astype(self.dtype.newbyteorder("<")).data)
+        self.hashes.append(text_hash(document.text))
+        self.indices.append(self.domains.setdefault(domain, len(self.domains)))
+        self.lengths.append(len(ids) + 1)
+        self.tokens += len(ids) + 1
+        return None
+
+    def _describe(self, problem: BadLine) -> bytes:
+        entry = {"file": str(self.shard), "line": problem.line, "reason": problem.reason, "excerpt": problem.excerpt}
+        return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+    def _write_documents(self) -> None:
+        table = np.empty(len(self.lengths), DOCUMENT)
+        for column, values in (("hash", self.hashes), ("domain", self.indices), ("length", self.lengths)):
+            table[column] = values
+        (self.folder / "documents.bin").write_bytes(table.tobytes())
+        counts = {"lines": self.lines, "bad": self.bad, "documents": len(table), "tokens": self.tokens}
+        write_json(self.folder / "part.json", {"shard": str(self.shard), "domains": list(self.domains), **counts})
+
+
+def write_part(
+    folder: Path,
+    shard: Path,
+    tokenizer: Tokenizer,
+    settings: PartSettings,
+    on_progress: Callable[[int, int, int], None],
+) -> int:
+    """Tokenise `shard` into the part `folder`, whole or not at all; returns its tokens.
+
+    Raises DataError (shard) or StorageError (disk).
+    """
+    with atomic_folder(folder) as temporary:
+        writer = PartWriter(temporary, shard, tokenizer, settings)
+        writer.write(on_progress)
+    return writer.tokens
+
+
+class Part:
+    """A finished part, opened. Attributes: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens`
+    [tokens].
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype) -> None:
+        """Raises DataError where the part is damaged."""
+        self.folder = folder
+        try:
+            described = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+            self.domains: list[str] = described["domains"]
+            self.lines, self.bad = int(described["lines"]), int(described["bad"])
+            self.table = np.fromfile(folder / "documents.bin", dtype=DOCUMENT)
+            total = (folder / "tokens.bin").stat().st_size // dtype.itemsize
+            if int(self.table["length"].sum(dtype=np.int64)) != total:
+                raise ValueError("the lengths of the documents are not those of the tokens")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder}: a damaged part ({error}); remove it and run again") from error
+        empty = np.empty(0, dtype)
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r", shape=(total,)) if total else empty
+        ends = np.cumsum(self.table["length"], dtype=np.int64)
+        self.starts = ends - self.table["length"]

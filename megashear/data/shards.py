@@ -1,0 +1,190 @@
+"""Reading shards of JSON lines, plain, gzip or zstd: every line is a document or a bad line with its reason.
+
+Key properties: streaming, a bounded amount of memory whatever the file holds; a compressed file that ends early is an
+error, never a shorter shard (zstandard's own stream reader returns what it has without a word). Read next:
+`domains.py`, `parts.py`.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import zstandard
+
+from megashear.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+CHUNK = 1 << 18
+LONGEST_LINE = 1 << 28
+EXCERPT = 200
+
+
+@dataclass(frozen=True)
+class Document:
+    """A good line: its number from 1, its text, and the whole JSON object."""
+
+    line: int
+    text: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that gives no document: its number from 1, why, and its first characters."""
+
+    line: int
+    reason: str
+    excerpt: str
+
+
+class ShardReader:
+    """Iterates over the lines of a shard. `bytes_read` is how much of the file has been taken so far."""
+
+    def __init__(self, path: Path, text_key: str = "text") -> None:
+        """path: ends in one of SUFFIXES; text_key: the key of the JSON objects that holds the text. Raises
+        DataError.
+        """
+        self.path, self.text_key = Path(path), text_key
+        self.bytes_read = 0
+        if not self.path.name.endswith(SUFFIXES):
+            raise DataError(f"{path}: not a shard that can be read; its name must end in {', '.join(SUFFIXES)}")
+
+    def __iter__(self) -> Iterator[Document | BadLine]:
+        """Yield every line; raises DataError where the file cannot be read, is truncated or is damaged."""
+        for number, line in enumerate(split_lines(self._text_chunks()), start=1):
+            if line is None:
+                yield BadLine(number, f"longer than {LONGEST_LINE} bytes", "")
+            else:
+                yield parse_line(number, line, self.text_key)
+
+    def _text_chunks(self) -> Iterator[bytes]:
+        """Decompressed pieces of the file."""
+        if self.path.name.endswith(".gz"):
+            return gzip_chunks(self._file_chunks(), self.path)
+        if self.path.name.endswith(".zst"):
+            return zstd_chunks(self._file_chunks(), self.path)
+        return self._file_chunks()
+
+    def _file_chunks(self) -> Iterator[bytes]:
+        try:
+            with open(self.path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    self.bytes_read += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from error
+
+
+def truncated(path: Path, what: str) -> DataError:
+    """The message for a compressed file that ends before its end."""
+    return DataError(f"{path}: truncated, the file ends inside of a {what}; fetch it again")
+
+
+def gzip_chunks(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Decompress gzip, one member or several; raises DataError where it is truncated or damaged."""
+    member: Any = None
+    members = 0
+    for chunk in chunks:
+        data = chunk
+        while data:
+            if member is None:
+                member, members = zlib.decompressobj(wbits=31), members + 1
+            try:
+                text = member.decompress(data)
+            except zlib.error as error:
+                raise DataError(f"{path}: damaged gzip data ({error}); fetch it again") from error
+            if text:
+                yield text
+            data = member.unused_data
+            if member.eof:
+                member = None
+                # Zero bytes after a member are padding that gzip itself accepts.
+                data = data.lstrip(b"\0")
+    if member is not None or members == 0:
+        raise truncated(path, "gzip member")
+
+
+def zstd_chunks(chunks: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """Decompress zstd, one frame or several; raises DataError where it is truncated or damaged."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame: Any = None
+    frames = 0
+    for chunk in chunks:
+        data = chunk
+        while data:
+            if frame is None:
+                frame, frames = decompressor.decompressobj(), frames + 1
+            try:
+                text = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise DataError(f"{path}: damaged zstd data ({error}); fetch it again") from error
+            if text:
+                yield text
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None or frames == 0:
+        raise truncated(path, "zstd frame")
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
+    """Lines without their newline; None for a line longer than LONGEST_LINE, which is not kept in memory."""
+    pending: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            size += len(end)
+            yield None if size > LONGEST_LINE else b"".join([*pending, end])
+            pending, size = [], 0
+        size += len(rest)
+        if size > LONGEST_LINE:
+            pending = []
+        elif rest:
+            pending.append(rest)
+    if size:
+        yield None if size > LONGEST_LINE else b"".join(pending)
+
+
+def parse_line(number: int, line: bytes, text_key: str) -> Document | BadLine:
+    """A line as a document, or as a bad line with its reason."""
+    if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    record, reason = None, ""
+    try:
+        record = orjson.loads(line)
+    except (orjson.JSONDecodeError, RecursionError) as error:
+        reason = json_problem(line, error)
+    if not reason:
+        reason = text_problem(record, text_key)
+    if reason:
+        return BadLine(number, reason, line[:EXCERPT].decode("utf-8", "replace"))
+    assert isinstance(record, dict)
+    return Document(number, record[text_key], record)
+
+
+def json_problem(line: bytes, error: Exception) -> str:
+    """Why a line is not JSON."""
+    if not line.strip():
+        return "empty line"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        return f"not UTF-8 (byte {wrong.start})"
+    return f"not JSON ({error})"
+
+
+def text_problem(record: Any, text_key: str) -> str:
+    """Why a JSON value gives no text; empty where it does."""
+    if not isinstance(record, dict):
+        return "not a JSON object"
+    if text_key not in record:
+        return f"no field {text_key!r}"
+    if not isinstance(record[text_key], str):
+        return f"field {text_key!r} is not a string"
+    return "" if record[text_key].strip() else "empty text"
