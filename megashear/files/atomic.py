@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ def flush_folder(folder: Path) -> None:
 
 def flush_file(path: Path) -> None:
     """Flush a file's content to the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY)  # also files whose mode forbids writing
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -56,7 +59,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise storage_error(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
         ("run: {stages: prune}", "a list"),
         ("mixture: {initial_weights: [1]}", "a mapping"),
         ("mixture: {initial_weights: {no: 1}}", "text"),
-        ("mixture: {smoothing: 1.5}", "at most 1"),
+        ("mixture: {smoothing: 1.5}", "at most 0.999"),
         ("prune: {optimizer: {learning_rate: .nan}}", "finite"),
         ("prune: {clip: jiont}", "did you mean joint?"),
         ("prune: {granularities: [heads]}", "expected one of"),

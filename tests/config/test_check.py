@@ -1,0 +1,195 @@
+"""Checks across sections: every rule is broken once, and all problems come at once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megashear.config import keys
+from megashear.config.check import check, examine
+from megashear.config.dataset import read_dataset
+from megashear.config.legality import GRANULARITIES
+from megashear.config.load import load_config
+from megashear.config.presets import PRESETS
+from megashear.config.schema import Config
+from megashear.errors import ConfigError, DataError
+
+GOOD = """
+source: {shape: {preset: llama2-7b}, folder: nowhere/llama2-7b}
+target: {preset: sheared-2.7b}
+data: {folder: DATA, sequence_length: 128}
+parallel: {world_size: 4, tensor: 2}
+"""
+
+
+def dataset(folder: Path, **tokens: int) -> Path:
+    """A dataset folder's manifest, as far as checks read it."""
+    domains = {
+        name: {"train": {"tokens": count, "documents": 9}, "heldout": {"tokens": 129 * 64, "documents": 9}}
+        for name, count in (tokens or {"cc": 10**12, "book": 10**12}).items()
+    }
+    folder.mkdir(exist_ok=True)
+    content = {"domains": domains, "tokenizer": {"vocab_size": 32000}, "files": {}}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    return folder
+
+
+def config(folder: Path, *overrides: str, text: str = GOOD) -> Config:
+    (folder / "run.yaml").write_text(text.replace("DATA", str(folder / "data")))
+    return load_config(folder / "run.yaml", list(overrides))
+
+
+def problems(folder: Path, *overrides: str, world: int | None = None, text: str = GOOD) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(config(folder, *overrides, text=text), None, world)
+    return caught.value.problems
+
+
+def test_a_good_run_file_passes_and_says_what_was_not_checked(tmp_path: Path) -> None:
+    report = check(config(tmp_path), None, None)
+    assert report.source == PRESETS["llama2-7b"]
+    assert report.target is not None
+    assert report.target.parameters() == 2_701_560_320
+    assert report.warnings == []
+    assert [note.split(":")[0] for note in report.not_checked] == ["domains and tokens", "weights"]
+    assert report.memory.keys() == {"prune", "pretrain"}
+    dataset(tmp_path / "data")
+    assert [note.split(":")[0] for note in check(config(tmp_path), None, 4).not_checked] == ["weights"]
+    unknown = check(config(tmp_path, "parallel.world_size=null"), None, None)
+    assert unknown.not_checked[0].startswith("batches and memory")
+    assert unknown.memory == {}
+
+
+def test_shape_of_the_folder_counts(tmp_path: Path) -> None:
+    found = replace(PRESETS["llama2-7b"], num_layers=33)
+    report = check(config(tmp_path), found, None)
+    assert report.source == found
+    assert report.warnings == ["source.shape: num_layers differ from nowhere/llama2-7b, whose config.json counts"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.stages=[]", "run.stages: the list is empty"),
+        ("run.stages=[pretrain,prune]", "run.stages: pretrain, prune are not in order"),
+        ("run.stages=[prune,prune]", "run.stages: prune, prune are not in order"),
+        ("data.folder=null", "data.folder: missing"),
+        ("source.shape.preset=llama2-7c", "source.shape.preset: no shape is called 'llama2-7c'"),
+        ("target.preset=null", "target: missing"),
+        ("target.hidden_size=8192", "target.hidden_size: 8192 is more than"),
+        ("target.hidden_size=2559", "target.hidden_size: 2559 is not divisible"),
+        ("parallel.world_size=5", "parallel.world_size: 5 ranks are not divisible"),
+        ("prune.batch.global_batch=33", "prune.batch.global_batch: 33 is not divisible by micro_batch 1 x 2"),
+        ("pretrain.batch.micro_batch=3", "pretrain.batch.global_batch: 256 is not divisible by micro_batch 3 x 2"),
+        ("prune.optimizer.warmup_steps=3200", "prune.optimizer.warmup_steps: 3200 leaves nothing"),
+        (
+            "prune.optimizer={schedule: wsd, warmup_steps: 200, decay_steps: 3100}",
+            "prune.optimizer.decay_steps: 3100 and a warm-up of 200 are more than 3200",
+        ),
+        ("prune.sparsity_warmup_steps=3200", "prune.sparsity_warmup_steps: 3200 of 3200"),
+        ("prune.granularities=[hidden,intermediate]", "prune.granularities: group is missing"),
+        ("mixture.initial_weights={}", "mixture.initial_weights: no domain"),
+        ("mixture.initial_weights={a: -1,b: 2}", "mixture.initial_weights: a: a weight that follows"),
+        ("mixture={rule: static, initial_weights: {a: 0}}", "mixture.initial_weights: they sum to 0"),
+        ("mixture={rule: static, initial_weights: {a: -1}}", "mixture.initial_weights: a: weights are not negative"),
+        ("mixture.references=list", "mixture.reference_losses: missing"),
+        ("mixture={references: list, reference_losses: {a: -1}}", "mixture.reference_losses: a: a cross entropy"),
+        (
+            "mixture={references: list, reference_losses: {a: 1}, initial_weights: {b: 1}}",
+            "mixture.reference_losses: a, b: not in both",
+        ),
+        ("mixture.references=scaling_law", "mixture.scaling_law: missing"),
+        ("mixture={floor: 0.6, cap: 0.5}", "mixture.floor: 0.6 is above"),
+        ("mixture={floor: 0.6, initial_weights: {a: 1, b: 1}}", "mixture.floor: 0.6 x 2 domains is above 1"),
+        ("mixture={cap: 0.4, initial_weights: {a: 1, b: 1}}", "mixture.cap: 0.4 x 2 domains is below 1"),
+    ],
+)
+def test_each_rule(tmp_path: Path, override: str, expected: str) -> None:
+    found = problems(tmp_path, override)
+    assert [message for message in found if message.startswith(expected)], found
+    assert len(found) == 1, found
+
+
+def test_references_of_the_source_need_its_weights(tmp_path: Path) -> None:
+    (message,) = problems(tmp_path, "source.folder=null")
+    assert message.startswith("mixture.references: `source` evaluates the source model")
+    assert check(config(tmp_path, "source.folder=null", "mixture.rule=static"), None, None).problems == []
+
+
+def test_a_source_is_needed(tmp_path: Path) -> None:
+    (message,) = problems(tmp_path, "source={folder: null, shape: {preset: null}}", "mixture.rule=static")
+    assert message.startswith("source: neither folder nor shape")
+
+
+def test_interleaved_pipelines_need_whole_rounds_of_micro_batches(tmp_path: Path) -> None:
+    layout = "parallel={tensor: 1, pipeline: 4, virtual_pipeline: 2, world_size: 4}"
+    (message,) = problems(tmp_path, layout, "prune.batch.global_batch=30")
+    assert "makes 30 micro-batches" in message
+    assert "use 28 or 32" in message
+    assert check(config(tmp_path, layout), None, None).problems == []
+
+
+def test_launched_ranks_and_planned_ranks(tmp_path: Path) -> None:
+    (message,) = problems(tmp_path, world=8)
+    assert message.startswith("parallel.world_size: 4, but 8 ranks were launched")
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    found = problems(tmp_path, "run.stages=[pretrain,prune]", "prune.batch.global_batch=33", "target.hidden_size=2559")
+    assert len(found) == 3
+
+
+def test_dataset_against_the_config(tmp_path: Path) -> None:
+    dataset(tmp_path / "data", cc=10**12, book=100)
+    found = problems(tmp_path, "mixture.initial_weights={cc: 1, bok: 1}", "source.shape.vocab_size=31999")
+    assert any("made with a tokenizer of 32000 tokens, and the model has 31999" in message for message in found)
+    assert any("names bok, not in the dataset and lacks book" in message for message in found)
+    assert any("domain book has 100 training tokens, less than one sample" in message for message in found)
+    assert len(found) == 3
+
+
+def test_warnings_of_many_epochs_and_short_held_out_data(tmp_path: Path) -> None:
+    tokens = (3200 * 32 + 48000 * 256) * 128
+    dataset(tmp_path / "data", cc=tokens, book=tokens // 10)
+    overrides = ("mixture.initial_weights={cc: 1, book: 1}", "prune.batch.eval_sequences=65")
+    warnings = check(config(tmp_path, *overrides), None, None).warnings
+    assert "domain book would be read 5.0 times" in warnings[0]
+    assert warnings[1] == "data: domain cc has 64 held-out sequences, eval_sequences asks for 65"
+    assert len(warnings) == 3
+
+
+def test_damaged_dataset_manifest_is_a_problem(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "data")
+    good: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    for broken in ({}, {**good, "domains": 3}, {**good, "tokenizer": {}}, {**good, "domains": {"a": {"train": {}}}}):
+        (folder / "manifest.json").write_text(json.dumps(broken))
+        with pytest.raises(DataError):
+            read_dataset(folder)
+        assert "manifest.json" in problems(tmp_path)[0]
+
+
+def test_from_scratch_takes_the_vocabulary_of_the_dataset(tmp_path: Path) -> None:
+    dataset(tmp_path / "data")
+    text = """
+run: {stages: [pretrain]}
+source: {shape: {hidden_size: 64, num_layers: 2, num_heads: 4, intermediate_size: 128}}
+data: {folder: DATA, sequence_length: 128}
+mixture: {rule: static}
+parallel: {world_size: 1}
+"""
+    report = check(config(tmp_path, text=text), None, None)
+    assert report.source is not None
+    assert report.source.vocab_size == 32000
+    assert report.memory.keys() == {"pretrain"}
+    assert report.target is None
+
+
+def test_defaults_alone_name_what_is_missing() -> None:
+    found = examine(Config(), None, None).problems
+    assert {message.split(":")[0] for message in found} == {"data.folder", "source", "target", "mixture.references"}
+
+
+def test_words_of_granularities_are_those_of_the_masks() -> None:
+    assert keys.leaf_keys()["prune", "granularities"].choices == GRANULARITIES

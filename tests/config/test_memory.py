@@ -1,0 +1,113 @@
+"""The memory estimate: parameters add up, pipelines as the engine cuts them, activations as autograd keeps them."""
+
+import pytest
+import torch
+
+from megashear import ops
+from megashear.config.memory import (
+    Work,
+    chunk_layers,
+    layer_activations,
+    layers_in_flight,
+    rank_parameters,
+    stage_memory,
+)
+from megashear.config.presets import PRESETS
+from megashear.config.schema import ParallelConfig, PruneConfig
+from megashear.config.shape import ModelShape
+from megashear.engine.layout import distributed, stage_layers
+from megashear.engine.parallel import transformer_config
+from megashear.masks.state import MaskState
+from megashear.model.layer import Layer
+from megashear.model.masking import stage_masks
+
+TINY = ModelShape(128, 7, 4, 2, 32, 352, 512)
+WORK = Work(micro_batch=2, micro_batches=8, sequence_length=64, data_parallel=2, precision="bf16", masked=False)
+
+
+def test_bytes_of_the_published_source_on_one_rank() -> None:
+    shape = PRESETS["llama2-7b"]
+    (memory,) = stage_memory(shape, ParallelConfig(distributed_optimizer=False), WORK)
+    assert memory.parameters == shape.parameters() == 6_738_415_616
+    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(n * shape.parameters() for n in (2, 4, 12))
+    (sharded,) = stage_memory(shape, ParallelConfig(), WORK)
+    assert sharded.optimizer == 6 * shape.parameters()
+    assert memory.logits == (2 * 2 + 4) * 2 * 64 * 32000
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pipeline", [1, 2, 3])
+def test_parameters_of_all_stages_add_up(pipeline: int, tied: bool) -> None:
+    shape = ModelShape(128, 7, 4, 2, 32, 352, 512, tie_word_embeddings=tied)
+    parallel = ParallelConfig(pipeline=pipeline)
+    total = sum(rank_parameters(shape, parallel, stage) for stage in range(pipeline))
+    copy = 512 * 128 if tied and pipeline > 1 else 0
+    assert total == shape.parameters() + copy
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(1, 1), (2, 1), (3, 1), (2, 3), (3, 2)])
+def test_layers_are_cut_as_the_engine_cuts_them(pipeline: int, virtual: int) -> None:
+    parallel = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual)
+
+    class Stage:
+        pipeline_size, virtual_size = pipeline, virtual
+
+        def __init__(self, rank: int) -> None:
+            self.pipeline_rank = rank
+
+    for stage in range(pipeline):
+        expected = [len(stage_layers(7, Stage(stage), chunk)) for chunk in range(virtual)]  # type: ignore[arg-type]
+        assert chunk_layers(7, parallel, stage) == expected
+
+
+def test_micro_batches_in_flight() -> None:
+    shape = ModelShape(128, 8, 4, 2, 32, 352, 512)
+    pipeline = ParallelConfig(pipeline=4)
+    assert [layers_in_flight(shape, pipeline, WORK, stage) for stage in range(4)] == [8, 6, 4, 2]
+    virtual = ParallelConfig(pipeline=4, virtual_pipeline=2)
+    # Chunks of one layer; first stage: 2 * 3 + 4 chunk forwards ahead, and the one that runs.
+    assert [layers_in_flight(shape, virtual, WORK, stage) for stage in range(4)] == [11, 9, 7, 5]
+    few = Work(1, 2, 64, 1, "bf16", False)
+    assert [layers_in_flight(shape, pipeline, few, stage) for stage in range(4)] == [4, 4, 4, 2]
+
+
+def test_recomputation_and_sequence_parallelism_shrink_activations() -> None:
+    plain, sequence, again = (
+        stage_memory(PRESETS["llama2-7b"], ParallelConfig(tensor=2, **more), WORK)[0].activations
+        for more in ({}, {"sequence": True}, {"sequence": True, "recompute": "full"})
+    )
+    assert plain > sequence > 4 * again
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_what_autograd_keeps(precision: str, masked: bool) -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    kept: dict[int, int] = {}
+    with distributed(ParallelConfig()) as layout:
+        layer = Layer(TINY, transformer_config(TINY, ParallelConfig(), dtype), layout)
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        own = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        masks = None
+        if masked:
+            target = ModelShape(64, 7, 2, 1, 32, 176, 512)
+            masks = MaskState(TINY, target, PruneConfig(), seed=1).sample(1, 0, 0)
+        layer_masks = stage_masks(masks, TINY, layout, range(7), dtype).layers[0]
+        rope = ops.rope_tables(TINY.head_dim, 64, 10000.0, None, layout.device)
+        x_SBD = torch.randn(64, 2, 128, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x_SBD, rope, layer_masks)
+    estimate = layer_activations(TINY, ParallelConfig(), Work(2, 1, 64, 1, precision, masked))
+    ratio = sum(kept.values()) / estimate
+    if ops.backend("cpu")["swiglu"] == "reference":
+        assert 1.2 < ratio < 3.0
+    else:
+        assert 0.9 < ratio < 1.1
