@@ -92,6 +92,8 @@ COMMANDS = {CPU: cpu_command, CUDA: cuda_command}
 class BuildKernels(build_ext):
     """Builds each library by one command, or leaves it out and says why."""
 
+    extensions: list[Extension]
+
     def build_extensions(self) -> None:
         """Build what the environment asks for; forget the rest, so that nothing expects its file."""
         self.left_out: list[Extension] = []

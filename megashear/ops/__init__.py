@@ -12,7 +12,7 @@ from megashear.ops import reference
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
 from megashear.ops.kernels import rms_norm as rms_norm_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
-from megashear.ops.kernels.library import library_for, serves
+from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, attention, rope_tables
 
 __all__ = [
@@ -40,7 +40,7 @@ def backend(device: torch.device | str | None = None) -> dict[str, str]:
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
-    compiled = "reference" if library_for(device) is None else f"compiled-{device.type}"
+    compiled = f"compiled-{device.type}" if compiled_for(device) else "reference"
     return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference")
 
 
@@ -68,7 +68,7 @@ def mask_noise(
 ) -> Tensor:
     """Uniform fp32 [units], a pure function of the first five arguments on any device; see `reference.mask_noise`."""
     device = torch.device(device)
-    if library_for(device) is None:
+    if not compiled_for(device):
         return reference.mask_noise(seed, step, micro_batch, granularity, units, device)
     reference.check_counter(step, micro_batch, granularity)
     return hard_concrete_kernel.mask_noise(seed, step, micro_batch, granularity, units, device)

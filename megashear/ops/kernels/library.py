@@ -5,7 +5,6 @@ missing or a device cannot run it, the plain torch reference serves instead.
 Read next: `swiglu.py`, the simplest op.
 """
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -19,15 +18,12 @@ from torch import Tensor
 
 from megashear.errors import ConfigError
 
-_LIBRARIES = {"cpu": "megashear._csrc", "cuda": "megashear._csrc_cuda"}
 _DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 
 
-@functools.cache
-def _load(device_type: str) -> ModuleType | None:
-    """The library for a type of device; None where the build left it out, with a warning where it cannot be loaded."""
-    name = _LIBRARIES.get(device_type)
-    if name is None or importlib.util.find_spec(name) is None:
+def _load(name: str) -> ModuleType | None:
+    """A library that the build made; None where it was left out, with a warning where it cannot be loaded."""
+    if importlib.util.find_spec(name) is None:
         return None
     try:
         return importlib.import_module(name)
@@ -36,43 +32,48 @@ def _load(device_type: str) -> ModuleType | None:
         return None
 
 
-@functools.cache
-def _usable(device_type: str, index: int | None) -> ModuleType | None:
-    """The library if its kernels run on this very device; asks a CUDA device once."""
-    library = _load(device_type)
-    if library is None or device_type == "cpu":
-        return library
-    with torch.cuda.device(index):
+_LIBRARIES = {"cpu": _load("megashear._csrc"), "cuda": _load("megashear._csrc_cuda")}
+_RUNS_ON: dict[torch.device, bool] = {}  # asked once per device; a plain dict, which torch.compile sees through
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether the device's library was built and its kernels run on this very device."""
+    library = _LIBRARIES.get(device.type)
+    if library is None or device.type == "cpu":
+        return library is not None
+    with torch.cuda.device(device):
         problem = library.device_problem()
     if problem:
-        warnings.warn(f"{library.__name__} does not run on cuda:{index}, plain torch serves: {problem}", stacklevel=2)
-        return None
-    return library
+        warnings.warn(f"{library.__name__} does not run on {device}, plain torch serves: {problem}", stacklevel=2)
+    return not problem
 
 
-def library_for(device: torch.device) -> ModuleType | None:
-    """The library whose kernels run on `device`, or None where the reference must serve.
+_RUNS_ON[torch.device("cpu")] = _runs_on(torch.device("cpu"))
 
-    MEGASHEAR_KERNELS=reference in the environment makes that None everywhere. Raises ConfigError for another value.
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether compiled kernels run on `device`; else the reference must serve.
+
+    MEGASHEAR_KERNELS=reference in the environment makes that False everywhere. Raises ConfigError for another value.
     """
     wish = os.environ.get("MEGASHEAR_KERNELS", "")
     if wish == "reference":
-        return None
+        return False
     if wish:
         raise ConfigError(f"MEGASHEAR_KERNELS is {wish!r}: leave it unset, or set it to 'reference' for plain torch")
-    return _usable(device.type, device.index)
+    if device not in _RUNS_ON:
+        _RUNS_ON[device] = _runs_on(device)
+    return _RUNS_ON[device]
 
 
 def serves(x: Tensor) -> bool:
     """Whether compiled kernels take tensors of x's dtype on x's device."""
-    return x.dtype in _DTYPES and library_for(x.device) is not None
+    return x.dtype in _DTYPES and compiled_for(x.device)
 
 
 def dtype_code(x: Tensor) -> int:
     """The number that stands for x's dtype in the kernels."""
-    library = _load(x.device.type)
-    assert library is not None
-    return getattr(library, _DTYPES[x.dtype])
+    return getattr(_LIBRARIES[x.device.type], _DTYPES[x.dtype])
 
 
 def address(x: Tensor | None) -> int:
@@ -84,7 +85,7 @@ def address(x: Tensor | None) -> int:
 @contextmanager
 def launching(x: Tensor) -> Iterator[tuple[ModuleType, int]]:
     """The library for x's device and its executor: torch's number of threads, or the current stream of that device."""
-    library = _load(x.device.type)
+    library = _LIBRARIES.get(x.device.type)
     assert library is not None, f"no kernels for {x.device}: ask serves() first"
     if x.device.type == "cpu":
         yield library, torch.get_num_threads()
