@@ -51,7 +51,7 @@ def _transformers_logits(folder: Path, ids_BS: Tensor) -> Tensor:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # whatever transformers objects to is a folder that must not leave
         raise ModelError(f"{folder}: transformers does not load this export ({error}); it is not kept") from error

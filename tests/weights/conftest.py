@@ -1,0 +1,36 @@
+"""Model folders made with the safetensors library alone, so that neither side of a test is ours."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_llama import CONFIG, llama_tensors
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Factory: a folder of `shards` safetensors files; `change` edits the dict of tensors before it is saved."""
+
+    def make(name="source", dtype=torch.float32, shards=1, change=None, **keys) -> Path:
+        config = {**CONFIG, **keys}
+        tensors = llama_tensors(config, dtype)
+        if change:
+            change(tensors)
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+        if shards == 1:
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            return folder
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        weight_map = {tensor: files[i % shards] for i, tensor in enumerate(tensors)}
+        for file in files:
+            part = {tensor: value for tensor, value in tensors.items() if weight_map[tensor] == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        return folder
+
+    return make
