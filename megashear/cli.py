@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megashear import __version__
-from megashear.errors import ConfigError, MegashearError, ModelError
+from megashear.errors import ConfigError, Interrupted, MegashearError, ModelError
 
 if TYPE_CHECKING:
     from megashear.config.schema import Config
@@ -66,14 +66,16 @@ def _tell(error: MegashearError) -> None:
     """Print a user's error once for all ranks.
 
     Rank 0 prints. Another rank leaves the message where torchrun looks for the first failure; without that place it
-    prints too, because the error may be its own.
+    prints too, because the error may be its own; only a stop that was asked for is everybody's.
     """
     rank = os.environ.get("RANK", "0")
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if place:
-        content = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
-        Path(place).write_text(json.dumps({"message": content}), encoding="utf-8")
-    if rank == "0" or not place:
+        # torchrun shows what stands for a traceback there, of the rank that failed first.
+        details = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        content = {"message": {"message": str(error), "extraInfo": details}}
+        Path(place).write_text(json.dumps(content), encoding="utf-8")
+    if rank == "0" or not (place or isinstance(error, Interrupted)):
         who = "megashear" if rank == "0" else f"megashear (rank {rank})"
         print("\n".join(f"{who}: error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
 
@@ -126,16 +128,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _size(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0")
     return number
 
 
