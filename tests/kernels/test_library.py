@@ -1,0 +1,50 @@
+"""Which form serves: compiled where built, the reference for other dtypes, other devices and on request."""
+
+import pytest
+import torch
+
+from megashear import ops
+from megashear.errors import ConfigError
+from megashear.ops import reference
+
+
+def test_backend_names_what_serves_each_op(device, monkeypatch):
+    names = {"rms_norm", "swiglu", "rope_tables", "apply_rope", "attention"}
+    names |= {"mask_noise", "hard_concrete", "sample_hard_concrete"}
+    serving = ops.backend(device)
+    assert set(serving) == names == set(ops.__all__) - {"backend"}
+    assert serving["swiglu"] == f"compiled-{device.type}" and serving["attention"] == "reference"
+    monkeypatch.setenv("MEGASHEAR_KERNELS", "reference")
+    assert set(ops.backend(device).values()) == {"reference"}
+
+
+def test_the_reference_can_be_forced(device, monkeypatch):
+    called = []
+    monkeypatch.setattr(reference, "swiglu", lambda *inputs: called.append(inputs))
+    x = torch.zeros(2, 4, device=device)
+    ops.swiglu(x)
+    assert not called
+    monkeypatch.setenv("MEGASHEAR_KERNELS", "reference")
+    ops.swiglu(x)
+    assert len(called) == 1
+
+
+def test_another_wish_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGASHEAR_KERNELS", "fastest")
+    with pytest.raises(ConfigError, match="MEGASHEAR_KERNELS"):
+        ops.backend()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_take_the_reference(dtype, device):
+    x = torch.randn(4, 6, device=device).to(dtype)
+    mask = torch.rand(3, device=device)
+    assert torch.equal(ops.swiglu(x, mask), reference.swiglu(x, mask))
+    wide_mask = torch.rand(6, device=device)
+    assert torch.equal(ops.rms_norm(x, wide_mask, 1e-5, wide_mask), reference.rms_norm(x, wide_mask, 1e-5, wide_mask))
+    noise = torch.full((4, 6), 0.3, device=device)
+    assert torch.equal(ops.hard_concrete(x, noise), reference.hard_concrete(x, noise))
+
+
+def test_devices_without_kernels_take_the_reference():
+    assert ops.swiglu(torch.empty(3, 8, device="meta"), torch.empty(4, device="meta")).shape == (3, 4)
