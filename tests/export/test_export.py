@@ -182,7 +182,10 @@ def test_memory_of_the_writing(make_llama, tmp_path):
     assert model.bytes() > 1.5 * limit, "the whole model would not fit"
     (tmp_path / "out").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(model.path), str(tmp_path / "out")], capture_output=True, text=True
+        [sys.executable, "-c", PEAK, str(model.path), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     shutil.rmtree(tmp_path / "source")
     assert done.returncode == 0, done.stderr

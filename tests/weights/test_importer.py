@@ -109,7 +109,10 @@ def test_memory_is_two_of_the_largest_tensors_at_most(make_folder, tmp_path):
     limit = 2 * largest + 200 * 2**20
     assert model.bytes() > 1.5 * limit, "the whole model would not fit"
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(source), str(tmp_path / "imported")], capture_output=True, text=True
+        [sys.executable, "-c", PEAK, str(source), str(tmp_path / "imported")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("peak")[1]) <= limit
