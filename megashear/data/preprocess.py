@@ -228,5 +228,8 @@ def table(summary: Summary, heldout: HeldOutRule) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    lines.append(f"{summary.shards} shards, {summary.lines:,} lines, {summary.bad:,} bad (bad_lines.jsonl)")
+    lines.append(
+        f"{summary.shards} shards ({summary.kept} from before), {summary.lines:,} lines, "
+        f"{summary.bad:,} bad (bad_lines.jsonl)"
+    )
     return "\n".join(lines + short)

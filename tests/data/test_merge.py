@@ -1,0 +1,121 @@
+import json
+
+import numpy as np
+import pytest
+
+from megashear.data.domains import DomainRule
+from megashear.data.heldout import HeldOutRule
+from megashear.data.indexed import token_dtype
+from megashear.data.manifest import SPLITS, Dataset
+from megashear.data.merge import merge_parts
+from megashear.data.parts import Part, PartSettings, part_name, text_hash, write_part
+from megashear.data.tokenizer import load_tokenizer
+from megashear.errors import DataError
+
+RULE = HeldOutRule(0.05, 10, 32)
+
+
+def make_parts(folder, shards: dict[str, list[dict]], tokenizer, settings=None) -> list[Part]:
+    """Shards written as JSON lines and made into parts, in order of their names."""
+    settings = settings or PartSettings(rule=DomainRule(key="domain"))
+    parts = []
+    for name in sorted(shards):
+        path = folder / name
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in shards[name]))
+        write_part(folder / f"{name}.part", path, tokenizer, settings, lambda *_: None)
+        parts.append(Part(folder / f"{name}.part", token_dtype(tokenizer.vocab_size)))
+    return parts
+
+
+def merge(folder, parts, tokenizer, rule=RULE, seed=0) -> Dataset:
+    folder.mkdir()
+    merge_parts(folder, parts, tokenizer, rule, seed, {}, lambda _: None)
+    return Dataset.open(folder)
+
+
+def documents(dataset: Dataset, domain: str, split: str) -> list[str]:
+    pair = dataset.pair(domain, split)
+    ids = [pair.document(number) for number in range(pair.documents)]
+    assert all(document[-1] == dataset.eos_id for document in ids)
+    tokenizer = dataset.tokenizer()
+    return [tokenizer.decode(document[:-1]) for document in ids]
+
+
+@pytest.fixture
+def tokenizer(sentencepiece_model):
+    return load_tokenizer(sentencepiece_model)
+
+
+@pytest.fixture
+def shards(texts):
+    entries = [{"text": text, "domain": "code" if n % 3 else "web"} for n, text in enumerate(texts[:300])]
+    return {"a_00000.jsonl": entries[:120], "b_00000.jsonl": entries[120:]}
+
+
+def test_every_document_stands_once_in_its_domain(tmp_path, tokenizer, shards):
+    dataset = merge(tmp_path / "dataset", make_parts(tmp_path, shards, tokenizer), tokenizer)
+    entries = shards["a_00000.jsonl"] + shards["b_00000.jsonl"]
+    for domain in ("code", "web"):
+        found = [text for split in SPLITS for text in documents(dataset, domain, split)]
+        assert sorted(found) == sorted(entry["text"] for entry in entries if entry["domain"] == domain)
+        assert len(dataset.stream(domain, "heldout")) >= 10 * 33
+    assert dataset.domains == ["code", "web"]
+
+
+def test_documents_are_shuffled_over_the_shards(tmp_path, tokenizer, shards):
+    parts = make_parts(tmp_path, shards, tokenizer)
+    place = {entry["text"]: n for n, entry in enumerate(shards["a_00000.jsonl"] + shards["b_00000.jsonl"])}
+    order = [place[text] for text in documents(merge(tmp_path / "d", parts, tokenizer), "code", "train")]
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.3
+    other = [place[text] for text in documents(merge(tmp_path / "e", parts, tokenizer, seed=1), "code", "train")]
+    assert sorted(order) == sorted(other) and order != other
+
+
+def test_equal_texts_stand_on_one_side_also_across_domains(tmp_path, tokenizer, texts):
+    """The rare domain holds out more to reach its least: what it holds out leaves the other domain's training too."""
+    common = [{"text": text, "domain": "web"} for text in texts[:400]]
+    rare = [{"text": text, "domain": "rare"} for text in texts[:40]]
+    parts = make_parts(tmp_path, {"a.jsonl": common + rare, "b.jsonl": common[:50]}, tokenizer)
+    dataset = merge(tmp_path / "dataset", parts, tokenizer, HeldOutRule(0.01, 20, 32, limit=0.5))
+    held = {text for domain in dataset.domains for text in documents(dataset, domain, "heldout")}
+    train = {text for domain in dataset.domains for text in documents(dataset, domain, "train")}
+    assert held and not held & train
+    assert set(documents(dataset, "rare", "heldout")) <= set(documents(dataset, "web", "heldout"))
+
+
+def test_a_domain_that_would_be_held_out_whole(tmp_path, tokenizer, texts):
+    by_hash = sorted(texts[:50], key=text_hash)
+    entries = [{"text": text, "domain": "web"} for text in by_hash]
+    parts = make_parts(tmp_path, {"a.jsonl": [*entries, {"text": by_hash[0], "domain": "one"}]}, tokenizer)
+    with pytest.raises(DataError, match="'one': every one of its 1 documents"):
+        merge(tmp_path / "dataset", parts, tokenizer, HeldOutRule(0.01, 1, 32, limit=1.0))
+
+
+def test_no_document_at_all(tmp_path, tokenizer):
+    parts = make_parts(tmp_path, {"a.jsonl": [{"text": ""}]}, tokenizer)
+    with pytest.raises(DataError, match="no document in all shards"):
+        merge(tmp_path / "dataset", parts, tokenizer)
+
+
+def test_a_parts_name_depends_on_all_that_its_bytes_do(tmp_path, tokenizer, tokenizer_json):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    base = part_name(path, tokenizer, PartSettings())
+    assert base == part_name(path, tokenizer, PartSettings())
+    others = {
+        part_name(path, load_tokenizer(tokenizer_json), PartSettings()),
+        part_name(path, tokenizer, PartSettings(text_key="content")),
+        part_name(path, tokenizer, PartSettings(rule=DomainRule(fixed="x"))),
+    }
+    path.write_text('{"text": "ab"}\n')
+    others.add(part_name(path, tokenizer, PartSettings()))
+    assert len(others) == 4 and base not in others
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "documents.bin", "part.json"])
+def test_a_damaged_part_is_refused(tmp_path, tokenizer, shards, file):
+    make_parts(tmp_path, shards, tokenizer)
+    path = tmp_path / "a_00000.jsonl.part" / file
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a_00000\.jsonl\.part: a damaged part"):
+        Part(path.parent, token_dtype(tokenizer.vocab_size))

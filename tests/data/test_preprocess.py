@@ -1,0 +1,144 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megashear.data.domains import DomainRule
+from megashear.data.heldout import HeldOutRule
+from megashear.data.manifest import Dataset
+from megashear.data.parts import PartSettings
+from megashear.data.preprocess import Preprocessing, find_shards, preprocess, table
+from megashear.errors import DataError, StorageError
+
+COMPRESS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}
+HELDOUT = HeldOutRule(0.02, 10, 32)
+
+
+def write_shards(folder: Path, texts: list[str], bad_lines: list[bytes] = ()) -> Path:
+    """Three domains, a shard of each form for each; bad lines at the end of the first."""
+    folder.mkdir()
+    names = [(domain, suffix) for domain in ("web", "книги", "code") for suffix in COMPRESS]
+    for number, (domain, suffix) in enumerate(names):
+        lines = [json.dumps({"text": text}).encode() for text in texts[number::9][:60]]
+        content = b"\n".join(lines + (list(bad_lines) if number == 0 else [])) + b"\n"
+        (folder / f"{domain}_{number:05d}{suffix}").write_bytes(COMPRESS[suffix](content))
+    return folder
+
+
+def job(shards: Path, tokenizer: Path, output: Path, **changed) -> Preprocessing:
+    return Preprocessing(
+        **{"inputs": [str(shards)], "tokenizer": tokenizer, "output": output, "heldout": HELDOUT, **changed}
+    )
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, texts):
+    return write_shards(tmp_path_factory.mktemp("inputs") / "shards", texts)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, shards, sentencepiece_model):
+    output = tmp_path_factory.mktemp("unbroken") / "dataset"
+    summary = preprocess(job(shards, sentencepiece_model, output))
+    return output, summary
+
+
+def test_an_unbroken_run(unbroken, shards, texts):
+    output, summary = unbroken
+    dataset = Dataset.open(output)
+    dataset.verify()
+    assert dataset.domains == ["code", "web", "книги"]
+    assert (summary.shards, summary.lines, summary.bad, summary.kept) == (9, 540, 0, 0)
+    assert sum(split["documents"] for splits in summary.counts.values() for split in splits.values()) == 540
+    assert not output.with_name("dataset.parts").exists()
+    assert "книги" in table(summary, HELDOUT) and "540 lines, 0 bad" in table(summary, HELDOUT)
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, shards, sentencepiece_model, unbroken):
+    preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", workers=3))
+    assert content_of(tmp_path / "dataset") == content_of(unbroken[0])
+
+
+def test_finished_shards_are_taken_over(tmp_path, shards, sentencepiece_model, unbroken, monkeypatch):
+    """The disk fails while merging; the second run tokenises nothing and ends in the same bytes."""
+    with monkeypatch.context() as patch:
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("megashear.data.preprocess.merge_parts", refuse)
+        with pytest.raises(StorageError, match="the disk is full"):
+            preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset.parts"]
+    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
+    assert summary.kept == 9
+    assert content_of(tmp_path / "dataset") == content_of(unbroken[0])
+
+
+def test_bad_lines_are_kept_aside_up_to_the_limit(tmp_path, texts, sentencepiece_model, unbroken):
+    shards = write_shards(tmp_path / "shards", texts, [b"{broken", b"", b'{"text": "caf\xe9"}'])
+    with pytest.raises(DataError, match=r"3 of 543 lines are bad.*dataset\.parts/bad_lines\.jsonl"):
+        preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
+    assert not (tmp_path / "dataset").exists()
+    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", max_bad_fraction=0.01))
+    assert (summary.bad, summary.lines, summary.kept) == (3, 543, 9)
+    told = [json.loads(line) for line in (tmp_path / "dataset" / "bad_lines.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"].split(" (")[0]) for entry in told] == [
+        (61, "not JSON"),
+        (62, "empty line"),
+        (63, "not UTF-8"),
+    ]
+    assert all(entry["file"].endswith("web_00000.jsonl") for entry in told)
+    ours, whole = content_of(tmp_path / "dataset"), content_of(unbroken[0])
+    assert all(ours[name] == whole[name] for name in whole if name.endswith((".bin", ".idx")))
+
+
+def test_a_truncated_shard_stops_the_run_by_name(tmp_path, texts, sentencepiece_model):
+    shards = write_shards(tmp_path / "shards", texts)
+    path = next(shards.glob("*_00005.jsonl.zst"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"_00005\.jsonl\.zst: truncated"):
+        preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", workers=2))
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_one_domain_for_all_and_a_tokenizer_json(tmp_path, shards, tokenizer_json):
+    part = PartSettings(rule=DomainRule(fixed="all"))
+    preprocess(job(shards, tokenizer_json, tmp_path / "dataset", part=part))
+    dataset = Dataset.open(tmp_path / "dataset")
+    assert dataset.domains == ["all"] and dataset.vocab_size == 400
+    assert dataset.stream("all")[-1] == dataset.eos_id == 0
+    assert dataset.tokenizer().digest == dataset.tokenizer_digest
+
+
+def test_a_domain_with_little_text_is_told(tmp_path, shards, sentencepiece_model):
+    rule = HeldOutRule(0.02, 10**6, 32)
+    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", heldout=rule))
+    assert table(summary, rule).count("fewer than 1000000") == 3
+
+
+def test_an_output_that_is_there_is_left_alone(tmp_path, shards, sentencepiece_model):
+    (tmp_path / "dataset").mkdir()
+    with pytest.raises(DataError, match="already there"):
+        preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
+
+
+def test_inputs(tmp_path, shards):
+    everything = find_shards([str(shards)])
+    assert len(everything) == 9
+    assert find_shards([str(shards / "web_*"), str(everything[0])]) == sorted(
+        {everything[0], *(p for p in everything if p.name.startswith("web"))}
+    )
+    assert find_shards([str(shards.parent / "**" / "*.gz")]) == [p for p in everything if p.suffix == ".gz"]
+    for wrong in ("none", "*.parquet"):
+        with pytest.raises(DataError, match="no shard there"):
+            find_shards([str(tmp_path / wrong)])
+    (tmp_path / "text.csv").write_text("a")
+    with pytest.raises(DataError, match=r"text\.csv: not a shard"):
+        find_shards([str(tmp_path / "text.csv")])

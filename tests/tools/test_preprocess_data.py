@@ -1,0 +1,150 @@
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megashear.data.manifest import Dataset
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "preprocess_data.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "text.txt").write_text(SCRIPT.read_text() * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Eight shards of 300 documents in RedPajama's form."""
+    folder = tmp_path_factory.mktemp("shards")
+    words = SCRIPT.read_text().split()
+    for shard in range(8):
+        with open(folder / f"part_{shard:05d}.jsonl", "w") as file:
+            for n in range(300):
+                text = f"{shard} {n} " + " ".join(words[(7 * n + shard) % 300 :][: 30 + n])
+                name = "RedPajamaGithub" if n % 2 else "RedPajamaC4"
+                file.write(json.dumps({"text": text, "meta": json.dumps({"redpajama_set_name": name})}) + "\n")
+    return folder
+
+
+def command(shards, model, output, *more) -> list[str]:
+    return [sys.executable, str(SCRIPT), str(shards), "--tokenizer", str(model), "--output", str(output), *more]
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+OPTIONS = ("--sequence-length", "64", "--heldout-sequences", "20", "--domain-map", "code=*Github")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, shards, model) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "dataset"
+    done = run(shards, model, output, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert "RedPajamaC4" in done.stdout and "code" in done.stdout and "2,400 lines, 0 bad" in done.stdout
+    assert "tokenise: 100.0%" in done.stderr and "tokens/s" in done.stderr
+    return output
+
+
+def test_the_dataset(unbroken):
+    dataset = Dataset.open(unbroken)
+    dataset.verify()
+    assert dataset.domains == ["RedPajamaC4", "code"]
+    for domain in dataset.domains:
+        assert len(dataset.stream(domain, "heldout")) >= 20 * 65
+        assert sum(dataset.pair(domain, split).documents for split in ("train", "heldout")) == 1200
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3, 6])
+def test_killed_and_started_again_it_ends_in_the_same_bytes(tmp_path, shards, model, unbroken, finished):
+    """SIGKILL when so many shards are done: nothing that looks finished is left, and no process."""
+    output = tmp_path / "dataset"
+    work = tmp_path / "dataset.parts"
+    process = subprocess.Popen(
+        command(shards, model, output, *OPTIONS, "--workers", "3"),
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and len(list(work.glob("[!.]*"))) < finished:
+        time.sleep(0.002)
+    if finished == 0:
+        time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not output.exists()
+    assert processes_of(process.pid) == []
+    kept = len(list(work.glob("[!.]*")))
+    done = run(shards, model, output, *OPTIONS, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert kept >= finished and f"8 shards ({kept} from before)" in done.stdout
+    assert content_of(output) == content_of(unbroken)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".tmp")] == ["dataset"]
+
+
+def processes_of(session: int) -> list[int]:
+    """Processes of a session that are still there after those that are ending have had five seconds."""
+    deadline = time.monotonic() + 5
+    while True:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, of = entry.read_text().rpartition(")")[2].split()[:4]
+                if int(of) == session and state != "Z":
+                    found.append(int(entry.parent.name))
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def test_errors_are_one_message_and_their_exit_code(tmp_path, shards, model):
+    cases = [
+        (3, "no shard there", (tmp_path / "none", model, tmp_path / "d")),
+        (3, "not found", (shards, tmp_path / "tokenizer.model", tmp_path / "d")),
+        (3, "lines are bad", (shards, model, tmp_path / "d", "--text-key", "content")),
+        (3, "--domain-map", (shards, model, tmp_path / "d", "--domain-map", "nothing")),
+        (2, "--domain", (shards, model, tmp_path / "d", "--domain", "a/b")),
+        (2, "--workers 0", (shards, model, tmp_path / "d", "--workers", "0")),
+        (7, "could not be written", (shards, model, model / "d")),
+    ]
+    for code, message, arguments in cases:
+        done = run(*arguments)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        assert message in done.stderr.splitlines()[-1] and done.stderr.count("preprocess_data: ") == 1
+        assert not (tmp_path / "d").exists()
+
+
+def test_a_full_disk(tmp_path, shards, model):
+    """A file size limit stands in for the disk: the write is refused with an OSError, as a full disk refuses it."""
+    limited = f"ulimit -f 20; exec {' '.join(command(shards, model, tmp_path / 'd'))}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 7, done.stderr
+    assert "Traceback" not in done.stderr and "could not be written" in done.stderr
+    assert not (tmp_path / "d").exists()
