@@ -70,11 +70,11 @@ def find_nvcc() -> str:
 
 
 def cuda_architecture_flags() -> list[str]:
-    """nvcc's flags for MEGASHEAR_CUDA_ARCH: code for each, and PTX of the first."""
+    """nvcc's flags for MEGASHEAR_CUDA_ARCH: code for each, and PTX of the first. Raises CompileError."""
     names = os.environ.get("MEGASHEAR_CUDA_ARCH", CUDA_ARCHITECTURES).replace(",", ";").replace(".", "").split(";")
     names = [name.strip() for name in names if name.strip()]
     if not names or not all(name.rstrip("af").isdigit() for name in names):
-        raise CannotBuild("MEGASHEAR_CUDA_ARCH must list compute capabilities like 80;90a")
+        raise CompileError("megashear: MEGASHEAR_CUDA_ARCH must list compute capabilities, like 80;90a")
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}"]
 

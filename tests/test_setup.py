@@ -1,0 +1,91 @@
+"""The build, by the real setup.py in folders of its own: what it makes, leaves out with a word, and refuses."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HAS_CXX = any(map(shutil.which, ("c++", "g++", "clang++")))
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+assert "torch" not in sys.modules and library.strip_count(17) == 2
+"""
+
+
+def _build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[Path]]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MEGASHEAR_")}
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}/temp"]
+    done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+    return done, sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler is here")
+def test_cpu_library_is_built_and_needs_no_torch(tmp_path):
+    done, files = _build(tmp_path, MEGASHEAR_CPU="1", MEGASHEAR_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "megashear: built megashear._csrc with" in done.stdout
+    assert "megashear._csrc_cuda is left out" in done.stdout and "MEGASHEAR_CUDA=0" in done.stdout
+    (library,) = files
+    subprocess.run([sys.executable, "-c", LOAD, "_csrc", library], check=True)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
+def test_cuda_library_is_built_for_the_asked_architecture_and_loads_without_a_gpu(tmp_path):
+    done, files = _build(tmp_path, MEGASHEAR_CPU="0", MEGASHEAR_CUDA="1", MEGASHEAR_CUDA_ARCH="9.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "code=sm_90" in done.stdout and "sm_80" not in done.stdout
+    (library,) = files
+    subprocess.run([sys.executable, "-c", LOAD, "_csrc_cuda", library], check=True)
+
+
+def test_without_tools_both_are_left_out_and_the_build_goes_on(tmp_path):
+    done, files = _build(tmp_path, CXX="no-such-compiler", MEGASHEAR_CUDA="0")
+    assert done.returncode == 0 and not files
+    assert "no C++ compiler was found" in done.stdout and "plain torch serves" in done.stdout
+
+
+def test_a_failing_compiler_leaves_no_file(tmp_path):
+    done, files = _build(tmp_path, CXX="false", MEGASHEAR_CUDA="0")
+    assert done.returncode == 0 and not files
+    assert "megashear._csrc is left out" in done.stdout and "status 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "no-such-compiler", "MEGASHEAR_CPU": "1"}, "MEGASHEAR_CPU=1, but no C++ compiler was found"),
+        ({"CXX": "false", "MEGASHEAR_CPU": "1"}, "MEGASHEAR_CPU=1, but false ended with status 1"),
+        ({"MEGASHEAR_CUDA": "yes"}, "MEGASHEAR_CUDA must be auto, 0 or 1, not 'yes'"),
+        ({"MEGASHEAR_CPU": "0", "MEGASHEAR_CUDA_ARCH": "hopper"}, "MEGASHEAR_CUDA_ARCH must list"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_one_message(environment, message, tmp_path):
+    done, files = _build(tmp_path, **environment)
+    assert done.returncode != 0 and not files
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_source_distribution_holds_every_kernel_source(tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        f"--egg-base={tmp_path}",
+        "sdist",
+        f"--dist-dir={tmp_path}",
+    ]
+    subprocess.run([sys.executable, "setup.py", "-q", *folders], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert wanted | {"setup.py", "pyproject.toml"} <= packed
