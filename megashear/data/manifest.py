@@ -113,6 +113,11 @@ class Dataset:
             raise DataError(
                 f"{opened.bin_path}: the domain {domain!r} has no tokens to train on; leave it out or add text"
             )
+        if len(opened.tokens) and opened.tokens[-1] != self.eos_id:
+            raise DataError(
+                f"{opened.bin_path}: ends in token {opened.tokens[-1]}, the manifest's end of sequence is {self.eos_id}; "
+                "the files do not belong together"
+            )
         return opened
 
     def stream(self, domain: str, split: str = "train") -> np.ndarray:
@@ -127,15 +132,16 @@ class Dataset:
         """The tokenizer that made this dataset, from its own copy; raises DataError where the copy is another one."""
         folder = self.folder / "tokenizer"
         tokenizer = load_tokenizer(folder, eos_id=self.eos_id)
-        if tokenizer.digest != self.tokenizer_digest:
-            raise DataError(
-                f"{folder}: not the tokenizer that made the dataset (its digest differs); restore the folder"
-            )
+        if (tokenizer.digest, tokenizer.vocab_size) != (self.tokenizer_digest, self.vocab_size):
+            raise DataError(f"{folder}: not the tokenizer that the manifest describes; restore the folder")
         return tokenizer
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every file with the manifest's: reads the whole dataset. Raises DataError by file."""
+        """Compare the SHA-256 of every file, and the tokenizer, with the manifest: reads all. Raises DataError by
+        file.
+        """
         check_files(self.folder, self.manifest, DataError, digests=True)
+        self.tokenizer()
 
     def digest(self) -> str:
         """SHA-256 of the manifest file: names this dataset, contents included (for checkpoints)."""

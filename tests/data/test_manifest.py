@@ -1,5 +1,6 @@
 import json
 import os
+import random
 
 import pytest
 
@@ -116,3 +117,48 @@ def test_an_empty_domain_is_refused(tmp_path, sentencepiece_model, write_dataset
     folder = write_dataset(tmp_path / "d", sentencepiece_model, {"web": (100, 10), "none": (0, 0)})
     with pytest.raises(DataError, match="'none' has no tokens"):
         Dataset.open(folder)
+
+
+def mutate(content: bytes, dice: random.Random) -> bytes:
+    """Cut, grow, flip a bit, blank a run, or drop a byte."""
+    changed, at = bytearray(content), dice.randrange(len(content))
+    kind = dice.randrange(5)
+    if kind == 0:
+        del changed[at:]
+    elif kind == 1:
+        changed += bytes(dice.randrange(1, 99))
+    elif kind == 2:
+        changed[at] ^= 1 << dice.randrange(8)
+    elif kind == 3:
+        changed[at : at + 16] = bytes(len(changed[at : at + 16]))
+    else:
+        del changed[at]
+    return bytes(changed)
+
+
+def test_a_thousand_mutations_none_is_silent(dataset_folder):
+    """Every one is refused by name, but those that leave the manifest's meaning (a blank less)."""
+    files = sorted(p for p in dataset_folder.rglob("*") if p.is_file())
+    dice = random.Random(0)
+    for _ in range(1000):
+        path = dice.choice(files)
+        content = path.read_bytes()
+        changed = mutate(content, dice)
+        path.write_bytes(changed)
+        try:
+            Dataset.open(dataset_folder).verify()
+        except DataError as error:
+            assert str(dataset_folder) in str(error)
+        else:
+            same = changed == content
+            assert same or (path.name == "manifest.json" and json.loads(changed) == json.loads(content)), path
+        path.write_bytes(content)
+
+
+def test_the_manifests_own_numbers_are_checked(dataset_folder):
+    for key, value in (("eos_id", 3), ("vocab_size", 501), ("digest", "0" * 64)):
+        content = (dataset_folder / "manifest.json").read_bytes()
+        edit_manifest(dataset_folder, lambda manifest, key=key, value=value: manifest["tokenizer"].update({key: value}))
+        with pytest.raises(DataError):
+            Dataset.open(dataset_folder).verify()
+        (dataset_folder / "manifest.json").write_bytes(content)
