@@ -74,15 +74,7 @@ def test_what_cannot_be_done_is_refused_with_one_message(environment, message, t
 
 
 def test_the_source_distribution_holds_every_kernel_source(tmp_path):
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "egg_info",
-        f"--egg-base={tmp_path}",
-        "sdist",
-        f"--dist-dir={tmp_path}",
-    ]
+    folders = ["egg_info", f"--egg-base={tmp_path}", "sdist", f"--dist-dir={tmp_path}"]
     subprocess.run([sys.executable, "setup.py", "-q", *folders], cwd=ROOT, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
