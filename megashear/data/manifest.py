@@ -115,7 +115,7 @@ class Dataset:
             )
         if len(opened.tokens) and opened.tokens[-1] != self.eos_id:
             raise DataError(
-                f"{opened.bin_path}: ends in token {opened.tokens[-1]}, the manifest's end of sequence is {self.eos_id}; "
+                f"{opened.bin_path}: ends in token {opened.tokens[-1]}, the manifest's end token is {self.eos_id}; "
                 "the files do not belong together"
             )
         return opened

@@ -35,7 +35,7 @@ def test_weight_histories_stay_within_one_sequence(seed):
     domains, seats = int(random.integers(2, 13)), int(random.choice([8, 32, 256]))
     weight_K = random.dirichlet(np.full(domains, 0.5))
     history = []
-    for _ in range(640 // seats * 5 + 20):
+    for _ in range(320 // seats + 10):
         weight_K = weight_K * np.exp(random.normal(0, 0.2, domains))
         weight_K = 0.999 * weight_K / weight_K.sum() + 0.001 / domains
         history += [weight_K] * 20
