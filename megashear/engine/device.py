@@ -78,7 +78,8 @@ def present_cpu() -> None:
     """Let the megatron-core modules loaded so far run on the CPU; does nothing on a GPU, and nothing the second time.
 
     Only the name `torch` inside megatron-core's modules is exchanged, so that other libraries in the process see torch as it is.
-    `Tensor.type()` is a method of all tensors: called without an argument it names fp32, bf16 and fp16 as on CUDA.
+    Two methods of all tensors change: `type()` without an argument names fp32, bf16 and fp16 as on CUDA, and `cuda()`, which would
+    raise without a GPU, gives the tensor itself.
     """
     if uses_cuda():
         return
@@ -86,6 +87,7 @@ def present_cpu() -> None:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = CPU_TORCH  # type: ignore[attr-defined]
     if not hasattr(torch.Tensor.type, "__wrapped__"):
+        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
         torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
         logger.info("no GPU in use: megatron-core computes on the CPU, ranks talk through gloo")
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 
 from megashear.config.schema import OptimizerConfig
+from megashear.engine.repairs import repair
 
 
 class WeightOptimizer:
@@ -53,9 +54,16 @@ class WeightOptimizer:
             self.chunks,
             use_gloo_process_groups=False,
         )
+        for part in self.parts:
+            repair(part)
         # megatron-core shares one config among chunks; each chunk's gradient hooks read it.
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
+
+    @property
+    def parts(self) -> list[Any]:
+        """megatron-core's optimizers behind the one that it gave (it may chain several)."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers before a step."""
@@ -70,7 +78,7 @@ class WeightOptimizer:
 
     def scale(self, norm: float, limit: float) -> float:
         """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor."""
-        for part in _parts(self.optimizer):
+        for part in self.parts:
             clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm)
         return min(1.0, limit / (norm + 1e-6))
 
@@ -80,13 +88,27 @@ class WeightOptimizer:
             group["lr"] = learning_rate
         self.optimizer.step_with_ready_grads()
 
+    def ensure_state(self) -> None:
+        """Make Adam's moments where no step has been taken, so that they can be saved or filled: zeros, step count 0."""
+        for part in self.parts:
+            if getattr(part, "optimizer", None) is None or part.optimizer.state:
+                continue
+            rates = [group["lr"] for group in part.optimizer.param_groups]
+            for group in part.optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+            for group, rate in zip(part.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"].zero_()
+
     def reload_weights(self) -> None:
         """Copy the weights into the fp32 masters (after loading weights into the chunks)."""
         self.optimizer.reload_model_params()
-
-
-def _parts(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def unwrap(chunk: torch.nn.Module) -> Any:

@@ -7,6 +7,7 @@ loads on another tensor x pipeline x data layout. Wholeness is the business of `
 from pathlib import Path
 from typing import Any
 
+import megatron.core.dist_checkpointing.strategies.torch  # loaded late otherwise, unseen by `present_cpu`
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -15,6 +16,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 
 from megashear.engine.device import present_cpu
 from megashear.engine.optimizer import WeightOptimizer, unwrap
+from megashear.engine.repairs import separate_step_counts
 
 Sharded = ShardedTensor | ShardedTensorFactory
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -55,6 +57,7 @@ def sharded_weights(chunks: list[torch.nn.Module]) -> dict[str, Sharded]:
 
 def sharded_state(weights: WeightOptimizer, is_loading: bool) -> dict[str, Any]:
     """Weights and optimizer state of this rank as dist_checkpointing takes them."""
+    weights.ensure_state()
     model = sharded_weights(weights.chunks)
     optimizer = weights.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
     return {"model": model, "optimizer": optimizer}
@@ -76,5 +79,5 @@ def load(weights: WeightOptimizer, folder: Path) -> None:
             for name, parameter in module.named_parameters():
                 parameter.copy_(state["model"][name])
     weights.optimizer.load_state_dict(state["optimizer"])
-
-
+    for part in weights.parts:
+        separate_step_counts(part)

@@ -51,8 +51,8 @@ class Llama(StageModule):
         self._mark_tied_weights()
 
     def _mark_tied_weights(self) -> None:
-        """Have megatron-core sum the gradients of both copies, and count the weight once in the gradient norm."""
-        if not self.tied:
+        """Have megatron-core sum the gradients of the copies on two stages, and count the weight once in the norm."""
+        if not self.tied or self.layout.pipeline_size == 1:
             return
         if self.pre_process:
             self.embedding.weight.shared_embedding = True
