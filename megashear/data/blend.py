@@ -36,9 +36,7 @@ class DomainSource:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One global batch: for each sequence its domain and its sample. `first` is the global number of its first
-    sequence.
-    """
+    """One global batch: the domain and the sample of each sequence; `first` numbers its first sequence globally."""
 
     first: int
     domain_B: np.ndarray
@@ -54,9 +52,8 @@ def sources(dataset: Dataset, sequence_length: int) -> list[DomainSource]:
     for source in found:
         if source.samples == 0:
             raise DataError(
-                f"{dataset.folder}: domain {source.name!r} has {source.tokens} training tokens, fewer than one "
-                "sample of "
-                f"{sequence_length + 1}; add text, leave the domain out or lower data.sequence_length"
+                f"{dataset.folder}: domain {source.name!r} has {source.tokens} training tokens, fewer than one sample "
+                f"of {sequence_length + 1}; add text, leave the domain out or lower data.sequence_length"
             )
     return found
 
@@ -77,9 +74,7 @@ def weight_array(weights: Mapping[str, float] | Sequence[float] | np.ndarray, na
 
 
 class BlendedStream:
-    """The global sample stream of a run. Attributes: `names` of the domains in order, `cursor_K`, samples taken of
-    each.
-    """
+    """The global sample stream of a run. Attributes: `names` of the domains, `cursor_K`, samples taken of each."""
 
     def __init__(
         self,
@@ -88,9 +83,7 @@ class BlendedStream:
         weights: Mapping[str, float] | Sequence[float] | np.ndarray,
         exhausted: str = "repeat",
     ) -> None:
-        """exhausted: `repeat`, `renormalise` or `stop`, what happens where a domain's epoch ends (config
-        `data.exhausted`).
-        """
+        """exhausted: `repeat`, `renormalise` or `stop` where a domain's epoch ends (config `data.exhausted`)."""
         assert exhausted in ("repeat", "renormalise", "stop"), exhausted
         self.domains, self.seed, self.exhausted = domains, seed, exhausted
         self.names = [source.name for source in domains]
@@ -153,8 +146,7 @@ class BlendedStream:
             if weight_K.sum() <= 0:
                 raise TrainingError(
                     f"every domain has run out of data after {self._next} sequences and data.exhausted is "
-                    "`renormalise`; "
-                    "add data, train for fewer steps, or set data.exhausted to repeat"
+                    "`renormalise`; add data, train for fewer steps, or set data.exhausted to repeat"
                 )
             weight_K /= weight_K.sum()
             remainder_K += weight_K * (0.0 - remainder_K[open_K].sum()) * open_K
@@ -176,9 +168,7 @@ class BlendedStream:
         return {s.name: int(c) * s.sequence_length for s, c in zip(self.domains, self.cursor_K, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the stream depends on, as JSON values (doubles round-trip); its size never
-        grows.
-        """
+        """Everything that the rest of the stream depends on, as JSON values; its size never grows."""
         return {
             "seed": self.seed,
             "names": self.names,
@@ -190,16 +180,14 @@ class BlendedStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; raises CheckpointError where it is of other domains, other data or another
-        seed.
-        """
+        """Go on where `state` was taken; raises CheckpointError for other domains, other data or another seed."""
         own = self.state_dict()
         for key, meaning in (("names", "domains"), ("samples", "samples per domain"), ("seed", "seed")):
             if state.get(key) != own[key]:
                 raise CheckpointError(
-                    f"the checkpoint's data stream has other {meaning}: {state.get(key)}, this run has "
-                    f"{own[key]}; resume with "
-                    "the dataset, seed and sequence length that it was saved with, or start a new run folder"
+                    f"the checkpoint's data stream has other {meaning}: {state.get(key)}, this run has {own[key]}; "
+                    "resume with the dataset, seed and sequence length that it was saved with, or start a new run "
+                    "folder"
                 )
         self._next = int(state["next"])
         self.cursor_K = np.array(state["cursors"], dtype=np.int64)
@@ -219,8 +207,7 @@ def epoch_warnings(epochs: dict[str, float], max_epochs: float) -> list[str]:
     """One line for each domain of `planned_epochs` that needs more than `max_epochs` (config `data.max_epochs`)."""
     return [
         f"domain {name!r}: the planned weights take {count:.1f} epochs of it, more than data.max_epochs = "
-        f"{max_epochs:g}; "
-        "lower its weight, add data or train for fewer steps"
+        f"{max_epochs:g}; lower its weight, add data or train for fewer steps"
         for name, count in epochs.items()
         if count > max_epochs
     ]

@@ -27,9 +27,7 @@ class NoDomain(ValueError):
 
 @dataclass(frozen=True)
 class DomainRule:
-    """How domains are found. `fixed`: one name for all; `key`: dotted path in the line; `patterns`: (name, pattern)
-    in order.
-    """
+    """How domains are found. `fixed`: one name for all; `key`: dotted path; `patterns`: (name, pattern) in order."""
 
     fixed: str | None = None
     key: str = DEFAULT_KEY

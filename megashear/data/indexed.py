@@ -129,9 +129,7 @@ class IndexedWriter:
         return self
 
     def add_document(self, ids: np.ndarray) -> None:
-        """Append one document. ids: [tokens] of any integer dtype, within the dtype's range (the caller's
-        vocabulary).
-        """
+        """Append one document. ids: [tokens] of any integer dtype, within the vocabulary."""
         assert self._file is not None
         self._file.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
         self.lengths.append(len(ids))

@@ -43,9 +43,7 @@ class HeldOut:
     """
 
     def __init__(self, dataset: Dataset, sequence_length: int, sequences_per_domain: int) -> None:
-        """sequences_per_domain: windows wanted; a domain with fewer gives what it has. Raises DataError where it has
-        none.
-        """
+        """sequences_per_domain: windows wanted; a domain with fewer gives what it has, DataError where that is none."""
         self.names, self.sequence_length = dataset.domains, sequence_length
         self._tokens = [dataset.stream(name, "heldout") for name in self.names]
         self.rows: list[tuple[int, int]] = []

@@ -137,9 +137,7 @@ class Dataset:
         return tokenizer
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every file, and the tokenizer, with the manifest: reads all. Raises DataError by
-        file.
-        """
+        """Compare every file's SHA-256, and the tokenizer, with the manifest: reads all. Raises DataError by file."""
         check_files(self.folder, self.manifest, DataError, digests=True)
         self.tokenizer()
 

@@ -131,9 +131,8 @@ class Mixture:
         """Go on where `state` was taken, references included; raises CheckpointError where it is of other domains."""
         if state.get("names") != self.names:
             raise CheckpointError(
-                f"the checkpoint's mixture has domains {state.get('names')}, this run has {self.names}; resume "
-                "with the "
-                "dataset that it was saved with, or start a new run folder"
+                f"the checkpoint's mixture has domains {state.get('names')}, this run has {self.names}; resume with "
+                "the dataset that it was saved with, or start a new run folder"
             )
         self.weight_K = np.array(state["weights"], dtype=np.float64)
         self.loss_K = np.array([np.nan if loss is None else loss for loss in state["losses"]], dtype=np.float64)

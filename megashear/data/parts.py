@@ -119,9 +119,7 @@ def write_part(
 
 
 class Part:
-    """A finished part, opened. Attributes: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens`
-    [tokens].
-    """
+    """A finished part, opened: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens` [tokens]."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         """Raises DataError where the part is damaged."""

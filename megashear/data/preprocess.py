@@ -28,6 +28,7 @@ from megashear.data.shards import SUFFIXES
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_file, atomic_folder
+from megashear.files.lock import run_lock
 
 
 @dataclass(frozen=True)
@@ -74,30 +75,44 @@ def find_shards(inputs: list[str]) -> list[Path]:
 
 
 def preprocess(job: Preprocessing) -> Summary:
-    """Make the dataset folder of a job. Raises DataError (inputs, tokenizer, too many bad lines) or StorageError
-    (disk).
+    """Make the dataset folder of a job.
+
+    Raises DataError (inputs, tokenizer, too many bad lines), StorageError (disk) or BusyError (the same output twice).
     """
-    if job.output.exists():
-        raise DataError(f"{job.output}: already there; remove it or give another --output")
+    refuse_output(job.output)
     tokenizer = load_tokenizer(job.tokenizer)
     shards = find_shards(job.inputs)
     work = job.output.with_name(job.output.name + ".parts")
     folders = [work / part_name(shard, tokenizer, job.part) for shard in shards]
-    missing = [(shard, folder) for shard, folder in zip(shards, folders, strict=True) if not folder.is_dir()]
-    tokenise(missing, job)
-    parts = [Part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
+    with run_lock(work):
+        refuse_output(job.output)
+        missing = [(shard, folder) for shard, folder in zip(shards, folders, strict=True) if not folder.is_dir()]
+        tokenise(missing, job)
+        parts = [Part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
+        lines, bad = count_lines(parts, job.max_bad_fraction, work / "bad_lines.jsonl")
+        described = {"lines": lines, "bad": bad, "shards": len(shards), "seed": job.seed, "heldout": vars(job.heldout)}
+        counts = write_dataset(job, parts, tokenizer, {"preprocessing": described})
+        shutil.rmtree(work, ignore_errors=True)
+    return Summary(counts, lines, bad, len(shards), len(shards) - len(missing))
+
+
+def refuse_output(output: Path) -> None:
+    """Raise DataError where something stands in the output's place."""
+    if output.exists():
+        raise DataError(f"{output}: already there; remove it or give another --output")
+
+
+def count_lines(parts: list[Part], max_bad_fraction: float, report: Path) -> tuple[int, int]:
+    """Lines and bad lines of all parts; with too many bad ones, writes them to `report` and raises DataError."""
     lines, bad = sum(part.lines for part in parts), sum(part.bad for part in parts)
-    if bad > job.max_bad_fraction * lines:
-        with atomic_file(work / "bad_lines.jsonl") as temporary:
+    if bad > max_bad_fraction * lines:
+        with atomic_file(report) as temporary:
             write_bad_lines(temporary, parts)
         raise DataError(
-            f"{bad} of {lines} lines are bad, more than --max-bad-fraction {job.max_bad_fraction:g}; see "
-            f"{work / 'bad_lines.jsonl'}, repair the shards or allow more (finished shards are kept)"
+            f"{bad} of {lines} lines are bad, more than --max-bad-fraction {max_bad_fraction:g}; see {report}, repair "
+            "the shards or allow more (finished shards are kept)"
         )
-    described = {"lines": lines, "bad": bad, "shards": len(shards), "seed": job.seed, "heldout": vars(job.heldout)}
-    counts = write_dataset(job, parts, tokenizer, {"preprocessing": described})
-    shutil.rmtree(work, ignore_errors=True)
-    return Summary(counts, lines, bad, len(shards), len(shards) - len(missing))
+    return lines, bad
 
 
 def write_dataset(job: Preprocessing, parts: list[Part], tokenizer: Tokenizer, extra: dict[str, Any]) -> Counts:
@@ -120,9 +135,7 @@ def write_dataset(job: Preprocessing, parts: list[Part], tokenizer: Tokenizer, e
 
 
 class Worker:
-    """What a worker process holds: the tokenizer, the settings, counters shared by all workers, and the sign to
-    stop.
-    """
+    """What a worker process holds: tokenizer, settings, counters shared by all workers, the sign to stop."""
 
     current: "Worker"
 

@@ -16,8 +16,7 @@ from megashear.errors import ConfigError, DataError
 def reference_losses(
     config: MixtureConfig, names: list[str], source_losses: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Reference loss of every domain in nats per token, in the order of `names`, from the provider that the config
-    names.
+    """Reference loss of every domain in nats per token, in the order of `names`, from the config's provider.
 
     source_losses: the source model's held-out losses, for `references: source`. Under the rule `static` none are
     needed: {}.

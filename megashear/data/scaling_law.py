@@ -20,9 +20,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """L(N) = amplitude * N^-exponent + limit, in nats per token; `residual` is the root mean square of the fit's
-    errors.
-    """
+    """L(N) = amplitude * N^-exponent + limit, in nats per token; `residual`: root mean square of the errors."""
 
     amplitude: float
     exponent: float

@@ -44,9 +44,7 @@ class ShardReader:
     """Iterates over the lines of a shard. `bytes_read` is how much of the file has been taken so far."""
 
     def __init__(self, path: Path, text_key: str = "text") -> None:
-        """path: ends in one of SUFFIXES; text_key: the key of the JSON objects that holds the text. Raises
-        DataError.
-        """
+        """path: ends in one of SUFFIXES; text_key: the key of the objects that holds the text. Raises DataError."""
         self.path, self.text_key = Path(path), text_key
         self.bytes_read = 0
         if not self.path.name.endswith(SUFFIXES):

@@ -20,9 +20,7 @@ COMPANIONS = (*SETTINGS[:3], "added_tokens.json", "tokenizer.model")
 
 
 class Encoder(Protocol):
-    """What a tokenizer library must do: text to ids, ids to text, its number of ids and the end-of-sequence id it
-    knows.
-    """
+    """What a tokenizer library must give: text to ids and back, number of ids, end-of-sequence id."""
 
     vocab_size: int
     eos_id: int | None
@@ -132,9 +130,7 @@ class Tokenizer:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer's main file: `path` itself, or in a folder `tokenizer.json`, else `tokenizer.model`. Raises
-    DataError.
-    """
+    """The main file: `path`, or in a folder `tokenizer.json`, else `tokenizer.model`. Raises DataError."""
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():

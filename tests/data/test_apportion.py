@@ -28,9 +28,7 @@ def test_published_weights_stay_within_one_sequence(weights, seats):
 
 @pytest.mark.parametrize("seed", range(200))
 def test_weight_histories_stay_within_one_sequence(seed):
-    """Weights that walk as dynamic batch loading makes them: an update each 20 batches, 5 000 samples or more in
-    all.
-    """
+    """Weights that walk: an update each 20 batches, 5 000 samples or more in all."""
     random = np.random.default_rng(seed)
     domains, seats = int(random.integers(2, 13)), int(random.choice([8, 32, 256]))
     weight_K = random.dirichlet(np.full(domains, 0.5))

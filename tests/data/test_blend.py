@@ -55,9 +55,7 @@ def test_the_stream_is_a_function_of_seed_and_weights():
 
 @pytest.mark.parametrize("exhausted, samples", [("repeat", (50, 20, 6)), ("renormalise", (300, 90, 30))])
 def test_resumed_anywhere_the_stream_goes_on(exhausted, samples):
-    """Saved as JSON after every batch and loaded into a new stream: the rest is equal, weights and remainders to the
-    bit.
-    """
+    """Saved as JSON after every batch and loaded into a new stream: the rest is equal to the bit."""
     random = np.random.default_rng(1)
     history = [random.dirichlet(np.ones(3)) for _ in range(12)]
     blended, rest, states = stream(samples, exhausted=exhausted), [], []

@@ -10,7 +10,8 @@ from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import Dataset
 from megashear.data.parts import PartSettings
 from megashear.data.preprocess import Preprocessing, find_shards, preprocess, table
-from megashear.errors import DataError, StorageError
+from megashear.errors import BusyError, DataError, StorageError
+from megashear.files.lock import run_lock
 
 COMPRESS = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.ZstdCompressor().compress}
 HELDOUT = HeldOutRule(0.02, 10, 32)
@@ -142,3 +143,8 @@ def test_inputs(tmp_path, shards):
     (tmp_path / "text.csv").write_text("a")
     with pytest.raises(DataError, match=r"text\.csv: not a shard"):
         find_shards([str(tmp_path / "text.csv")])
+
+
+def test_two_runs_into_one_output(tmp_path, shards, sentencepiece_model):
+    with run_lock(tmp_path / "dataset.parts"), pytest.raises(BusyError, match=r"dataset\.parts: in use"):
+        preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
