@@ -1,8 +1,8 @@
 // bindings.cpp: the kernels as Python functions of integer addresses and sizes, so that building needs no torch.
 //
 // Compiled once per device: megashear._csrc with the CPU sources, megashear._csrc_cuda with the CUDA sources. Addresses
-// are of contiguous memory on that device, 0 for null; `executor` is the number of threads, or the CUDA stream. Sizes and
-// meanings stand in the header of each op. Nothing is checked here: megashear/ops/kernels does that.
+// are of contiguous memory on that device, 0 for null; `executor` is the number of threads, or the CUDA stream. Sizes
+// and meanings stand in the header of each op. Nothing is checked here: megashear/ops/kernels does that.
 #include <pybind11/pybind11.h>
 
 #include "device.h"
@@ -70,8 +70,8 @@ void bind_masked_rms_norm(py::module_& module) {
       "masked_rms_norm_forward",
       [](Address x, Address weight, Address mask, Address out, Address r, float eps, int64_t tokens, int64_t hidden,
          int dtype, intptr_t executor) {
-        megashear::masked_rms_norm_forward(at(x), at<float>(weight), at<float>(mask), at(out), at<float>(r), eps, tokens,
-                                           hidden, static_cast<Dtype>(dtype), executor);
+        megashear::masked_rms_norm_forward(at(x), at<float>(weight), at<float>(mask), at(out), at<float>(r), eps,
+                                           tokens, hidden, static_cast<Dtype>(dtype), executor);
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

@@ -1,4 +1,4 @@
-// device_cuda.cu: the current CUDA device runs the kernels if the driver and the device know the code that was compiled.
+// device_cuda.cu: the current CUDA device runs the kernels if driver and device know the code that was compiled.
 #include <cuda_runtime.h>
 
 #include "device.h"

@@ -1,8 +1,8 @@
 // number.h: what every op's arithmetic stands on, for one element, on the CPU and on CUDA alike.
 //
 // Storage types (fp32, bf16) are widened to fp32 on reading and rounded to nearest even on writing. exp and log are the
-// CUDA library's on the device; on the CPU they are short series without branches, so that compilers vectorise the loops
-// around them, with a relative error below 3 units in the last place. Read next: the folders, one per op.
+// CUDA library's on the device; on the CPU they are short series without branches, so that compilers vectorise the
+// loops around them, with a relative error below 3 units in the last place. Read next: the folders, one per op.
 #pragma once
 
 #include <cstdint>
@@ -112,7 +112,7 @@ MEGASHEAR_INLINE float logarithm(float x) {
 MEGASHEAR_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 // Column sums (gradients of masks and norm weights) go over tokens in strips: one partial row of sums per strip, then
-// a sum over strips in order. The cut depends on the number of tokens alone, so results repeat on any number of threads.
+// a sum over strips in order. The cut depends on the number of tokens alone: results repeat on any number of threads.
 constexpr int64_t kMaxStrips = 256;
 constexpr int64_t kMinStripTokens = 16;
 

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;
 
-// ---- kernels of one chunk --------------------------------------------------------------------------------------------
+// ---- kernels of one chunk -------------------------------------------------------------------------------------------
 
 MEGASHEAR_MULTIVERSION
 void noise_chunk(uint64_t seed, uint32_t step, uint32_t micro_batch, uint32_t granularity, int64_t first,
@@ -47,7 +47,7 @@ int64_t chunk_units(int64_t first, int64_t units) { return units - first < kChun
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void hard_concrete_noise(const NoiseKey& noise, float* uniform, int64_t units, intptr_t executor) {
 #pragma omp parallel for num_threads(parallel_threads(executor, units)) schedule(static)

@@ -5,7 +5,7 @@
 namespace megashear {
 namespace {
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ PhiloxBlock philox(const NoiseKey& noise, int64_t block) {
   PhiloxBlock state = philox_counter(noise, static_cast<uint32_t>(block));
@@ -42,7 +42,7 @@ __global__ void sample_kernel(const float* log_alpha, const float* uniform, Nois
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void hard_concrete_noise(const NoiseKey& noise, float* uniform, int64_t units, intptr_t executor) {
   if (units == 0) return;
@@ -53,8 +53,8 @@ void hard_concrete_noise(const NoiseKey& noise, float* uniform, int64_t units, i
 void hard_concrete_sample(const float* log_alpha, const float* uniform, const NoiseKey& noise, float* z, float* slope,
                           int64_t units, intptr_t executor) {
   if (units == 0) return;
-  sample_kernel<<<blocks_for(units, 4 * kThreads), kThreads, 0, stream_of(executor)>>>(log_alpha, uniform, noise, z, slope,
-                                                                                       units);
+  const unsigned blocks = blocks_for(units, 4 * kThreads);
+  sample_kernel<<<blocks, kThreads, 0, stream_of(executor)>>>(log_alpha, uniform, noise, z, slope, units);
   check_launch("hard_concrete sample");
 }
 

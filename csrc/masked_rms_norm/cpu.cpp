@@ -1,5 +1,6 @@
 // cpu.cpp: masked RMSNorm on the CPU; threads share the rows forward and the strips of rows backward.
 #include <cmath>
+#include <vector>
 
 #include "../parallel_cpu.h"
 #include "masked_rms_norm.h"
@@ -7,7 +8,7 @@
 namespace megashear {
 namespace {
 
-// ---- kernels of one row; the mask is never null here -----------------------------------------------------------------
+// ---- kernels of one row; the mask is never null here ----------------------------------------------------------------
 
 template <typename T>
 MEGASHEAR_ROW float forward_row(const T* __restrict x, const float* __restrict weight, const float* __restrict mask,
@@ -60,7 +61,7 @@ MEGASHEAR_MULTIVERSION void backward_bf16(const BFloat16* dout, const BFloat16* 
   backward_row(dout, x, weight, mask, r, live, dx, column, hidden);
 }
 
-// ---- loops over rows -------------------------------------------------------------------------------------------------
+// ---- loops over rows ------------------------------------------------------------------------------------------------
 
 float live_count(const float* mask, int64_t hidden) {
   int64_t live = 0;
@@ -99,49 +100,42 @@ void backward(Row row, const void* dout, const void* x, const float* weight, con
   }
 }
 
-// A row of ones where the caller gave no mask.
-class MaskOrOnes {
- public:
-  MaskOrOnes(const float* mask, int64_t hidden) : owned_(mask == nullptr ? new float[static_cast<size_t>(hidden)] : nullptr) {
-    for (int64_t j = 0; owned_ != nullptr && j < hidden; ++j) owned_[j] = 1.0f;
-    values = owned_ == nullptr ? mask : owned_;
-  }
-  ~MaskOrOnes() { delete[] owned_; }
-  MaskOrOnes(const MaskOrOnes&) = delete;
-  MaskOrOnes& operator=(const MaskOrOnes&) = delete;
-  const float* values;
-
- private:
-  float* owned_;
-};
+// The mask, or as many ones where the caller gave none.
+const float* mask_or_ones(const float* mask, std::vector<float>& ones, int64_t hidden) {
+  if (mask != nullptr) return mask;
+  ones.assign(static_cast<size_t>(hidden), 1.0f);
+  return ones.data();
+}
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void masked_rms_norm_forward(const void* x, const float* weight, const float* mask, void* out, float* r, float eps,
                              int64_t tokens, int64_t hidden, Dtype dtype, intptr_t executor) {
-  const MaskOrOnes ones(mask, hidden);
+  std::vector<float> ones;
+  const float* factor = mask_or_ones(mask, ones, hidden);
   if (dtype == Dtype::Float32) {
-    forward<float>(forward_fp32, x, weight, ones.values, out, r, eps, tokens, hidden, executor);
+    forward<float>(forward_fp32, x, weight, factor, out, r, eps, tokens, hidden, executor);
   } else {
-    forward<BFloat16>(forward_bf16, x, weight, ones.values, out, r, eps, tokens, hidden, executor);
+    forward<BFloat16>(forward_bf16, x, weight, factor, out, r, eps, tokens, hidden, executor);
   }
 }
 
 void masked_rms_norm_backward(const void* dout, const void* x, const float* weight, const float* mask, const float* r,
                               void* dx, float* dweight, float* dmask, float* partial, int64_t tokens, int64_t hidden,
                               Dtype dtype, intptr_t executor) {
-  const MaskOrOnes ones(mask, hidden);
+  std::vector<float> ones;
+  const float* factor = mask_or_ones(mask, ones, hidden);
   if (dtype == Dtype::Float32) {
-    backward<float>(backward_fp32, dout, x, weight, ones.values, r, dx, partial, tokens, hidden, executor);
+    backward<float>(backward_fp32, dout, x, weight, factor, r, dx, partial, tokens, hidden, executor);
   } else {
-    backward<BFloat16>(backward_bf16, dout, x, weight, ones.values, r, dx, partial, tokens, hidden, executor);
+    backward<BFloat16>(backward_bf16, dout, x, weight, factor, r, dx, partial, tokens, hidden, executor);
   }
   sum_strips(partial, dweight, strip_count(tokens), hidden, parallel_threads(executor, tokens * hidden));
   for (int64_t j = 0; j < hidden; ++j) {
     const float sum = dweight[j];
-    dweight[j] = sum * ones.values[j];
+    dweight[j] = sum * factor[j];
     if (mask != nullptr) dmask[j] = sum * weight[j];
   }
 }

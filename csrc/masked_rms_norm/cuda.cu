@@ -1,7 +1,7 @@
 // cuda.cu: masked RMSNorm on CUDA.
 //
-// Forward: one block per token, which counts the live dimensions while it sums the squares. Backward: one block per strip
-// of tokens; a thread owns fixed columns, whose sums stay in shared memory where they fit, else in the strip's row of
+// Forward: one block per token, which counts the live dimensions while it sums the squares. Backward: one block per
+// strip of tokens; a thread owns fixed columns, whose sums stay in shared memory where they fit, else in the strip's row of
 // `partial`; a second kernel adds the strips in order and makes the gradients of weight and mask.
 #include "../cuda_launch.cuh"
 #include "masked_rms_norm.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kSharedColumns = 10240;  // 40 KiB of sums, within what every device gives a block without asking
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float mask_at(const float* mask, int64_t column) {
   return mask == nullptr ? 1.0f : mask[column];
@@ -49,8 +49,8 @@ __global__ void forward_kernel(const T* x, const float* weight, const float* mas
 }
 
 template <typename T, int N>
-__global__ void backward_kernel(const T* dout, const T* x, const float* weight, const float* mask, const float* r, T* dx,
-                                float* partial, int64_t tokens, int64_t hidden, int64_t strip_size) {
+__global__ void backward_kernel(const T* dout, const T* x, const float* weight, const float* mask, const float* r,
+                                T* dx, float* partial, int64_t tokens, int64_t hidden, int64_t strip_size) {
   extern __shared__ float shared_column[];
   float* row = partial + blockIdx.x * hidden;
   float* column = hidden <= kSharedColumns ? shared_column : row;
@@ -108,7 +108,7 @@ __global__ void column_gradient_kernel(const float* partial, const float* weight
   if (mask != nullptr) dmask[j] = sum * weight[j];
 }
 
-// ---- launchers of one type -------------------------------------------------------------------------------------------
+// ---- launchers of one type ------------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_any(const void* x, const float* weight, const float* mask, void* out, float* r, float eps, int64_t tokens,
@@ -126,13 +126,13 @@ void backward_any(const void* dout, const void* x, const float* weight, const fl
   const auto kernel = packs_fit<T>(hidden, dout, x, dx) ? backward_kernel<T, wide> : backward_kernel<T, 1>;
   const size_t shared = hidden <= kSharedColumns ? static_cast<size_t>(hidden) * sizeof(float) : 0;
   kernel<<<static_cast<unsigned>(strip_count(tokens)), kThreads, shared, stream>>>(
-      static_cast<const T*>(dout), static_cast<const T*>(x), weight, mask, r, static_cast<T*>(dx), partial, tokens, hidden,
-      strip_tokens(tokens));
+      static_cast<const T*>(dout), static_cast<const T*>(x), weight, mask, r, static_cast<T*>(dx), partial, tokens,
+      hidden, strip_tokens(tokens));
 }
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void masked_rms_norm_forward(const void* x, const float* weight, const float* mask, void* out, float* r, float eps,
                              int64_t tokens, int64_t hidden, Dtype dtype, intptr_t executor) {

@@ -1,6 +1,6 @@
-// masked_rms_norm.h: out[t, j] = weight[j] * mask[j] * h[t, j],  h[t, j] = x[t, j] * r[t]        t: token, j: hidden dimension
+// masked_rms_norm.h: out[t, j] = weight[j] * mask[j] * h[t, j],  h[t, j] = x[t, j] * r[t]   t: token, j: dimension
 //
-//   r[t]       = rsqrt(sum over mask[j] != 0 of x[t, j]^2 / #{j: mask[j] != 0} + eps)      h is rounded to the dtype of x
+//   r[t]       = rsqrt(sum over mask[j] != 0 of x[t, j]^2 / #{j: mask[j] != 0} + eps)    h is rounded to x's dtype
 //   dh[t, j]   = dout * weight * mask
 //   dx[t, j]   = r dh - [mask != 0] x r^3 / n * sum over k of dh[t, k] x[t, k]             n = #{j: mask[j] != 0}
 //   c[j]       = sum over t of dout * h, by strips of tokens in a fixed order;  dweight = mask * c,  dmask = weight * c
@@ -26,8 +26,9 @@ MEGASHEAR_INLINE float masked_rms_norm_dx(float dout, float x, float weight, flo
 }
 
 // Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
-// x, out, dout, dx: [tokens, hidden] of `dtype`; weight, mask, dweight, dmask: fp32 [hidden]; r: fp32 [tokens], written by
-// the forward pass for the backward; partial: fp32 [strip_count(tokens), hidden], scratch. mask and dmask are null together.
+// x, out, dout, dx: [tokens, hidden] of `dtype`; weight, mask, dweight, dmask: fp32 [hidden]; r: fp32 [tokens], written
+// by the forward pass for the backward; partial: fp32 [strip_count(tokens), hidden], scratch. mask and dmask are null
+// together.
 void masked_rms_norm_forward(const void* x, const float* weight, const float* mask, void* out, float* r, float eps,
                              int64_t tokens, int64_t hidden, Dtype dtype, intptr_t executor);
 void masked_rms_norm_backward(const void* dout, const void* x, const float* weight, const float* mask, const float* r,

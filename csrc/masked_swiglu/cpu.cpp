@@ -5,7 +5,7 @@
 namespace megashear {
 namespace {
 
-// ---- kernels of one row ----------------------------------------------------------------------------------------------
+// ---- kernels of one row ---------------------------------------------------------------------------------------------
 
 template <typename T>
 MEGASHEAR_ROW void forward_row(const T* __restrict gate_up, const float* __restrict mask, T* __restrict out,
@@ -62,7 +62,7 @@ MEGASHEAR_MULTIVERSION void backward_bf16(const BFloat16* dout, const BFloat16* 
   backward_row(dout, gate_up, mask, dgate_up, dmask, features);
 }
 
-// ---- loops over rows -------------------------------------------------------------------------------------------------
+// ---- loops over rows ------------------------------------------------------------------------------------------------
 
 template <typename T, typename Row>
 void forward(Row row, const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
@@ -93,7 +93,7 @@ void backward(Row row, const void* dout, const void* gate_up, const float* mask,
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void masked_swiglu_forward(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
                            Dtype dtype, intptr_t executor) {

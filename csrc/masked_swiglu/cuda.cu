@@ -8,7 +8,7 @@
 namespace megashear {
 namespace {
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
 template <typename T, int N>
 __global__ void forward_kernel(const T* gate_up, const float* mask, T* out, int64_t tokens, int64_t features) {
@@ -71,7 +71,7 @@ __global__ void mask_gradient_kernel(const float* partial, float* dmask, int64_t
   dmask[f] = sum;
 }
 
-// ---- launchers of one type -------------------------------------------------------------------------------------------
+// ---- launchers of one type ------------------------------------------------------------------------------------------
 
 template <typename T, int N>
 void forward(const T* gate_up, const float* mask, T* out, int64_t tokens, int64_t features, cudaStream_t stream) {
@@ -114,7 +114,7 @@ void backward_any(const void* dout, const void* gate_up, const float* mask, void
 
 }  // namespace
 
-// ---- launchers -------------------------------------------------------------------------------------------------------
+// ---- launchers ------------------------------------------------------------------------------------------------------
 
 void masked_swiglu_forward(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
                            Dtype dtype, intptr_t executor) {
