@@ -1,8 +1,8 @@
 // cuda.cu: masked RMSNorm on CUDA.
 //
 // Forward: one block per token, which counts the live dimensions while it sums the squares. Backward: one block per
-// strip of tokens; a thread owns fixed columns, whose sums stay in shared memory where they fit, else in the strip's row
-// of `partial`; a second kernel adds the strips in order and makes the gradients of weight and mask.
+// strip of tokens; a thread owns fixed columns, whose sums stay in shared memory where they fit, else in the strip's
+// row of `partial`; a second kernel adds the strips in order and makes the gradients of weight and mask.
 #include "../cuda_launch.cuh"
 #include "masked_rms_norm.h"
 
