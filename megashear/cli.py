@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
         raise ModelError(f"source.folder: {config.source.folder} is no folder; run `megashear import` first")
     check(config, source, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
 
-    from megashear.train.run import run
+    from megashear.run.runner import run
 
     run(config, stages)
 

@@ -1,7 +1,7 @@
 """Every error that a user can meet: what was wrong, where, and what to do next.
 
-Each class carries the exit code with which a command ends. Messages are one sentence of what was wrong and where, and one
-of what to do. `cli.py` prints them without a traceback. Nothing else of the package is imported here.
+Each class carries the exit code with which a command ends. Messages are one sentence of what was wrong and where, and
+one of what to do. `cli.py` prints them without a traceback. Nothing else of the package is imported here.
 """
 
 

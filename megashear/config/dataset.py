@@ -75,6 +75,7 @@ def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -
         )
     for key, values in (
         ("initial_weights", config.mixture.initial_weights),
+        ("pretrain_weights", config.mixture.pretrain_weights),
         ("reference_losses", config.mixture.reference_losses),
     ):
         if values is None:

@@ -12,26 +12,26 @@ def mixture_problems(config: Config) -> list[str]:
     if not training_stages(config):
         return []
     mixture = config.mixture
-    problems = _weight_problems(mixture)
+    problems = []
+    for key in ("initial_weights", "pretrain_weights"):
+        problems += _weight_problems(key, getattr(mixture, key), adaptive=mixture.rule != "static")
     if mixture.rule != "static":
         problems += _reference_problems(config)
         problems += _guard_problems(mixture)
     return problems
 
 
-def _weight_problems(mixture: MixtureConfig) -> list[str]:
-    weights = mixture.initial_weights
+def _weight_problems(key: str, weights: dict[str, float] | None, adaptive: bool) -> list[str]:
     if weights is None:
         return []
     if not weights:
-        return ["mixture.initial_weights: no domain is named; name all, or leave it null"]
-    adaptive = mixture.rule != "static"
+        return [f"mixture.{key}: no domain is named; name all, or leave it null"]
     low = [name for name, weight in weights.items() if weight < 0 or (weight == 0 and adaptive)]
     if low:
         reason = "a weight that follows the losses has to start above 0" if adaptive else "weights are not negative"
-        return [f"mixture.initial_weights: {', '.join(low)}: {reason}; raise it, or leave the domain out"]
+        return [f"mixture.{key}: {', '.join(low)}: {reason}; raise it, or leave the domain out"]
     if sum(weights.values()) <= 0:
-        return ["mixture.initial_weights: they sum to 0; raise one"]
+        return [f"mixture.{key}: they sum to 0; raise one"]
     return []
 
 

@@ -92,6 +92,9 @@ class MixtureConfig:
     initial_weights: dict[str, float] | None = key(
         None, "weight per domain at the start, normalised; null: proportional to tokens"
     )
+    pretrain_weights: dict[str, float] | None = key(
+        None, "the same at the start of continued pre-training; null: where pruning ended, else initial_weights"
+    )
     references: str = key(
         "source",
         "where reference losses come from: the source model's evaluation, a scaling-law file, a list",

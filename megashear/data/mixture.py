@@ -97,6 +97,15 @@ class Mixture:
         """Weights by domain."""
         return dict(zip(self.names, self.weight_K.tolist(), strict=True))
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Start a stage from these weights; raises ConfigError where they name other domains."""
+        self.weight_K = weight_array(weights, self.names)
+
+    @property
+    def references(self) -> dict[str, float] | None:
+        """Reference losses by domain; None under `static`, which has none."""
+        return None if self.config.rule == "static" else dict(zip(self.names, self.reference_K.tolist(), strict=True))
+
     def update(self, losses: Mapping[str, float | None], step: int) -> list[str]:
         """Take an evaluation's losses by domain, smooth them and update the weights; returns warnings for the log.
 

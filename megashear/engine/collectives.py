@@ -1,10 +1,16 @@
-"""Collectives over all ranks, and over one model replica, for what is replicated: flat gradients, flags, small objects."""
+"""Collectives over all ranks, and over one model replica, for what is replicated: flat gradients, flags, small
+objects.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+from megashear.engine.layout import Layout
+from megashear.errors import MegashearError
 
 
 def sum_over_world(flat: torch.Tensor) -> torch.Tensor:
@@ -53,3 +59,17 @@ def gather_rows(part: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return torch.cat(parts)
+
+
+def on_main(layout: Layout, function: Callable[[], Any]) -> Any:
+    """Call a function on rank 0 alone and give its value to every rank; a user's error is raised on every rank."""
+    outcome: tuple[Any, MegashearError | None] = (None, None)
+    if layout.is_main:
+        try:
+            outcome = (function(), None)
+        except MegashearError as error:
+            outcome = (None, error)
+    value, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return value

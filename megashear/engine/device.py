@@ -1,8 +1,8 @@
 """The device of a rank: CUDA with NCCL, or the CPU with gloo, presented to megatron-core in CUDA's stead.
 
-megatron-core asks for CUDA in places: `torch.cuda.current_device()`, the literal "cuda" in tensor factories, and names of
-tensor types. `present_cpu` answers these with the CPU, so that the very same megatron-core code runs under gloo. It acts
-only when no GPU is in use, and says so in the log.
+megatron-core asks for CUDA in places: `torch.cuda.current_device()`, the literal "cuda" in tensor factories, and
+names of tensor types. `present_cpu` answers these with the CPU, so that the very same megatron-core code runs under
+gloo. It acts only when no GPU is in use, and says so in the log.
 """
 
 import functools
@@ -77,9 +77,9 @@ CPU_TORCH = _CpuTorch()
 def present_cpu() -> None:
     """Let the megatron-core modules loaded so far run on the CPU; does nothing on a GPU, and nothing the second time.
 
-    Only the name `torch` inside megatron-core's modules is exchanged, so that other libraries in the process see torch as it is.
-    Two methods of all tensors change: `type()` without an argument names fp32, bf16 and fp16 as on CUDA, and `cuda()`, which would
-    raise without a GPU, gives the tensor itself.
+    Only the name `torch` inside megatron-core's modules is exchanged, so that other libraries in the process see
+    torch as it is. Two methods of all tensors change: `type()` without an argument names fp32, bf16 and fp16 as on
+    CUDA, and `cuda()`, which would raise without a GPU, gives the tensor itself.
     """
     if uses_cuda():
         return

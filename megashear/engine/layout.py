@@ -84,8 +84,8 @@ def build_layout(parallel: ParallelConfig) -> Layout:
     model = parallel.tensor * parallel.pipeline
     if world % model:
         raise ConfigError(
-            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model} does not divide the {world} launched "
-            f"ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node) or change the layout"
+            f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model} does not divide the "
+            f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node) or change the layout"
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -112,7 +112,8 @@ def build_layout(parallel: ParallelConfig) -> Layout:
 def stage_layers(num_layers: int, layout: Layout, chunk: int) -> range:
     """The global layers of one model chunk of this rank; layers need not divide by the number of chunks.
 
-    Chunk c of stage p is the (c * stages + p)-th part of the stack (interleaved 1F1B); earlier parts take the remainder.
+    Chunk c of stage p is the (c * stages + p)-th part of the stack (interleaved 1F1B); earlier parts take the
+    remainder.
     """
     parts = layout.pipeline_size * layout.virtual_size
     part = chunk * layout.pipeline_size + layout.pipeline_rank

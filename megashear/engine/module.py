@@ -14,7 +14,9 @@ class StageModule(MegatronModule):
     def __init__(
         self, config: TransformerConfig, pre_process: bool, post_process: bool, tied: bool, vp_stage: int | None
     ) -> None:
-        """pre_process, post_process: whether this chunk embeds tokens, computes logits. vp_stage: its number among the rank's chunks."""
+        """pre_process, post_process: whether this chunk embeds tokens, computes logits. vp_stage: its number among
+        the rank's chunks.
+        """
         super().__init__(config)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = tied

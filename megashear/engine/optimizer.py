@@ -1,7 +1,9 @@
-"""Gradient buffers and Adam of the weights, by megatron-core: DistributedDataParallel, distributed optimizer, fp32 masters.
+"""Gradient buffers and Adam of the weights, by megatron-core: DistributedDataParallel, distributed optimizer, fp32
+masters.
 
-Clipping is taken apart into norm, scale and step, because a pruning step may count the masks' gradients in the same norm
-(as the published code does). Fused Adam is Transformer Engine's or Apex's where megatron-core finds them. Read next: `sharded.py`.
+Clipping is taken apart into norm, scale and step, because a pruning step may count the masks' gradients in the same
+norm (as the published code does). Fused Adam is Transformer Engine's or Apex's where megatron-core finds them. Read
+next: `sharded.py`.
 """
 
 from typing import Any
@@ -77,7 +79,8 @@ class WeightOptimizer:
         return float(self.optimizer.get_grad_norm())
 
     def scale(self, norm: float, limit: float) -> float:
-        """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor."""
+        """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor.
+        """
         for part in self.parts:
             clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm)
         return min(1.0, limit / (norm + 1e-6))
@@ -89,7 +92,8 @@ class WeightOptimizer:
         self.optimizer.step_with_ready_grads()
 
     def ensure_state(self) -> None:
-        """Make Adam's moments where no step has been taken, so that they can be saved or filled: zeros, step count 0."""
+        """Make Adam's moments where no step has been taken, so that they can be saved or filled: zeros, step count 0.
+        """
         for part in self.parts:
             if getattr(part, "optimizer", None) is None or part.optimizer.state:
                 continue

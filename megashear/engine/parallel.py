@@ -1,7 +1,7 @@
 """Parallel layers: megatron-core's, without their random initialisation.
 
-Weights are filled by `model/load.py`, from a folder or from a seeded generator that does not know the layout; so layers are
-made empty here, and the marks that megatron-core's initialisation would have set are set here.
+Weights are filled by `model/load.py`, from a folder or from a seeded generator that does not know the layout; so
+layers are made empty here, and the marks that megatron-core's initialisation would have set are set here.
 """
 
 import importlib.util
@@ -118,7 +118,9 @@ def output_layer(inputs: int, rows: int, config: TransformerConfig, own_weight: 
 
 
 def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
-    """Have the gradient of a replicated weight summed over tensor-parallel ranks when activations are split by sequence."""
+    """Have the gradient of a replicated weight summed over tensor-parallel ranks when activations are split by
+    sequence.
+    """
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

@@ -40,8 +40,9 @@ def run_micro_batches(
 ) -> list[Any]:
     """Run a step's micro-batches through the pipeline; gradients are reduced at the end unless `forward_only`.
 
-    batches: this rank's micro-batches in order; every chunk sees all of them. Returns what the loss function collected, on
-    the ranks of the last stage, and an empty list elsewhere. The loss is averaged over micro-batches and data-parallel ranks.
+    batches: this rank's micro-batches in order; every chunk sees all of them. Returns what the loss function
+    collected, on the ranks of the last stage, and an empty list elsewhere. The loss is averaged over micro-batches
+    and data- parallel ranks.
     """
     iterators: list[Iterator[Any]] = [iter(batches) for _ in chunks]
 

@@ -1,10 +1,14 @@
 """Three faults of megatron-core 0.16 in saving and loading the distributed optimizer, mended around its methods.
 
-1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count there which the
+1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count
+there which the
    checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is given to it.
-2. Loading gives all parameters one and the same step count tensor, to which torch's Adam then adds once for each of them.
-3. Saving drops the padding between buckets of the gradient buffer but cuts parameters out by their padded places: with more than
-   one bucket (a tied embedding has its own) the state of other parameters is written, silently. The padding is put back.
+2. Loading gives all parameters one and the same step count tensor, to which torch's Adam then adds once for each of
+them.
+3. Saving drops the padding between buckets of the gradient buffer but cuts parameters out by their padded places:
+with more than
+   one bucket (a tied embedding has its own) the state of other parameters is written, silently. The padding is put
+   back.
 `tests/parallel/test_checkpoint.py` fails without each of them. Read next: `sharded.py`.
 """
 

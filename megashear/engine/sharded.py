@@ -1,24 +1,29 @@
 """Sharded checkpoints by megatron-core's dist_checkpointing: each rank describes its part of every tensor.
 
-Key property: what is described does not name the layout (tensors by global layer, optimizer state per weight), so a checkpoint
-loads on another tensor x pipeline x data layout. Wholeness is the business of `checkpoint/`: here files are only written and read.
+Key property: what is described does not name the layout (tensors by global layer, optimizer state per weight), so a
+checkpoint loads on another tensor x pipeline x data layout. Wholeness is the business of `checkpoint/`: here files
+are only written and read.
 """
 
 from pathlib import Path
 from typing import Any
 
-import megatron.core.dist_checkpointing.strategies.torch  # loaded late otherwise, unseen by `present_cpu`
+import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (loaded late otherwise, unseen by present_cpu)
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.engine.device import present_cpu
 from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.engine.repairs import separate_step_counts
 
 Sharded = ShardedTensor | ShardedTensorFactory
+# What writing raises beside OSError: megatron-core's own, and torch's where another rank failed.
+WRITE_ERRORS = (CheckpointingException, CheckpointException)
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 # How each parameter is cut over tensor-parallel ranks, by the end of its name; norms are whole on every rank.
@@ -28,7 +33,9 @@ GATE_UP = "gate_up.weight"
 
 
 def sharded_parameter(name: str, parameter: torch.Tensor, copy_of_embedding: bool) -> Sharded:
-    """The description of one parameter of `Llama`; the last stage's copy of a tied embedding is a replica of the first's."""
+    """The description of one parameter of `Llama`; the last stage's copy of a tied embedding is a replica of the
+    first's.
+    """
     data_rank = parallel_state.get_data_parallel_rank()
     if copy_of_embedding:
         return make_tp_sharded_tensor_for_checkpoint(

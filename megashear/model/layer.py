@@ -1,8 +1,9 @@
 """One decoder layer on tensor-parallel linears: attention with query groups, SwiGLU, masks in between.
 
-Legend: S sequence, B batch, D hidden, H query heads, G groups, q = H / G, d head size, F intermediate; lower-case prefix x_ for
-activations; under tensor parallelism H, G and F are this rank's share, under sequence parallelism S outside products too.
-The fused products keep these row orders: q, k, v by group [G, q + 2, d]; gate then up [2, F]. Read next: `placement.py`.
+Legend: S sequence, B batch, D hidden, H query heads, G groups, q = H / G, d head size, F intermediate; lower-case
+prefix x_ for activations; under tensor parallelism H, G and F are this rank's share, under sequence parallelism S
+outside products too. The fused products keep these row orders: q, k, v by group [G, q + 2, d]; gate then up [2, F].
+Read next: `placement.py`.
 """
 
 import torch
@@ -44,7 +45,8 @@ class Attention(nn.Module):
         self.queries = shape.queries_per_group
         self.heads = shape.num_heads // layout.tensor_size
         self.groups = max(1, shape.num_query_groups // layout.tensor_size)
-        # More tensor-parallel ranks than groups: ranks hold equal parts of the rows and put a group's rows together below.
+        # More tensor-parallel ranks than groups: ranks hold equal parts of the rows and put a group's rows together
+        # below.
         self.ranks_per_group = max(1, layout.tensor_size // shape.num_query_groups)
         self.tensor_rank = layout.tensor_rank
         rows = shape.num_query_groups * (shape.queries_per_group + 2) * shape.head_dim
@@ -52,7 +54,8 @@ class Attention(nn.Module):
         self.out = row_parallel(shape.num_heads * shape.head_dim, shape.hidden_size, config)
 
     def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], mask_H: Tensor | None) -> Tensor:
-        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2 or d] in fp32."""
+        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2 or d] in fp32.
+        """
         q_BHSd, k_BGSd, v_BGSd = self.split(self.qkv(x_SBD)[0])
         cos, sin = rope
         q_BHSd, k_BGSd = ops.apply_rope(q_BHSd, cos, sin), ops.apply_rope(k_BGSd, cos, sin)

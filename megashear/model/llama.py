@@ -1,8 +1,9 @@
 """LLaMA as a chunk of pipeline stages: embedding, decoder layers, final norm, output layer, loss.
 
-Every generation: multi-head or grouped-query attention, explicit head size, tied or untied embeddings, rotary scaling. The
-vocabulary is padded for tensor parallelism; padding columns never get probability. Masked forward: Sheared LLaMA,
-section 2.1, with the embedding masked too (`exact`), so that the masked model equals the pruned one. Legend: see `layer.py`.
+Every generation: multi-head or grouped-query attention, explicit head size, tied or untied embeddings, rotary
+scaling. The vocabulary is padded for tensor parallelism; padding columns never get probability. Masked forward:
+Sheared LLaMA, section 2.1, with the embedding masked too (`exact`), so that the masked model equals the pruned one.
+Legend: see `layer.py`.
 """
 
 import torch
@@ -34,7 +35,9 @@ class Llama(StageModule):
         recompute: bool = False,
         vp_stage: int | None = None,
     ) -> None:
-        """layers: global indices of this chunk's layers. mask_embedding: `exact` masking. recompute: layers again in backward."""
+        """layers: global indices of this chunk's layers. mask_embedding: `exact` masking. recompute: layers again in
+        backward.
+        """
         super().__init__(config, pre_process, post_process, shape.tie_word_embeddings, vp_stage)
         self.shape, self.layout, self.layer_range = shape, layout, layers
         self.mask_embedding, self.recompute = mask_embedding, recompute
@@ -46,7 +49,8 @@ class Llama(StageModule):
             self.embedding = vocab_embedding(rows, shape.hidden_size, config)
         if post_process:
             self.norm = Norm(shape.hidden_size, shape.norm_eps, config, layout.device)
-            # A tied model on several stages holds a copy on the last one, kept equal by megatron-core's embedding group.
+            # A tied model on several stages holds a copy on the last one, kept equal by megatron-core's embedding
+            # group.
             self.output = output_layer(shape.hidden_size, rows, config, own_weight=not (self.tied and pre_process))
         self._mark_tied_weights()
 
@@ -67,7 +71,9 @@ class Llama(StageModule):
         return self.output.weight if self.post_process and self.tied else None
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, masks: Masks | None = None) -> Tensor:
-        """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before the last stage."""
+        """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
+        the last stage.
+        """
         stage = stage_masks(masks, self.shape, self.layout, self.layer_range, self.config.params_dtype)
         if self.pre_process:
             x_SBD = self.embed(tokens_BS, stage.hidden if self.mask_embedding else None)

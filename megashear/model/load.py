@@ -1,7 +1,7 @@
 """Filling a rank's parameters from a folder of weights, or at random, piece by piece.
 
-Key properties: a rank reads its own slices only; random weights are a function of (seed, tensor name), so every layout starts
-from the same model. Read next: `placement.py`.
+Key properties: a rank reads its own slices only; random weights are a function of (seed, tensor name), so every
+layout starts from the same model. Read next: `placement.py`.
 """
 
 import hashlib
@@ -26,7 +26,9 @@ class TensorSource(Protocol):
 
 
 class RandomWeights:
-    """A model from scratch: N(0, 0.02), products into the residual stream divided by sqrt(2 L), norms 1 (GPT-2, section 2.3)."""
+    """A model from scratch: N(0, 0.02), products into the residual stream divided by sqrt(2 L), norms 1 (GPT-2,
+    section 2.3).
+    """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self.shape, self.seed = shape, seed

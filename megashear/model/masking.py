@@ -1,9 +1,10 @@
 """What one rank needs of a micro-batch's masks: its slices, with gradients that simply add up over ranks.
 
-Head and intermediate masks act on tensor-parallel shards: a rank takes its slice, and the sum of all ranks' gradients is the
-whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's gradient is
-the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module one plain sum
-over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under parallelism).
+Head and intermediate masks act on tensor-parallel shards: a rank takes its slice, and the sum of all ranks' gradients
+is the whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's
+gradient is the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module
+one plain sum over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under
+parallelism).
 """
 
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def stage_masks(
 ) -> StageMasks:
     """This rank's slices of the masks for the given global layers.
 
-    masks: hidden [D], head [L, H], intermediate [L, F], layer [L], each or all of them None. The products that masks enter
-    are computed in `dtype`; masks and their gradients stay in their own precision until then.
+    masks: hidden [D], head [L, H], intermediate [L, F], layer [L], each or all of them None. The products that masks
+    enter are computed in `dtype`; masks and their gradients stay in their own precision until then.
     """
     if masks is None:
         return StageMasks(None, [LayerMasks(None, None, None, None) for _ in layers])

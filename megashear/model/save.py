@@ -15,11 +15,13 @@ from megashear.model.placement import chunk_pieces
 from megashear.weights.names import tensor_shapes
 
 
-def gather_tensors(module: Llama, value: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+def gather_tensors(
+    module: Llama, value: Callable[[Tensor], Tensor] = torch.Tensor.detach
+) -> Iterator[tuple[str, Tensor]]:
     """Names and whole tensors of a chunk's parameters, in Hugging Face's form and without vocabulary padding.
 
-    value: what to gather of a parameter (itself, or its gradient, of its shape). The last stage's copy of a tied embedding is
-    left out where the first stage has it.
+    value: what to gather of a parameter (itself, or its gradient, of its shape). The last stage's copy of a tied
+    embedding is left out where the first stage has it.
     """
     shapes = tensor_shapes(module.shape)
     layouts = [replace(module.layout, tensor_rank=rank) for rank in range(module.layout.tensor_size)]
@@ -39,4 +41,3 @@ def gather_tensors(module: Llama, value: Callable[[Tensor], Tensor] = torch.Tens
                 target.copy_(part[row : row + len(target)])
                 row += len(target) + piece.padding
         yield from whole.items()
-

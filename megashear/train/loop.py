@@ -1,10 +1,11 @@
 """The training loop of a stage: evaluate and re-weight domains, draw a batch, step, log, save, stop when asked.
 
-Key properties: everything that the rest of a run depends on is in `StageState`, weights and optimizer aside; the order within a
-step is fixed (evaluation first, save last), so that a run resumed from any checkpoint has the bits of the unbroken one.
-The loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
+Key properties: everything that the rest of a run depends on is in `StageState`, weights and optimizer aside; the
+order within a step is fixed (evaluation first, save last), so that a run resumed from any checkpoint has the bits of
+the unbroken one. The loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
-from megashear.data.blend import BlendedStream
+from megashear.data.blend import BatchPlan, BlendedStream
 from megashear.data.loader import HeldOut, Loader
 from megashear.data.mixture import Mixture
 from megashear.engine.collectives import max_over_world
@@ -24,6 +25,8 @@ from megashear.train.progress import Progress
 from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
 from megashear.train.signals import StopRequest
 from megashear.train.step import Stepper, StepResult, local_rows, micro_batches
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,8 +71,8 @@ class Stage:
 def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: StopRequest) -> Losses:
     """Run a stage to its end; returns the held-out losses there.
 
-    save: writes a checkpoint of the stage as it is. Raises Interrupted after saving when asked to stop, TrainingError when too
-    many steps in a row were not finite.
+    save: writes a checkpoint of the stage as it is. Raises Interrupted after saving when asked to stop, TrainingError
+    when too many steps in a row were not finite.
     """
     started = time.monotonic() - stage.counters.seconds
     while stage.counters.step < stage.batch.steps:
@@ -86,7 +89,8 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
             save()
         if stopping:
             raise Interrupted(
-                f"stopped by a signal at step {stage.counters.step} of {stage.name}, after saving; run the same command to go on"
+                f"stopped by a signal at step {stage.counters.step} of {stage.name}, after saving; "
+                "run the same command to go on"
             )
     return evaluate_and_reweight(stage, update=False)
 
@@ -108,14 +112,14 @@ def train_step(stage: Stage) -> StepResult:
     counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if result.skipped else 0
     if counters.skipped_in_a_row >= stage.logging.nonfinite_limit:
         raise TrainingError(
-            f"{stage.name}: loss or gradient not finite in {counters.skipped_in_a_row} steps in a row, the last is step "
-            f"{counters.step}, whose samples are {_sample_names(stage, plan)}; no weight was changed by them. Look at these "
-            "samples, lower the learning rate, or raise logging.nonfinite_limit"
+            f"{stage.name}: loss or gradient not finite in {counters.skipped_in_a_row} steps in a row, the last is "
+            f"step {counters.step}, whose samples are {_sample_names(stage, plan)}; no weight was changed by them. "
+            "Look at these samples, lower the learning rate, or raise logging.nonfinite_limit"
         )
     return result
 
 
-def _sample_names(stage: Stage, plan) -> str:
+def _sample_names(stage: Stage, plan: BatchPlan) -> str:
     names = [f"{stage.stream.names[d]}:{s}" for d, s in zip(plan.domain_B, plan.sample_B, strict=True)]
     return ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
 
@@ -127,7 +131,8 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> Losses:
     chunks = stage.stepper.weights.chunks
     losses = evaluate(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
     if update:
-        stage.mixture.update({name: loss for name, (loss, _) in losses.items()})
+        for warning in stage.mixture.update({name: loss for name, (loss, _) in losses.items()}, stage.counters.step):
+            logger.warning("%s: %s", stage.name, warning)
         stage.stream.set_weights(stage.mixture.weights)
     names = stage.stream.names
     stage.metrics.write(
@@ -188,5 +193,3 @@ def report_step(stage: Stage, result: StepResult) -> None:
         )
     if stage.layout.is_main:
         print(stage.progress.line(result.loss, result.grad_norm, rate, expected, target), flush=True)
-
-

@@ -15,8 +15,8 @@ WSD_DECAY_SHARE = 0.2
 def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig, warmup_share: float) -> float:
     """Factor of the peak learning rate at a step (0 .. steps - 1).
 
-    warmup_share: length of the warm-up where the config leaves it open. Cosine falls to `min_ratio` at the last step's end;
-    `wsd` stays at 1 and falls linearly to `min_ratio` over `decay_steps`.
+    warmup_share: length of the warm-up where the config leaves it open. Cosine falls to `min_ratio` at the last
+    step's end; `wsd` stays at 1 and falls linearly to `min_ratio` over `decay_steps`.
     """
     warmup = round(steps * warmup_share) if optimizer.warmup_steps is None else optimizer.warmup_steps
     if step < warmup:

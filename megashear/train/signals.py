@@ -1,6 +1,7 @@
 """Stopping politely: SIGTERM and SIGUSR1 are noted, and the loop ends at the next step's end with a checkpoint.
 
-Schedulers send one of them before they take the machine away; the second one of a kind is not waited for any longer than the first.
+Schedulers send one of them before they take the machine away; the second one of a kind is not waited for any longer
+than the first.
 """
 
 import signal

@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches through the pipeline, gradients of weights and masks, clipping, update or skip.
 
-Key properties: the loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which the loss or a
-gradient is not finite anywhere updates nothing anywhere. Read next: `loop.py`.
+Key properties: the loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which
+the loss or a gradient is not finite anywhere updates nothing anywhere. Read next: `loop.py`.
 """
 
 import math
@@ -29,7 +29,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint."""
+    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint.
+    """
 
     loss: float
     grad_norm: float
@@ -50,8 +51,8 @@ def micro_batches(samples: Tensor, layout: Layout, micro_batch: int, device: tor
 def local_rows(global_batch: int, layout: Layout, micro_batch: int) -> Tensor:
     """Rows of the global batch that this data-parallel rank trains on.
 
-    Micro-batch j of the global batch is its rows j * b .. (j + 1) * b and belongs to rank j mod DP, so that the micro-batches,
-    and with them the masks drawn for each, are the same in every layout.
+    Micro-batch j of the global batch is its rows j * b .. (j + 1) * b and belongs to rank j mod DP, so that the
+    micro-batches, and with them the masks drawn for each, are the same in every layout.
     """
     rows = torch.arange(global_batch).view(-1, layout.data_size, micro_batch)
     return rows[:, layout.data_rank].reshape(-1)
@@ -123,4 +124,3 @@ def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
     loss = losses_BS.mean()
     # The schedule divides its own copy in place; what is logged must not see that.
     return loss, loss.detach().clone()
-

@@ -1,0 +1,141 @@
+"""What the stages of a run share: config, layout, shapes, dataset, source; and the records that tell a finished stage.
+
+Key property: a run folder belongs to one run file. Keys that change what is computed are recorded and may not change
+on resume; the layout, checkpoints, logging and export may. Read next: `training.py`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megashear.config.load import to_dict
+from megashear.config.presets import resolve_shape
+from megashear.config.schema import Config
+from megashear.config.shape import ModelShape
+from megashear.data.manifest import Dataset
+from megashear.engine.collectives import on_main
+from megashear.engine.layout import Layout
+from megashear.errors import CheckpointError, ConfigError, DataError
+from megashear.files.atomic import write_json
+from megashear.files.manifest import digest
+from megashear.weights.folder import ModelFolder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
+IDENTITY = "identity.json"
+
+
+@dataclass
+class Context:
+    """Everything that a stage needs to know of its run."""
+
+    config: Config
+    layout: Layout
+    folder: Path
+    dataset: Dataset
+    source: ModelFolder | None
+    source_shape: ModelShape
+    target_shape: ModelShape | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights and products."""
+        return DTYPES[self.config.precision]
+
+    def model_folder(self, name: str) -> Path:
+        """A model that the run makes: `masked`, `pruned` or `final`."""
+        return self.folder / name
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None; the same on every rank."""
+        path = self.folder / stage / "done.json"
+        return on_main(self.layout, lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+    def finish(self, stage: str, record: dict[str, Any]) -> None:
+        """Write the record that a stage is finished."""
+        on_main(self.layout, lambda: write_json(self.folder / stage / "done.json", record))
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and licence files that go with the run's models: the source's, else the dataset's tokenizer."""
+        if self.source is not None and self.source.tokenizer_files:
+            return self.source.tokenizer_files + self.source.companion_files
+        return sorted(path for path in (self.dataset.folder / "tokenizer").iterdir() if path.is_file())
+
+    def hf_config(self) -> dict[str, Any]:
+        """Hugging Face keys that the run's models keep: the source's, else the dataset's end-of-document token."""
+        if self.source is not None:
+            return self.source.config
+        return {"eos_token_id": self.dataset.eos_id, "bos_token_id": None}
+
+    def provenance(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Where a model of this run comes from, for its manifest and its card."""
+        known: dict[str, Any] = {"stages": stages}
+        if self.source is not None:
+            known["source"] = {"path": str(self.config.source.folder), "shape": to_dict(self.source_shape)}
+        return known
+
+
+def open_context(config: Config, layout: Layout) -> Context:
+    """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
+    if config.data.folder is None:
+        raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
+    dataset = Dataset.open(config.data.folder)
+    source = None if config.source.folder is None else ModelFolder.open(Path(config.source.folder))
+    if source is not None:
+        check_tokenizer(dataset, source)
+        source_shape = source.shape
+    else:
+        source_shape = resolve_shape(config.source.shape, None, vocab_size=dataset.vocab_size, section="source.shape")
+    target = None
+    if "prune" in config.run.stages or "finalize" in config.run.stages:
+        target = resolve_shape(config.target, source_shape, section="target")
+    folder = Path(config.run.folder)
+    context = Context(config, layout, folder, dataset, source, source_shape, target)
+    on_main(layout, lambda: claim(context))
+    return context
+
+
+def check_tokenizer(dataset: Dataset, source: ModelFolder) -> None:
+    """Raises DataError where the dataset's tokens are not the source model's."""
+    where = f"{dataset.folder}: made with another tokenizer than the one of {source.path}"
+    advice = "preprocess the data again with the source's tokenizer"
+    if dataset.vocab_size > source.shape.vocab_size:
+        raise DataError(f"{where}: {dataset.vocab_size} tokens, the model knows {source.shape.vocab_size}; {advice}")
+    files = [path for path in source.tokenizer_files if path.name in ("tokenizer.json", "tokenizer.model")]
+    if files and dataset.tokenizer_digest not in {digest(path) for path in files}:
+        raise DataError(f"{where} (by SHA-256); {advice}")
+
+
+def claim(context: Context) -> None:
+    """Record what the run computes, or raise CheckpointError where the folder holds another run's record."""
+    config = to_dict(context.config)
+    own = {name: value for name, value in config.items() if name not in FREE_SECTIONS}
+    own["run"] = {"seed": config["run"]["seed"]}
+    own["data_digest"] = context.dataset.digest()
+    own["source_digest"] = None if context.source is None else context.source.digest()
+    own["data"].pop("folder"), own["source"].pop("folder")
+    own = json.loads(json.dumps(own))
+    path = context.folder / IDENTITY
+    if not path.is_file():
+        write_json(path, own)
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    changed = [line for line in differences(there, own, "")]
+    if changed:
+        raise CheckpointError(
+            f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
+            "Change it back, or choose another run.folder"
+        )
+
+
+def differences(there: Any, here: Any, name: str) -> list[str]:
+    """Keys whose values differ, as `a.b: old -> new`."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in sorted(there.keys() | here.keys()):
+            found += differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if there == here else [f"{name}: {there} -> {here}"]

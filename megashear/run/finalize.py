@@ -1,0 +1,158 @@
+"""Finalisation of a run: the masked model becomes a plain dense LLaMA, and is shown to compute the same.
+
+From the model folder `masked` and the masks of pruning's last checkpoint, tensor by tensor (`masks/fold.py`), to the
+model folder `pruned` in fp32, so that folding rounds nothing away. Then both run on held-out text in fp32, under the
+run's own layout: logits must agree. Read next: `masks/keep.py` (what is kept, borderline units).
+"""
+
+import shutil
+from typing import Any
+
+import torch
+
+from megashear.checkpoint.store import newest_valid, read_masks
+from megashear.data.loader import HeldOut
+from megashear.engine.collectives import max_over_world, on_main
+from megashear.engine.parallel import gather_logits, transformer_config
+from megashear.engine.pipeline import build_chunks, run_micro_batches
+from megashear.errors import CheckpointError, ModelError
+from megashear.files.atomic import atomic_folder
+from megashear.masks.fold import Fold
+from megashear.masks.keep import borderline_units, keep_sets
+from megashear.masks.masks import Masks
+from megashear.masks.state import MaskState
+from megashear.model.llama import Llama
+from megashear.model.load import load_weights
+from megashear.run.context import Context
+from megashear.train.evaluate import evaluate
+from megashear.train.step import MicroBatch, local_rows, micro_batches
+from megashear.weights.finish import seal_folder, write_settings
+from megashear.weights.folder import ModelFolder
+from megashear.weights.names import tensor_shapes
+from megashear.weights.writer import ShardedWriter
+
+TOLERANCE = 1e-5
+"""Largest difference of a logit, as a share of the largest logit: two fp32 computations of one function."""
+PROOF_SEQUENCES = 4
+"""Held-out sequences per data-parallel rank on which the logits are compared."""
+
+
+def run_finalize(context: Context) -> None:
+    """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
+    masks = load_masks(context)
+    folder = context.model_folder("pruned")
+    on_main(context.layout, lambda: fold_folder(context, masks))
+    deterministic = masks.deterministic("target")
+    heldout = HeldOut(context.dataset, context.config.data.sequence_length, context.config.prune.batch.eval_sequences)
+    assert context.target_shape is not None
+    masked = build_fp32(context, ModelFolder.open(context.model_folder("masked")))
+    expected = heldout_logits(context, masked, heldout, deterministic)
+    del masked
+    pruned = build_fp32(context, ModelFolder.open(folder))
+    difference = compare(context, expected, heldout_logits(context, pruned, heldout, None))
+    if difference > TOLERANCE:
+        on_main(context.layout, lambda: shutil.rmtree(folder))
+        raise ModelError(
+            f"{folder}: the pruned model's logits differ from the masked model's by {difference:.1e} of the largest "
+            f"(at most {TOLERANCE:.0e}); it was removed. This is a fault of megashear: please report it with "
+            f"{context.folder}/identity.json"
+        )
+    losses = evaluate(heldout, context.layout, pruned, context.config.prune.batch.micro_batch)
+    borderline = [vars(one) for one in borderline_units(masks.log_alpha, masks.specs)]
+    record: dict[str, Any] = {
+        "name": "finalize",
+        "logit_difference": difference,
+        "borderline": borderline,
+        "losses": {name: loss for name, (loss, _) in losses.items()},
+        "errors": {name: error for name, (_, error) in losses.items()},
+    }
+    if context.layout.is_main:
+        print(report(record), flush=True)
+    context.finish("finalize", record)
+
+
+def load_masks(context: Context) -> MaskState:
+    """The masks at the end of pruning. Raises CheckpointError where pruning is not done."""
+    config, layout = context.config, context.layout
+    if context.done("prune") is None:
+        raise CheckpointError(f"{context.folder}: pruning is not finished; run `megashear prune` (or `run`) first")
+    path = on_main(layout, lambda: newest_valid(context.folder / "prune"))
+    if path is None:
+        raise CheckpointError(f"{context.folder}/prune: no checkpoint; restore its newest one to finalize")
+    assert context.target_shape is not None
+    masks = MaskState(context.source_shape, context.target_shape, config.prune, config.run.seed, layout.device)
+    masks.load_state_dict(read_masks(path))
+    return masks
+
+
+def fold_folder(context: Context, masks: MaskState) -> None:
+    """Write the model folder `pruned` from `masked`, one tensor in memory at a time."""
+    masked = ModelFolder.open(context.model_folder("masked"))
+    target = context.target_shape
+    assert target is not None
+    deterministic = masks.deterministic("target")
+    keep = keep_sets(masks.log_alpha, masks.specs, context.source_shape)
+    on_cpu = Masks(*(None if m is None else m.cpu() for m in vars(deterministic).values()))
+    fold = Fold(context.source_shape, keep, on_cpu, context.config.prune.masking)
+    shutil.rmtree(context.model_folder("pruned"), ignore_errors=True)
+    with atomic_folder(context.model_folder("pruned")) as temporary:
+        with ShardedWriter.create(temporary, tensor_shapes(target), torch.float32) as writer:
+            for name in tensor_shapes(context.source_shape):
+                folded = fold(name, masked.read(name).float())
+                if folded is not None:
+                    writer.write(*folded)
+        write_settings(temporary, target, torch.float32, masked.config, masked.tokenizer_files + masked.companion_files)
+        seal_folder(temporary, masked.provenance)
+
+
+def build_fp32(context: Context, folder: ModelFolder) -> list[torch.nn.Module]:
+    """This rank's chunks of a model folder in fp32, without optimizer."""
+    core = transformer_config(folder.shape, context.config.parallel, torch.float32)
+    exact = context.config.prune.masking == "exact"
+
+    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
+        return Llama(folder.shape, core, context.layout, layers, pre, post, mask_embedding=exact, vp_stage=stage)
+
+    chunks = build_chunks(folder.shape.num_layers, context.layout, build)
+    for chunk in chunks:
+        load_weights(chunk, folder)
+    return list(chunks)
+
+
+def heldout_logits(
+    context: Context, chunks: list[torch.nn.Module], heldout: HeldOut, masks: Masks | None
+) -> list[torch.Tensor]:
+    """Logits [S, 1, V] of the first held-out sequences, one a micro-batch, on the ranks of the last stage."""
+    layout = context.layout
+    count = PROOF_SEQUENCES * layout.data_size * layout.pipeline_size
+    rows = [int(row) % len(heldout.rows) for row in local_rows(count, layout, 1)]
+    samples, _ = heldout.read(rows)
+
+    def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
+        return chunk(batch.tokens_BS, None, masks), lambda logits: (logits.sum(), gather_logits(logits))
+
+    batches = micro_batches(samples, layout, 1, layout.device)
+    with torch.no_grad():
+        return run_micro_batches(forward, chunks, batches, samples.shape[1] - 1, 1, forward_only=True)
+
+
+def compare(context: Context, expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Largest difference of a logit over all ranks, as a share of the largest logit; padding columns are left out."""
+    vocab = context.source_shape.vocab_size
+    pair = torch.zeros(2, dtype=torch.float64, device=context.layout.device)
+    for one, other in zip(expected, found, strict=True):
+        one, other = one[..., :vocab].double(), other[..., :vocab].double()
+        pair = torch.maximum(pair, torch.stack([(one - other).abs().max(), one.abs().max()]))
+    difference, largest = max_over_world(pair).tolist()
+    return difference / largest
+
+
+def report(record: dict[str, Any]) -> str:
+    """What finalisation found, in lines for a person."""
+    lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest"]
+    for one in record["borderline"]:
+        lines.append(
+            f"  {one['granularity']:<12} {one['kept']:>7} units kept, {one['below_half']:>5} of them borderline "
+            f"(mask under 0.5), the least at {one['worst']:.4f}"
+        )
+    return "\n".join(lines)

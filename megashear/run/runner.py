@@ -1,0 +1,62 @@
+"""`megashear run`: the stages of a run file, in order, each once.
+
+Interrupted anywhere, the same command goes on: finished stages are known by their records, the one in progress by its
+checkpoints. Read next: `context.py`.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from megashear.config.check import check
+from megashear.config.load import save_config
+from megashear.config.schema import Config
+from megashear.engine.collectives import on_main
+from megashear.engine.layout import Layout, distributed
+from megashear.files.lock import run_lock
+from megashear.run.context import Context, open_context
+from megashear.run.export import run_export
+from megashear.run.finalize import run_finalize
+from megashear.run.summary import conclude
+from megashear.run.training import run_training
+
+STAGES: dict[str, Callable[[Context], None]] = {
+    "prune": lambda context: run_training(context, "prune"),
+    "finalize": run_finalize,
+    "pretrain": lambda context: run_training(context, "pretrain"),
+    "export": run_export,
+}
+
+
+def run(config: Config, stages: list[str] | None = None) -> None:
+    """Walk through the stages of `config.run.stages` (only those in `stages`, if given) that are not done.
+
+    Every rank calls it. Raises the errors of `errors.py`; Interrupted after a stop signal was obeyed.
+    """
+    logging.basicConfig(level=logging.WARNING, format="megashear: %(levelname)s: %(message)s")
+    with distributed(config.parallel) as layout, locked(Path(config.run.folder), layout):
+        context = open_context(config, layout)
+        report = check(config, None if context.source is None else context.source_shape, layout.world_size)
+        if layout.is_main:
+            from megashear.report import render
+
+            print(render(config, report), flush=True)
+            save_config(config, context.folder / "config.yaml")
+        for stage in config.run.stages:
+            if stages is not None and stage not in stages:
+                continue
+            if context.done(stage) is not None:
+                if layout.is_main:
+                    print(f"{stage}: done before", flush=True)
+                continue
+            STAGES[stage](context)
+        conclude(context)
+
+
+@contextmanager
+def locked(folder: Path, layout: Layout) -> Iterator[None]:
+    """Hold the run folder's lock on rank 0, for all ranks. Raises BusyError on every rank."""
+    with ExitStack() as stack:
+        on_main(layout, lambda: stack.enter_context(run_lock(folder)))
+        yield

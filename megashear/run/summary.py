@@ -1,0 +1,75 @@
+"""What came of a run: the last table, `summary.json`, and the pictures."""
+
+import json
+from typing import Any
+
+from megashear.engine.collectives import on_main
+from megashear.errors import MegashearError
+from megashear.files.atomic import write_json
+from megashear.plot.run import plot_run
+from megashear.run.context import Context
+from megashear.run.training import SOURCE_LOSSES, read_losses
+from megashear.train.evaluate import Losses
+from megashear.train.tables import loss_table, outcome_table
+
+COLUMNS = {"finalize": "pruned", "pretrain": "final"}
+TRAINING = ("prune", "pretrain")
+
+
+def conclude(context: Context) -> None:
+    """Print the table of held-out losses, write `summary.json`, draw the pictures (rank 0; the others wait)."""
+    on_main(context.layout, lambda: _conclude(context))
+
+
+def _conclude(context: Context) -> None:
+    records = read_records(context)
+    losses = read_columns(context, records)
+    shapes = {"source": context.source_shape, "final": context.target_shape or context.source_shape}
+    parameters = {name: shape.parameters() for name, shape in shapes.items()}
+    tokens = {name: records[name]["tokens"] for name in TRAINING if name in records}
+    seconds = {name: records[name]["seconds"] for name in TRAINING if name in records}
+    export = records.get("export", {}).get("folder")
+    write_json(
+        context.folder / "summary.json",
+        {
+            "losses": {name: {d: pair[0] for d, pair in column.items()} for name, column in losses.items()},
+            "errors": {name: {d: pair[1] for d, pair in column.items()} for name, column in losses.items()},
+            "parameters": parameters,
+            "tokens": tokens,
+            "seconds": seconds,
+            "export": export,
+        },
+    )
+    if losses:
+        print(loss_table(losses))
+    print(outcome_table(parameters, tokens, seconds))
+    try:
+        pictures = plot_run(context.folder)
+        print(f"pictures: {pictures[0].parent}" if pictures else "pictures: none")
+    except MegashearError as error:
+        print(f"pictures: none ({error})")
+    if export:
+        print(f"export: {export}")
+
+
+def read_records(context: Context) -> dict[str, dict[str, Any]]:
+    """Records of the finished stages."""
+    found = {}
+    for stage in context.config.run.stages:
+        path = context.folder / stage / "done.json"
+        if path.is_file():
+            found[stage] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def read_columns(context: Context, records: dict[str, dict[str, Any]]) -> dict[str, Losses]:
+    """Held-out losses by model: source, pruned, final."""
+    columns: dict[str, Losses] = {}
+    source = read_losses(context.folder / SOURCE_LOSSES)
+    if source is not None:
+        columns["source"] = source
+    for stage, column in COLUMNS.items():
+        if stage in records:
+            record = records[stage]
+            columns[column] = {d: (record["losses"][d], record["errors"][d]) for d in record["losses"]}
+    return columns

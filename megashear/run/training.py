@@ -1,0 +1,232 @@
+"""A training stage of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
+
+Key property: with the checkpoint's state filled in, nothing is left that the rest of the stage depends on. Read next:
+`train/loop.py`, `checkpoint/store.py`.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
+from megashear.config.schema import PretrainConfig, PruneConfig
+from megashear.config.shape import ModelShape
+from megashear.data.blend import BlendedStream, sources
+from megashear.data.loader import HeldOut, Loader
+from megashear.data.mixture import Mixture
+from megashear.data.references import reference_losses
+from megashear.engine.collectives import on_main
+from megashear.engine.device import device_name
+from megashear.engine.optimizer import WeightOptimizer
+from megashear.engine.parallel import transformer_config
+from megashear.engine.pipeline import build_chunks
+from megashear.files.atomic import write_json
+from megashear.masks.state import MaskState
+from megashear.model.llama import Llama
+from megashear.model.load import RandomWeights, TensorSource, load_weights
+from megashear.model.write import write_model
+from megashear.run.context import Context
+from megashear.train.evaluate import Losses, evaluate
+from megashear.train.loop import Counters, Stage, train
+from megashear.train.metrics import Metrics
+from megashear.train.progress import Progress
+from megashear.train.signals import stop_on_signals
+from megashear.train.step import Stepper
+from megashear.weights.folder import ModelFolder
+
+SOURCE_LOSSES = "source_losses.json"
+
+
+def run_training(context: Context, name: str) -> None:
+    """Run the stage `prune` or `pretrain` from its newest checkpoint, or from its start, and write the model it makes.
+
+    `prune` makes the model folder `masked` (the source's shape, to be cut by `finalize`), `pretrain` makes `final`.
+    """
+    config = context.config
+    section = config.prune if name == "prune" else config.pretrain
+    shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
+    weights = build_weights(context, section, shape, starting_point(context, name, shape))
+    masks = None
+    if isinstance(section, PruneConfig):
+        assert context.target_shape is not None
+        masks = MaskState(shape, context.target_shape, section, config.run.seed, context.layout.device)
+    metrics = Metrics(
+        context.folder,
+        config.logging.tensorboard,
+        config.logging.wandb_project,
+        context.folder.name,
+        enabled=context.layout.is_main,
+    )
+    with metrics, stop_on_signals() as stop:
+        stage = build_stage(context, name, section, shape, weights, masks, metrics)
+        losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, stop)
+    output = context.model_folder("masked" if name == "prune" else "final")
+    record = stage_record(stage, losses)
+    write_model(
+        weights.chunks,
+        shape,
+        context.dtype,
+        output,
+        context.layout,
+        context.hf_config(),
+        context.companions(),
+        context.provenance([*earlier_records(context, name), record]),
+    )
+    context.finish(name, record | {"seconds": stage.counters.seconds})
+
+
+def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
+    """Where a stage's first weights come from: the pruned model, the source, or nothing but the seed."""
+    if name == "pretrain" and context.target_shape is not None:
+        return ModelFolder.open(context.model_folder("pruned"))
+    return RandomWeights(shape, context.config.run.seed) if context.source is None else context.source
+
+
+def build_weights(
+    context: Context, section: PruneConfig | PretrainConfig, shape: ModelShape, source: TensorSource
+) -> WeightOptimizer:
+    """The model on this rank, filled, under its optimizer."""
+    config, layout = context.config, context.layout
+    core = transformer_config(shape, config.parallel, context.dtype)
+    exact = not isinstance(section, PruneConfig) or section.masking == "exact"
+    recompute = config.parallel.recompute == "full"
+
+    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
+        return Llama(shape, core, layout, layers, pre, post, mask_embedding=exact, recompute=recompute, vp_stage=stage)
+
+    modules = build_chunks(shape.num_layers, layout, build)
+    for module in modules:
+        load_weights(module, source)
+    return WeightOptimizer(modules, section.optimizer, context.dtype, config.parallel.distributed_optimizer)
+
+
+def build_stage(
+    context: Context,
+    name: str,
+    section: PruneConfig | PretrainConfig,
+    shape: ModelShape,
+    weights: WeightOptimizer,
+    masks: MaskState | None,
+    metrics: Metrics,
+) -> Stage:
+    """Put the stage together and fill in its newest checkpoint's state, if there is one."""
+    config, layout, dataset = context.config, context.layout, context.dataset
+    length, batch = config.data.sequence_length, section.batch
+    heldout = HeldOut(dataset, length, batch.eval_sequences)
+    checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
+    references = reference_losses(
+        config.mixture, dataset.domains, _means(source_losses(context, heldout, weights, batch.micro_batch, checkpoint))
+    )
+    tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
+    mixture = Mixture(config.mixture, tokens, references)
+    if name == "pretrain":
+        _start_pretraining_mixture(context, mixture)
+    stream = BlendedStream(sources(dataset, length), config.run.seed, mixture.weights, config.data.exhausted)
+    jointly = isinstance(section, PruneConfig) and section.clip == "joint"
+    stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, section.optimizer.clip_norm, jointly)
+    counters = Counters()
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, weights, masks)
+        counters = Counters(**state["counters"])
+        stream.load_state_dict(state["stream"])
+        mixture.load_state_dict(state["mixture"])
+        if layout.is_main:
+            print(f"{name}: going on from {checkpoint}", flush=True)
+    metrics.resume(name, counters.step)
+    loader = Loader(dataset, stream, length)
+    done = counters.step * batch.global_batch * length
+    flops = shape.flops_per_token(length)
+    progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
+    return Stage(
+        name,
+        batch,
+        section.optimizer,
+        config.logging,
+        layout,
+        stepper,
+        stream,
+        loader,
+        heldout,
+        mixture,
+        metrics,
+        progress,
+        counters,
+    )
+
+
+def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
+    """Weights at the start of pre-training: those of the config, else those at the end of pruning, else as they are."""
+    given = context.config.mixture.pretrain_weights
+    pruned = context.done("prune")
+    if given is not None:
+        mixture.set_weights(given)
+    elif pruned is not None:
+        mixture.set_weights(pruned["weights"])
+
+
+def source_losses(
+    context: Context, heldout: HeldOut, weights: WeightOptimizer, micro_batch: int, checkpoint: Path | None
+) -> Losses | None:
+    """Held-out losses of the source model, evaluated once a run, while its weights are what the stage starts from.
+
+    None for a run from scratch. They are the references of `references: source`, and a column of the run's last table.
+    """
+    path = context.folder / SOURCE_LOSSES
+    known = on_main(context.layout, lambda: read_losses(path))
+    if known is not None or context.source is None:
+        return known
+    assert checkpoint is None, "a stage has checkpoints, but the source was never evaluated"
+    losses = evaluate(heldout, context.layout, weights.chunks, micro_batch)
+    on_main(context.layout, lambda: write_json(path, losses))
+    return losses
+
+
+def read_losses(path: Path) -> Losses | None:
+    """Losses and errors by domain from a JSON file, or None where there is none."""
+    if not path.is_file():
+        return None
+    return {name: (loss, error) for name, (loss, error) in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _means(losses: Losses | None) -> dict[str, float] | None:
+    return None if losses is None else {name: loss for name, (loss, _) in losses.items()}
+
+
+def save_stage(context: Context, stage: Stage) -> None:
+    """Write a checkpoint of a stage as it is."""
+    state = {
+        "counters": asdict(stage.counters),
+        "stream": stage.stream.state_dict(),
+        "mixture": stage.mixture.state_dict(),
+    }
+    stepper = stage.stepper
+    folder = context.folder / stage.name
+    keep = context.config.checkpoint.keep
+    save_checkpoint(folder, stage.counters.step, stepper.weights, stepper.masks, state, context.layout, keep)
+
+
+def stage_record(stage: Stage, losses: Losses) -> dict[str, Any]:
+    """What a finished stage did: for the next stages, the model card and the last table."""
+    return {
+        "name": stage.name,
+        "steps": stage.counters.step,
+        "tokens": stage.tokens,
+        "skipped": stage.counters.skipped,
+        "losses": {name: loss for name, (loss, _) in losses.items()},
+        "errors": {name: error for name, (_, error) in losses.items()},
+        "weights": stage.mixture.weights,
+        "epochs": stage.stream.epochs(),
+    }
+
+
+def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
+    """Records of the stages before this one that are done."""
+    found = []
+    for stage in context.config.run.stages:
+        if stage == name:
+            break
+        record = context.done(stage)
+        if record is not None:
+            found.append(record)
+    return found
