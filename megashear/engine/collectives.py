@@ -69,7 +69,7 @@ def on_main(layout: Layout, function: Callable[[], Any]) -> Any:
             outcome = (function(), None)
         except MegashearError as error:
             outcome = (None, error)
-    value, error = broadcast_object(outcome)
-    if error is not None:
-        raise error
+    value, failure = broadcast_object(outcome)
+    if failure is not None:
+        raise failure
     return value

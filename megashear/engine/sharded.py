@@ -6,7 +6,7 @@ are only written and read.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (loaded late otherwise, unseen by present_cpu)
 import torch
@@ -21,7 +21,7 @@ from megashear.engine.device import present_cpu
 from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.engine.repairs import separate_step_counts
 
-Sharded = ShardedTensor | ShardedTensorFactory
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 # What writing raises beside OSError: megatron-core's own, and torch's where another rank failed.
 WRITE_ERRORS = (CheckpointingException, CheckpointException)
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

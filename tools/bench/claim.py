@@ -18,6 +18,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -36,7 +37,7 @@ from megashear.weights.folder import ModelFolder
 from megashear.weights.names import tensor_shapes
 from megashear.weights.writer import ShardedWriter
 
-SOURCE = {
+SOURCE: dict[str, Any] = {
     "hidden_size": 320,
     "num_layers": 8,
     "num_heads": 10,
@@ -46,7 +47,13 @@ SOURCE = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 512,
 }
-TARGET = {"hidden_size": 256, "num_layers": 8, "num_heads": 8, "num_query_groups": 8, "intermediate_size": 480}
+TARGET: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_layers": 8,
+    "num_heads": 8,
+    "num_query_groups": 8,
+    "intermediate_size": 480,
+}
 ROWS = {
     "sheared": "learned masks, dynamic mixture",
     "static": "learned masks, static mixture",
@@ -55,7 +62,7 @@ ROWS = {
 }
 
 
-def run_files(dataset: str, output: Path, steps: int, seed: int) -> dict[str, dict]:
+def run_files(dataset: str, output: Path, steps: int, seed: int) -> dict[str, dict[str, Any]]:
     """The run files of all rows, by name."""
     prune, go_on = steps // 10, 3 * steps // 10
 
@@ -63,7 +70,7 @@ def run_files(dataset: str, output: Path, steps: int, seed: int) -> dict[str, di
         interval = max(1, count // evaluations)
         return {"steps": count, "global_batch": 8, "micro_batch": 8, "eval_interval": interval, "eval_sequences": 64}
 
-    def run(name: str, **sections: dict) -> dict:
+    def run(name: str, **sections: Any) -> dict[str, Any]:
         common = {"data": {"folder": dataset, "sequence_length": 256}, "precision": "bf16"}
         stages = sections.pop("stages")
         return {"run": {"folder": str(output / name), "stages": stages, "seed": seed}, **common, **sections}
@@ -80,7 +87,7 @@ def run_files(dataset: str, output: Path, steps: int, seed: int) -> dict[str, di
     source = {"folder": str(output / "source" / "final")}
     dynamic = {"rule": "paper", "references": "source"}
     continued = {"batch": batch(go_on, 6), "optimizer": go_on_rate}
-    shear = {"source": source, "target": TARGET, "prune": pruning, "pretrain": continued}
+    shear: dict[str, Any] = {"source": source, "target": TARGET, "prune": pruning, "pretrain": continued}
     three = ["prune", "finalize", "pretrain"]
     scratch = {"batch": batch(prune + go_on, 8), "optimizer": rate}
     small = {"shape": SOURCE | TARGET}
