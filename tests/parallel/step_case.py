@@ -1,93 +1,96 @@
-"""One pruning step per layout under torchrun; rank 0 writes loss, gradients and masks of each case for the test to compare.
+"""One pruning step under a layout, with everything that must not depend on it; called on the ranks of `launch.Ranks`."""
 
-Usage: torchrun --nproc-per-node N step_case.py OUTPUT CASE... with CASE = tensor,pipeline,virtual,sequence,groups,dtype
-"""
-
-import sys
+from dataclasses import replace
+from typing import Any
 
 import torch
+from parallel.models import SHAPES, TARGETS, Drawn, build_model
+from torch import Tensor
 
 from megashear.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.collectives import gather_objects
-from megashear.engine.layout import build_layout, distributed
+from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer, unwrap
-from megashear.engine.parallel import transformer_config
-from megashear.engine.pipeline import build_chunks
 from megashear.masks.state import MaskState
-from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, load_weights
 from megashear.model.save import gather_tensors
-from megashear.train.step import Stepper, local_rows, micro_batches
+from megashear.train.step import MicroBatch, Stepper, local_rows, micro_batches
 
-GLOBAL_BATCH, LENGTH, STEP = 4, 16, 3
+# Divisible by data- and tensor-parallel sizes up to 4 (12 micro-batches also by 3).
+MICRO_BATCHES, LENGTH, STEP, SEED = 4, 24, 3, 11
 
-
-def shape_of(groups: int) -> ModelShape:
-    return ModelShape(32, 5, 8, groups, 8, 48, 101, tie_word_embeddings=groups == 2)
-
-
-def target_of(groups: int) -> ModelShape:
-    return ModelShape(16, 3, 4 if groups == 8 else 2 * groups // 2, groups // 2, 8, 24, 101)
+# With so large an epsilon Adam's first step is nearly learning rate / eps times the gradient: rounding in the gradient stays
+# rounding in the weights. With a small one the first step is the gradient's sign.
+PROPORTIONAL = OptimizerConfig(learning_rate=1e4, eps=100.0)
 
 
-def run_case(case: str) -> dict | None:
-    tensor, pipeline, virtual, sequence, groups = map(int, case.split(",")[:5])
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, sequence=bool(sequence))
-    layout = build_layout(parallel)
-    shape = shape_of(groups)
-    config = transformer_config(shape, parallel, torch.float32)
-    source = RandomWeights(shape, seed=5)
-    modules = build_chunks(
-        shape.num_layers, layout, lambda r, first, last, stage: Llama(shape, config, layout, r, first, last, vp_stage=stage)
-    )
-    for module in modules:
-        load_weights(module, source)
-    weights = WeightOptimizer(modules, OptimizerConfig(learning_rate=1e-3), torch.float32, distributed=True)
-    prune = PruneConfig(log_alpha_init=1.0, batch=BatchConfig(steps=8), sparsity_warmup_steps=4)
-    masks = MaskState(shape, target_of(groups), prune, seed=7, device=layout.device)
-    with torch.no_grad():
-        for number, value in enumerate(masks.log_alpha.values()):
-            value += torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
-    stepper = Stepper(layout, weights, masks, 11, 1, clip_norm=1.0, clip_jointly=True)
-    samples = torch.randint(0, 101, (GLOBAL_BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(3))
-    batches = micro_batches(samples[local_rows(GLOBAL_BATCH, layout, 1)], layout, 1, layout.device)
-    # The gradients are read where the optimizer would take them: reduced, before clipping.
-    loss = stepper.forward_backward(batches, STEP)
-    mask_gradient = masks.gradients_flat().clone()
-    gradients = {}
-    for chunk in weights.chunks:
-        module = unwrap(chunk)
-        if layout.data_size == 1:
-            gradients |= {n: t.clone() for n, t in gather_tensors(module, lambda p: p.main_grad)}
-    result = stepper.run(batches, STEP, 1.0, 1e-3)
-    after = {}
-    for chunk in weights.chunks:
-        after |= {name: value.clone() for name, value in gather_tensors(unwrap(chunk))}
-    everyone = gather_objects((gradients, after))
-    merged: tuple[dict, dict] = ({}, {})
-    for one in everyone:
-        merged[0].update(one[0])
-        merged[1].update(one[1])
+class Recorder(Stepper):
+    """A stepper that keeps the gradients as the optimizer is about to take them: reduced, before clipping."""
+
+    gradients: dict[str, Tensor]
+    mask_gradients: Tensor
+
+    def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
+        loss = super().forward_backward(batches, step)
+        self.mask_gradients = self.masks.gradients_flat().clone()
+        shards = self.weights.parts[0].config.use_distributed_optimizer
+        self.gradients = {} if shards else whole(self.weights, lambda parameter: parameter.main_grad)
+        return loss
+
+
+def pruning_step(
+    shape: str, layers: int, parallel: dict[str, Any], sharded: bool, recompute: bool = False, micro: int = MICRO_BATCHES
+) -> dict[str, Any]:
+    """Loss, gradients, masks and what the step made of them. sharded: distributed optimizer (then no weights' gradients)."""
+    source = replace(SHAPES[shape], num_layers=layers)
+    layout, chunks = build_model(source, ParallelConfig(**parallel), Drawn(source), recompute=recompute)
+    weights = WeightOptimizer(chunks, PROPORTIONAL, torch.float32, distributed=sharded)
+    masks = some_masks(source, TARGETS[shape], layout)
+    stepper = Recorder(layout, weights, masks, SEED, 1, clip_norm=1.0, clip_jointly=True)
+    samples = torch.randint(0, 101, (micro, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+    batches = micro_batches(samples[local_rows(micro, layout, 1)], layout, 1, layout.device)
+    drawn = {f"{index}.{name}": value for index in range(2) for name, value in sampled(masks, index).items()}
+    result = stepper.run(batches, STEP, 1.0, PROPORTIONAL.learning_rate)
     return {
-        "loss": loss,
-        "norm": result.grad_norm,
+        "loss": result.loss,
+        "gradient norm": result.grad_norm,
         "lagrangian": result.lagrangian,
-        "mask_gradient": mask_gradient,
-        "gradients": merged[0],
-        "after": merged[1],
-        "log_alpha": {name: value.detach().clone() for name, value in masks.log_alpha.items()},
+        "skipped": result.skipped,
+        "masks": drawn,
+        "gradients": stepper.gradients,
+        "mask gradients": stepper.mask_gradients,
+        "clipped log-alpha gradients": {name: value.grad.clone() for name, value in masks.log_alpha.items()},
+        "multiplier gradients": {name: value.grad.clone() for name, value in masks.multipliers.items()},
+        "weights": whole(weights),
+        "log-alpha": {name: value.detach().clone() for name, value in masks.log_alpha.items()},
         "multipliers": {name: value.detach().clone() for name, value in masks.multipliers.items()},
+        "micro-batches": gather_objects([batch.index for batch in batches]),
+        "every rank's log-alpha": gather_objects(
+            [float(value.detach().double().sum()) for value in masks.log_alpha.values()]
+        ),
     }
 
 
-def main() -> None:
-    output, cases = sys.argv[1], sys.argv[2:]
-    with distributed(ParallelConfig()) as layout:
-        results = {case: run_case(case) for case in cases}
-        if layout.is_main:
-            torch.save(results, output)
+def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskState:
+    """Masks amid their training: log-alpha spread so that samples hold zeros, ones and all between, multipliers not 0."""
+    prune = PruneConfig(log_alpha_init=1.0, batch=BatchConfig(steps=8), sparsity_warmup_steps=4)
+    masks = MaskState(source, target, prune, seed=7, device=layout.device)
+    with torch.no_grad():
+        for number, (log_alpha, pair) in enumerate(zip(masks.log_alpha.values(), masks.multipliers.values(), strict=True)):
+            log_alpha += torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(number))
+            pair += torch.tensor([0.02, 0.05])
+    return masks
 
 
-if __name__ == "__main__":
-    main()
+def sampled(masks: MaskState, micro_batch: int) -> dict[str, Tensor]:
+    """The masks of one micro-batch by name."""
+    values = vars(masks.sample(SEED, STEP, micro_batch))
+    return {name: value.detach().clone() for name, value in values.items() if value is not None}
+
+
+def whole(weights: WeightOptimizer, value: Any = Tensor.detach) -> dict[str, Tensor]:
+    """Whole tensors, by Hugging Face's names, of all stages on all ranks."""
+    mine: dict[str, Tensor] = {}
+    for chunk in weights.chunks:
+        mine |= {name: tensor.clone() for name, tensor in gather_tensors(unwrap(chunk), value)}
+    return {name: tensor for one in gather_objects(mine) for name, tensor in one.items()}

@@ -1,0 +1,31 @@
+"""What every rank of `launch.Ranks` runs: read a call on rank 0, make it on all ranks, write rank 0's answer; until the input ends.
+
+An exception on any rank is left to end it, upon which torchrun ends the others.
+"""
+
+import importlib
+import json
+import os
+import sys
+
+import torch
+
+from megashear.config.schema import ParallelConfig
+from megashear.engine.collectives import broadcast_object
+from megashear.engine.layout import distributed
+
+
+def main() -> None:
+    with distributed(ParallelConfig()) as layout:
+        while line := broadcast_object(sys.stdin.readline() if layout.is_main else None):
+            job = json.loads(line)
+            result = getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
+            if layout.is_main:
+                torch.save(result, job["answer"] + ".part")
+                os.replace(job["answer"] + ".part", job["answer"])
+        sys.stdout.flush()
+        os._exit(0)  # taking down the groups of every case, one by one, would take as long again
+
+
+if __name__ == "__main__":
+    main()
