@@ -79,6 +79,8 @@ def shape_problems(
     if target is not None:
         problems += target_layout_problems(source, target, parallel) if layout_is_one else []
         problems += pruning_problems(source, target)
+    if target is not None and not problems:
+        problems += loading_problems(source, target)
     return problems
 
 
@@ -199,6 +201,17 @@ def pruning_problems(source: ModelShape, target: ModelShape) -> list[str]:
         if value != limit:
             problems.append(f"target.{key}: {value} differs from the source's {limit}, which is kept; leave it null")
     return problems
+
+
+def loading_problems(source: ModelShape, target: ModelShape) -> list[str]:
+    """Why transformers 5 would not load the target, although it is a sound LLaMA with an explicit head_dim."""
+    if target.hidden_size % target.num_heads == 0:
+        return []
+    legal = [near for near in near_multiples(target.hidden_size, target.num_heads) if near <= source.hidden_size]
+    return [
+        f"target.hidden_size: {target.hidden_size} is no multiple of num_heads {target.num_heads}, and transformers loads "
+        f"no such LLaMA, whatever its head_dim; use {either(legal) or 'other num_heads'}"
+    ]
 
 
 def undividable(shape: ModelShape, tensor: int) -> list[str]:

@@ -114,6 +114,7 @@ def test_what_passes_satisfies_every_condition(sizes, tensor, pipeline):
         and heads // groups <= 2
         and hidden <= 64 and pipeline <= layers <= 4 and heads <= 8 and groups <= 4 and intermediate <= 96
         and layers > 0
+        and hidden % heads == 0
     )  # fmt: skip
     assert (problems(target, tensor=tensor, pipeline=pipeline) == []) == legal
 
