@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from llama_variants import VARIANTS
+from export.llama_variants import VARIANTS
 
 from megashear.errors import ModelError
 from megashear.export import folder as export_folder

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from llama_variants import VARIANTS
+from export.llama_variants import VARIANTS
 
 from megashear.export.reference_forward import reference_logits
 from megashear.weights.folder import ModelFolder

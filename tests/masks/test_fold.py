@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from masked_llama import forward, weights
+from masks.masked_llama import forward, weights
 
 from megashear.config.schema import PruneConfig
 from megashear.errors import ModelError

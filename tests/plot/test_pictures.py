@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from conftest import DOMAINS, TARGETS
+from plot.conftest import DOMAINS, TARGETS
 
 from megashear.plot.losses import draw_losses
 from megashear.plot.masks import draw_masks

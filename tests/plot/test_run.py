@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SyntheticRun
+from plot.conftest import SyntheticRun
 
 from megashear.errors import DataError
 from megashear.plot.run import plot_run, read_masks

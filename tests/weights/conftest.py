@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_llama import CONFIG, llama_tensors
 from safetensors.torch import save_file
+from weights.random_llama import CONFIG, llama_tensors
 
 
 @pytest.fixture

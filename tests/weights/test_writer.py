@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from random_llama import CONFIG, llama_tensors
 from safetensors.torch import load_file, save_file
+from weights.random_llama import CONFIG, llama_tensors
 
 from megashear.errors import ModelError, StorageError
 from megashear.weights import writer as writer_module
