@@ -115,16 +115,25 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("output", type=Path, help="folder to write")
     one.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: the model's)")
     one.add_argument("--max-shard-gb", type=_size, default=5.0, help="largest file in 10^9 bytes (default: 5)")
-    one = verb("eval", "held-out loss and perplexity of a model, by domain")
-    one.add_argument("model", type=Path, help="model folder")
-    one.add_argument("data", type=Path, help="dataset folder")
-    one.add_argument("--sequence-length", type=_count, default=4096, help="tokens of a sequence (default: 4096)")
-    one.add_argument("--sequences", type=_count, default=64, help="sequences of each domain (default: 64)")
+    _eval_arguments(verb("eval", "held-out loss and perplexity of a model by domain, or its results in tasks"))
     verb("env", "show versions, devices and the kernels in use")
     one = verb("plot", "draw losses, sparsities and the mixture of a run")
     one.add_argument("run", type=Path, help="run folder")
     one.add_argument("--output", type=Path, help="folder of the pictures (default: plots in the run folder)")
     return parser
+
+
+def _eval_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("model", type=Path, help="model folder, or run folder (its final or else its pruned model)")
+    one.add_argument("data", type=Path, nargs="?", help="dataset folder, whose held-out text is used")
+    one.add_argument("--sequence-length", type=_count, default=4096, help="tokens of a sequence (default: 4096)")
+    one.add_argument("--sequences", type=_count, default=64, help="sequences of each domain (default: 64)")
+    one.add_argument("--tensor", type=_count, default=1, help="tensor parallel size under torchrun (default: 1)")
+    one.add_argument("--pipeline", type=_count, default=1, help="pipeline parallel size under torchrun (default: 1)")
+    one.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness instead of a dataset")
+    one.add_argument("--limit", type=_count, help="examples of each task (default: all)")
+    one.add_argument("--include", type=Path, metavar="FOLDER", help="folder of more task files")
+    one.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to")
 
 
 def _count(text: str) -> int:
@@ -187,9 +196,12 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
         raise ModelError(f"source.folder: {config.source.folder} is no folder; run `megashear import` first")
     check(config, source, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
 
-    from megashear.run.runner import run
+    from megashear.train.signals import stop_on_signals
 
-    run(config, stages)
+    with stop_on_signals() as stop:
+        from megashear.run.runner import run  # loads torch, which takes seconds
+
+        run(config, stages, stop)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -211,11 +223,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from megashear.train.evaluate import evaluate_folder
-    from megashear.train.tables import loss_table
+    from megashear.config.schema import ParallelConfig
 
-    losses = evaluate_folder(options.model, options.data, options.sequence_length, options.sequences)
-    print(loss_table({options.model.name: losses}))
+    if (options.data is None) == (options.tasks is None):
+        raise ConfigError("eval: give a dataset folder (DATA), or tasks (--tasks), and not both")
+    if options.tasks is not None:
+        from megashear.run.tasks import evaluate_tasks
+
+        evaluate_tasks(options.model, options.tasks.split(","), options.json, options.limit, options.include)
+        return
+    from megashear.run.evaluate import evaluate_model
+
+    parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
+    evaluate_model(options.model, options.data, options.sequence_length, options.sequences, parallel, options.json)
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Reading a checkpoint must not run code, although torch's distributed format keeps its metadata as a pickle.
 
-Before megatron-core reads a folder, every pickle in it is gone through with an unpickler that knows the few classes
-which such metadata consists of and refuses every other name. Read next: `store.py`.
+Before megatron-core reads a folder, its metadata is gone through with an unpickler that knows the few classes which it
+consists of and refuses every other name. The folder's other files are read as tensors and plain values only: by
+`torch.load(weights_only=True)`. Read next: `store.py`.
 """
 
 import io
@@ -11,23 +12,22 @@ from typing import Any
 
 from megashear.errors import CheckpointError
 
-# What torch.distributed.checkpoint and megatron-core write: plain data classes, sizes and dtypes. Nothing here acts
-# when made.
+# What torch.distributed.checkpoint and megatron-core write: plain data classes, enums, sizes and dtypes. Nothing here
+# acts when made. Not here on purpose: BytesStorageMetadata, for torch unpickles whatever it declares.
 ALLOWED = {
-    "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8", "bool", "device"},
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
-    "torch._utils": {"_rebuild_tensor_v2"},
-    "torch.storage": {"_load_from_bytes"},
-    "collections": {"OrderedDict"},
-    "builtins": {"set", "frozenset", "slice", "complex", "bytearray"},
-    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.planner": None,
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint._fsspec_filesystem": {"_StorageInfo"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
-    "megatron.core.dist_checkpointing.core": None,
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
 
@@ -39,10 +39,9 @@ class _Inspector(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        names = ALLOWED.get(module, set())
-        if names is not None and name not in names:
+        if name not in ALLOWED.get(module, ()):
             raise CheckpointError(
-                f"{self.path}: names {module}.{name}, which no checkpoint of megashear holds; it could run code, "
+                f"{self.path}: names {module}.{name}, which no checkpoint of megashear holds and which could run code; "
                 "do not use it"
             )
         return super().find_class(module, name)
@@ -52,7 +51,7 @@ class _Inspector(pickle.Unpickler):
 
 
 def refuse_foreign_pickles(folder: Path) -> None:
-    """Raise CheckpointError where a pickle below `folder` names anything beyond plain metadata."""
+    """Raise CheckpointError where metadata below `folder` is damaged or names anything beyond plain data."""
     for path in sorted(folder.rglob("*")):
         if path.name == ".metadata":
             _inspect(path.read_bytes(), path)

@@ -3,18 +3,21 @@ up.
 
 A checkpoint is written into a temporary folder by all ranks (weights and optimizer by megatron-core, masks as
 safetensors, the rest as JSON), gets a manifest of digests, and is renamed. Key properties: nothing that is damaged is
-loaded, older ones are tried and said; `keep` newest are kept; nothing read runs code. Read next: `engine/sharded.py`,
+loaded, older ones are tried and said; the newest `keep` are kept, damaged later ones not counted; nothing read runs
+code. Read next: `engine/sharded.py`,
 `pickles.py`.
 """
 
 import json
 import logging
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.checkpoint.pickles import refuse_foreign_pickles
 from megashear.engine import sharded
@@ -25,8 +28,11 @@ from megashear.errors import CheckpointError, StorageError
 from megashear.files.atomic import publish_folder, storage_error, write_json
 from megashear.files.manifest import check_files, read_manifest, write_manifest
 from megashear.masks.state import MaskState
+from megashear.train.signals import hold_signals
 
 WEIGHTS, MASKS, STATE = "weights", "masks.safetensors", "state.json"
+TORCH_WRITER = "inline_container"
+"""What the message of torch.save names where the file system refuses a write: it raises a bare RuntimeError."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,56 +51,87 @@ def save_checkpoint(
     layout: Layout,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` (every rank calls it) and remove all but the `keep` newest.
+    """Write the checkpoint of `step` (every rank calls it) and remove older ones but for `keep` in all.
 
     state: JSON values. Raises StorageError on every rank where any of them could not write; older checkpoints are
-    then untouched.
+    then untouched, and nothing of the new one stays.
     """
     path = step_folder(folder, step)
-    temporary = folder / f".{path.name}.tmp"
 
-    def begin() -> None:
+    def begin() -> Path:
+        # A name of its own: a writer that outlived a killed run cannot write into it.
+        temporary = folder / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in folder.glob(".step-*"):  # by a run that was killed while it saved
+                shutil.rmtree(left, ignore_errors=True)
             (temporary / WEIGHTS).mkdir(parents=True)
         except OSError as error:
             raise storage_error(error, temporary) from error
+        return temporary
 
     def finish() -> None:
+        if masks is not None:
+            _write_masks(masks, temporary / MASKS)
+        write_json(temporary / STATE, state)
+        write_manifest(temporary, {"step": step})
         try:
-            if masks is not None:
-                save_file(
-                    {name: value.cpu().contiguous() for name, value in masks.state_dict().items()}, temporary / MASKS
-                )
-            write_json(temporary / STATE, state)
-            write_manifest(temporary, {"step": step})
             publish_folder(temporary, path)
         except OSError as error:
             raise storage_error(error, path) from error
-        for old in list_checkpoints(folder)[keep:]:
+        # Later ones were found damaged when the stage was taken up; they are not what is worth keeping.
+        for old in [one for one in list_checkpoints(folder) if one <= path][keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
-    on_main(layout, begin)
-    _write_weights(weights, temporary / WEIGHTS)
-    on_main(layout, finish)
+    temporary: Path = on_main(layout, begin)
+    try:
+        _write_weights(weights, temporary / WEIGHTS, path)
+        on_main(layout, finish)
+    except StorageError:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return path
 
 
-def _write_weights(weights: WeightOptimizer, folder: Path) -> None:
-    """Let all ranks write; where one fails, all of them raise its error."""
-    failure: StorageError | None = None
+def _write_masks(masks: MaskState, path: Path) -> None:
+    tensors = {name: value.cpu().contiguous() for name, value in masks.state_dict().items()}
     try:
-        sharded.save(weights, folder)
+        path.write_bytes(save(tensors))
     except OSError as error:
-        failure = storage_error(error, folder)
+        raise storage_error(error, path) from error
+
+
+def _write_weights(weights: WeightOptimizer, folder: Path, path: Path) -> None:
+    """Let all ranks write into `folder`, to become a part of `path`.
+
+    Raises StorageError where one could not: on every rank, or on that one alone, which then ends and has its launcher
+    end the others (they wait within megatron-core and cannot be told).
+    """
+    try:
+        with hold_signals():
+            sharded.save(weights, folder)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except CheckpointException as error:  # on every rank at once; only one of them knows the reason
+        reason = max(gather_objects(_reason(error)), key=len)
+        raise _not_written(path, reason) from error
     except sharded.WRITE_ERRORS as error:
-        failure = StorageError(
-            f"{folder}: could not be written ({error}); older checkpoints are unchanged; free space, "
-            "run again"
-        )
-    failures = [one for one in gather_objects(failure) if one is not None]
-    if failures:
-        raise failures[0]
+        raise _not_written(path, _reason(error)) from error
+    except RuntimeError as error:
+        if TORCH_WRITER not in str(error):
+            raise
+        raise _not_written(path, "torch.save could not write") from error
+
+
+def _not_written(path: Path, reason: str) -> StorageError:
+    return StorageError(
+        f"{path}: could not be written ({reason}); older checkpoints are unchanged; free space and run again"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The last line that says something: torch puts a traceback of every rank into its message."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -118,7 +155,8 @@ def newest_valid(folder: Path) -> Path | None:
             logger.warning("%s is damaged and left alone (%s)", path, error)
     if found:
         raise CheckpointError(
-            f"{folder}: every checkpoint is damaged; restore one from a copy, or remove the folder to start the stage again"
+            f"{folder}: every checkpoint is damaged; restore one from a copy, or remove the folder to start the stage "
+            "again"
         )
     return None
 

@@ -5,17 +5,19 @@ Nothing appears under the folder's name before all tensors are there and read ba
 `weights/writer.py`.
 """
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megashear.config.shape import ModelShape
-from megashear.engine.collectives import barrier, on_main
+from megashear.engine.collectives import gather_objects, on_main
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import unwrap
-from megashear.errors import StorageError
+from megashear.errors import MegashearError
 from megashear.files.atomic import publish_folder, storage_error
 from megashear.model.save import gather_tensors
 from megashear.weights.finish import seal_folder, write_settings
@@ -44,9 +46,9 @@ def write_model(
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            ShardedWriter.create(temporary, tensor_shapes(shape), dtype).close()
         except OSError as error:
-            raise storage_error(error, temporary) from error
-        ShardedWriter.create(temporary, tensor_shapes(shape), dtype).close()
+            raise storage_error(error, folder) from error
 
     def seal() -> None:
         try:
@@ -56,26 +58,43 @@ def write_model(
         except OSError as error:
             raise storage_error(error, folder) from error
 
-    on_main(layout, create)
-    _write_tensors(chunks, temporary, layout)
-    on_main(layout, seal)
+    try:
+        on_main(layout, create)
+        _write_tensors(chunks, temporary, layout)
+        on_main(layout, seal)
+    except MegashearError:
+        if layout.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_tensors(chunks: list[torch.nn.Module], folder: Path, layout: Layout) -> None:
-    """Write this rank's tensors; on a failure go on gathering, so that no other rank waits, and raise at the end."""
-    writes = layout.tensor_rank == 0 and layout.data_rank == 0
-    writer = ShardedWriter.open(folder) if writes else None
-    failure: StorageError | None = None
+    """Write this rank's tensors; on a failure go on gathering, so that no rank waits, and raise on all of them."""
+    writer: ShardedWriter | None = None
+    failure: MegashearError | None = None
+
+    def attempt(action: Callable[[], None]) -> None:
+        nonlocal failure
+        try:
+            if failure is None:
+                action()
+        except MegashearError as error:
+            failure = error
+        except OSError as error:
+            failure = storage_error(error, folder)
+
+    def start() -> None:
+        nonlocal writer
+        writer = ShardedWriter.open(folder)
+
+    if layout.tensor_rank == 0 and layout.data_rank == 0:
+        attempt(start)
     for chunk in chunks:
         for name, tensor in gather_tensors(unwrap(chunk)):
-            if writer is None or failure is not None:
-                continue
-            try:
-                writer.write(name, tensor)
-            except StorageError as error:
-                failure = error
+            if writer is not None:
+                attempt(functools.partial(writer.write, name, tensor))
     if writer is not None:
-        writer.close()
-    barrier()
-    if failure is not None:
-        raise failure
+        attempt(writer.close)
+    failures = [one for one in gather_objects(failure) if one is not None]
+    if failures:
+        raise failures[0]

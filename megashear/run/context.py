@@ -18,14 +18,15 @@ from megashear.config.shape import ModelShape
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout
-from megashear.errors import CheckpointError, ConfigError, DataError
+from megashear.errors import CheckpointError, ConfigError, DataError, ModelError
 from megashear.files.atomic import write_json
-from megashear.files.manifest import digest
+from megashear.files.manifest import check_files, digest
+from megashear.train.signals import StopRequest
 from megashear.weights.folder import ModelFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
-IDENTITY = "identity.json"
+IDENTITY, DONE = "identity.json", "done.json"
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Context:
     source: ModelFolder | None
     source_shape: ModelShape
     target_shape: ModelShape | None
+    stop: StopRequest
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,14 +51,23 @@ class Context:
         """A model that the run makes: `masked`, `pruned` or `final`."""
         return self.folder / name
 
+    def open_model(self, name: str) -> ModelFolder:
+        """A model that the run has made, its digests compared once. Raises ModelError, on every rank."""
+        folder = self.model_folder(name)
+
+        def verify() -> None:
+            ModelFolder.open(folder, digests=True)
+
+        on_main(self.layout, verify)
+        return ModelFolder.open(folder)
+
     def done(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None; the same on every rank."""
-        path = self.folder / stage / "done.json"
-        return on_main(self.layout, lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+        return on_main(self.layout, lambda: read_record(self.folder / stage / DONE))
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Write the record that a stage is finished."""
-        on_main(self.layout, lambda: write_json(self.folder / stage / "done.json", record))
+        on_main(self.layout, lambda: write_json(self.folder / stage / DONE, record))
 
     def companions(self) -> list[Path]:
         """Tokenizer and licence files that go with the run's models: the source's, else the dataset's tokenizer."""
@@ -78,7 +89,7 @@ class Context:
         return known
 
 
-def open_context(config: Config, layout: Layout) -> Context:
+def open_context(config: Config, layout: Layout, stop: StopRequest) -> Context:
     """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
     if config.data.folder is None:
         raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
@@ -93,7 +104,7 @@ def open_context(config: Config, layout: Layout) -> Context:
     if "prune" in config.run.stages or "finalize" in config.run.stages:
         target = resolve_shape(config.target, source_shape, section="target")
     folder = Path(config.run.folder)
-    context = Context(config, layout, folder, dataset, source, source_shape, target)
+    context = Context(config, layout, folder, dataset, source, source_shape, target, stop)
     on_main(layout, lambda: claim(context))
     return context
 
@@ -110,7 +121,11 @@ def check_tokenizer(dataset: Dataset, source: ModelFolder) -> None:
 
 
 def claim(context: Context) -> None:
-    """Record what the run computes, or raise CheckpointError where the folder holds another run's record."""
+    """Record what the run computes, or raise CheckpointError where the folder holds another run's record.
+
+    A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
+    was damaged on the disk or on the way is refused before a number is computed from it. Raises DataError, ModelError.
+    """
     config = to_dict(context.config)
     own = {name: value for name, value in config.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": config["run"]["seed"]}
@@ -119,16 +134,32 @@ def claim(context: Context) -> None:
     own["data"].pop("folder"), own["source"].pop("folder")
     own = json.loads(json.dumps(own))
     path = context.folder / IDENTITY
-    if not path.is_file():
+    there = read_record(path)
+    if there is None:
+        context.dataset.verify()
+        if context.source is not None and context.source.manifest:
+            check_files(context.source.path, context.source.manifest, ModelError)
         write_json(path, own)
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
     changed = [line for line in differences(there, own, "")]
     if changed:
         raise CheckpointError(
             f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
             "Change it back, or choose another run.folder"
         )
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object that the run wrote, or None where there is none yet. Raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); restore it, or choose another run.folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a record of a run; restore it, or choose another run.folder")
+    return found
 
 
 def differences(there: Any, here: Any, name: str) -> list[str]:

@@ -8,8 +8,7 @@ from megashear.run.context import Context
 
 
 def run_export(context: Context) -> None:
-    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where nothing was trained after it.
-    """
+    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where no stage trained after it."""
     settings = context.config.export
     output = Path(settings.folder) if settings.folder is not None else context.folder / "export"
     final = context.model_folder("final")

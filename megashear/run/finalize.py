@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from megashear.checkpoint.store import newest_valid, read_masks
+from megashear.checkpoint.store import newest_valid, read_masks, step_folder
 from megashear.data.loader import HeldOut
 from megashear.engine.collectives import max_over_world, on_main
-from megashear.engine.parallel import gather_logits, transformer_config
-from megashear.engine.pipeline import build_chunks, run_micro_batches
+from megashear.engine.parallel import gather_logits
+from megashear.engine.pipeline import run_micro_batches
 from megashear.errors import CheckpointError, ModelError
 from megashear.files.atomic import atomic_folder
 from megashear.masks.fold import Fold
 from megashear.masks.keep import borderline_units, keep_sets
 from megashear.masks.masks import Masks
 from megashear.masks.state import MaskState
-from megashear.model.llama import Llama
-from megashear.model.load import load_weights
 from megashear.run.context import Context
+from megashear.run.evaluate import build_fp32
+from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.finish import seal_folder, write_settings
@@ -45,12 +45,13 @@ def run_finalize(context: Context) -> None:
     deterministic = masks.deterministic("target")
     heldout = HeldOut(context.dataset, context.config.data.sequence_length, context.config.prune.batch.eval_sequences)
     assert context.target_shape is not None
-    masked = build_fp32(context, ModelFolder.open(context.model_folder("masked")))
+    exact = context.config.prune.masking == "exact"
+    masked = build_fp32(context.open_model("masked"), context.config.parallel, context.layout, exact)
     expected = heldout_logits(context, masked, heldout, deterministic)
     del masked
-    pruned = build_fp32(context, ModelFolder.open(folder))
+    pruned = build_fp32(ModelFolder.open(folder), context.config.parallel, context.layout, exact)
     difference = compare(context, expected, heldout_logits(context, pruned, heldout, None))
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:
         on_main(context.layout, lambda: shutil.rmtree(folder))
         raise ModelError(
             f"{folder}: the pruned model's logits differ from the masked model's by {difference:.1e} of the largest "
@@ -63,8 +64,7 @@ def run_finalize(context: Context) -> None:
         "name": "finalize",
         "logit_difference": difference,
         "borderline": borderline,
-        "losses": {name: loss for name, (loss, _) in losses.items()},
-        "errors": {name: error for name, (_, error) in losses.items()},
+        **loss_record(losses),
     }
     if context.layout.is_main:
         print(report(record), flush=True)
@@ -77,8 +77,12 @@ def load_masks(context: Context) -> MaskState:
     if context.done("prune") is None:
         raise CheckpointError(f"{context.folder}: pruning is not finished; run `megashear prune` (or `run`) first")
     path = on_main(layout, lambda: newest_valid(context.folder / "prune"))
-    if path is None:
-        raise CheckpointError(f"{context.folder}/prune: no checkpoint; restore its newest one to finalize")
+    last = step_folder(context.folder / "prune", config.prune.batch.steps)
+    if path != last:
+        raise CheckpointError(
+            f"{last}: missing or damaged; finalizing needs the masks of pruning's last step: restore it from a copy, "
+            f"or remove {context.folder}/prune to prune again"
+        )
     assert context.target_shape is not None
     masks = MaskState(context.source_shape, context.target_shape, config.prune, config.run.seed, layout.device)
     masks.load_state_dict(read_masks(path))
@@ -103,20 +107,6 @@ def fold_folder(context: Context, masks: MaskState) -> None:
                     writer.write(*folded)
         write_settings(temporary, target, torch.float32, masked.config, masked.tokenizer_files + masked.companion_files)
         seal_folder(temporary, masked.provenance)
-
-
-def build_fp32(context: Context, folder: ModelFolder) -> list[torch.nn.Module]:
-    """This rank's chunks of a model folder in fp32, without optimizer."""
-    core = transformer_config(folder.shape, context.config.parallel, torch.float32)
-    exact = context.config.prune.masking == "exact"
-
-    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(folder.shape, core, context.layout, layers, pre, post, mask_embedding=exact, vp_stage=stage)
-
-    chunks = build_chunks(folder.shape.num_layers, context.layout, build)
-    for chunk in chunks:
-        load_weights(chunk, folder)
-    return list(chunks)
 
 
 def heldout_logits(

@@ -14,12 +14,16 @@ from megashear.config.load import save_config
 from megashear.config.schema import Config
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout, distributed
+from megashear.errors import Interrupted
 from megashear.files.lock import run_lock
+from megashear.report import render
 from megashear.run.context import Context, open_context
 from megashear.run.export import run_export
 from megashear.run.finalize import run_finalize
 from megashear.run.summary import conclude
 from megashear.run.training import run_training
+from megashear.train.loop import stop_requested
+from megashear.train.signals import StopRequest
 
 STAGES: dict[str, Callable[[Context], None]] = {
     "prune": lambda context: run_training(context, "prune"),
@@ -29,29 +33,34 @@ STAGES: dict[str, Callable[[Context], None]] = {
 }
 
 
-def run(config: Config, stages: list[str] | None = None) -> None:
+def run(config: Config, stages: list[str] | None = None, stop: StopRequest | None = None) -> None:
     """Walk through the stages of `config.run.stages` (only those in `stages`, if given) that are not done.
 
-    Every rank calls it. Raises the errors of `errors.py`; Interrupted after a stop signal was obeyed.
+    Every rank calls it. stop: of `train/signals.py`, obeyed at the next step or between stages; None: never asked to.
+    Raises the errors of `errors.py`; Interrupted after a stop was obeyed.
     """
     logging.basicConfig(level=logging.WARNING, format="megashear: %(levelname)s: %(message)s")
     with distributed(config.parallel) as layout, locked(Path(config.run.folder), layout):
-        context = open_context(config, layout)
+        context = open_context(config, layout, stop or StopRequest())
         report = check(config, None if context.source is None else context.source_shape, layout.world_size)
         if layout.is_main:
-            from megashear.report import render
-
             print(render(config, report), flush=True)
-            save_config(config, context.folder / "config.yaml")
+        on_main(layout, lambda: save_config(config, context.folder / "config.yaml"))
         for stage in config.run.stages:
-            if stages is not None and stage not in stages:
-                continue
-            if context.done(stage) is not None:
-                if layout.is_main:
-                    print(f"{stage}: done before", flush=True)
-                continue
-            STAGES[stage](context)
+            if stages is None or stage in stages:
+                run_stage(context, stage)
         conclude(context)
+
+
+def run_stage(context: Context, stage: str) -> None:
+    """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it."""
+    if context.done(stage) is not None:
+        if context.layout.is_main:
+            print(f"{stage}: done before", flush=True)
+        return
+    if stop_requested(context.stop, context.layout):
+        raise Interrupted(f"stopped by a signal before {stage}; run the same command to go on")
+    STAGES[stage](context)
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """What came of a run: the last table, `summary.json`, and the pictures."""
 
-import json
 from typing import Any
 
 from megashear.engine.collectives import on_main
 from megashear.errors import MegashearError
 from megashear.files.atomic import write_json
 from megashear.plot.run import plot_run
-from megashear.run.context import Context
-from megashear.run.training import SOURCE_LOSSES, read_losses
-from megashear.train.evaluate import Losses
+from megashear.run.context import DONE, Context, read_record
+from megashear.run.training import SOURCE_LOSSES, loss_record, read_losses
+from megashear.train.evaluate import Losses, from_json
 from megashear.train.tables import loss_table, outcome_table
 
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}
@@ -32,8 +31,8 @@ def _conclude(context: Context) -> None:
     write_json(
         context.folder / "summary.json",
         {
-            "losses": {name: {d: pair[0] for d, pair in column.items()} for name, column in losses.items()},
-            "errors": {name: {d: pair[1] for d, pair in column.items()} for name, column in losses.items()},
+            "losses": {name: loss_record(column)["losses"] for name, column in losses.items()},
+            "errors": {name: loss_record(column)["errors"] for name, column in losses.items()},
             "parameters": parameters,
             "tokens": tokens,
             "seconds": seconds,
@@ -56,9 +55,9 @@ def read_records(context: Context) -> dict[str, dict[str, Any]]:
     """Records of the finished stages."""
     found = {}
     for stage in context.config.run.stages:
-        path = context.folder / stage / "done.json"
-        if path.is_file():
-            found[stage] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(context.folder / stage / DONE)
+        if record is not None:
+            found[stage] = record
     return found
 
 
@@ -71,5 +70,5 @@ def read_columns(context: Context, records: dict[str, dict[str, Any]]) -> dict[s
     for stage, column in COLUMNS.items():
         if stage in records:
             record = records[stage]
-            columns[column] = {d: (record["losses"][d], record["errors"][d]) for d in record["losses"]}
+            columns[column] = from_json({d: (record["losses"][d], record["errors"][d]) for d in record["losses"]})
     return columns

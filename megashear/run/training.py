@@ -4,7 +4,6 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 `train/loop.py`, `checkpoint/store.py`.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,18 @@ from megashear.engine.device import device_name
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
+from megashear.errors import CheckpointError
 from megashear.files.atomic import write_json
 from megashear.masks.state import MaskState
 from megashear.model.llama import Llama
 from megashear.model.load import RandomWeights, TensorSource, load_weights
 from megashear.model.write import write_model
-from megashear.run.context import Context
-from megashear.train.evaluate import Losses, evaluate
+from megashear.run.context import Context, read_record
+from megashear.train.evaluate import Losses, evaluate, from_json, to_json
 from megashear.train.loop import Counters, Stage, train
 from megashear.train.metrics import Metrics
 from megashear.train.progress import Progress
-from megashear.train.signals import stop_on_signals
 from megashear.train.step import Stepper
-from megashear.weights.folder import ModelFolder
 
 SOURCE_LOSSES = "source_losses.json"
 
@@ -58,9 +56,9 @@ def run_training(context: Context, name: str) -> None:
         context.folder.name,
         enabled=context.layout.is_main,
     )
-    with metrics, stop_on_signals() as stop:
+    with metrics:
         stage = build_stage(context, name, section, shape, weights, masks, metrics)
-        losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, stop)
+        losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     write_model(
@@ -77,9 +75,14 @@ def run_training(context: Context, name: str) -> None:
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
-    """Where a stage's first weights come from: the pruned model, the source, or nothing but the seed."""
+    """Where a stage's first weights come from: the pruned model, the source, or nothing but the seed.
+
+    Raises CheckpointError where pre-training should follow a finalisation that is not done.
+    """
     if name == "pretrain" and context.target_shape is not None:
-        return ModelFolder.open(context.model_folder("pruned"))
+        if context.done("finalize") is None:
+            raise CheckpointError(f"{context.folder}: not finalized; run `megashear finalize` (or `run`) first")
+        return context.open_model("pruned")
     return RandomWeights(shape, context.config.run.seed) if context.source is None else context.source
 
 
@@ -125,10 +128,10 @@ def build_stage(
     stream = BlendedStream(sources(dataset, length), config.run.seed, mixture.weights, config.data.exhausted)
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
     stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, section.optimizer.clip_norm, jointly)
-    counters = Counters()
+    counters, losses = Counters(), None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, weights, masks)
-        counters = Counters(**state["counters"])
+        counters, losses = Counters(**state["counters"]), from_json(state["losses"])
         stream.load_state_dict(state["stream"])
         mixture.load_state_dict(state["mixture"])
         if layout.is_main:
@@ -152,6 +155,7 @@ def build_stage(
         metrics,
         progress,
         counters,
+        losses,
     )
 
 
@@ -176,17 +180,20 @@ def source_losses(
     known = on_main(context.layout, lambda: read_losses(path))
     if known is not None or context.source is None:
         return known
-    assert checkpoint is None, "a stage has checkpoints, but the source was never evaluated"
+    if checkpoint is not None or context.done("prune") is not None:
+        raise CheckpointError(
+            f"{path}: missing, and the source's weights have been trained since it was written; restore it, or choose "
+            "another run.folder"
+        )
     losses = evaluate(heldout, context.layout, weights.chunks, micro_batch)
-    on_main(context.layout, lambda: write_json(path, losses))
+    on_main(context.layout, lambda: write_json(path, to_json(losses)))
     return losses
 
 
 def read_losses(path: Path) -> Losses | None:
     """Losses and errors by domain from a JSON file, or None where there is none."""
-    if not path.is_file():
-        return None
-    return {name: (loss, error) for name, (loss, error) in json.loads(path.read_text(encoding="utf-8")).items()}
+    found = read_record(path)
+    return None if found is None else from_json(found)
 
 
 def _means(losses: Losses | None) -> dict[str, float] | None:
@@ -195,10 +202,12 @@ def _means(losses: Losses | None) -> dict[str, float] | None:
 
 def save_stage(context: Context, stage: Stage) -> None:
     """Write a checkpoint of a stage as it is."""
+    assert stage.losses is not None
     state = {
         "counters": asdict(stage.counters),
         "stream": stage.stream.state_dict(),
         "mixture": stage.mixture.state_dict(),
+        "losses": to_json(stage.losses),
     }
     stepper = stage.stepper
     folder = context.folder / stage.name
@@ -213,10 +222,18 @@ def stage_record(stage: Stage, losses: Losses) -> dict[str, Any]:
         "steps": stage.counters.step,
         "tokens": stage.tokens,
         "skipped": stage.counters.skipped,
-        "losses": {name: loss for name, (loss, _) in losses.items()},
-        "errors": {name: error for name, (_, error) in losses.items()},
+        **loss_record(losses),
         "weights": stage.mixture.weights,
         "epochs": stage.stream.epochs(),
+    }
+
+
+def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
+    """Losses and their errors as a stage's record has them; an error that is not known is null."""
+    values = to_json(losses)
+    return {
+        "losses": {name: loss for name, (loss, _) in values.items() if loss is not None},
+        "errors": {name: error for name, (_, error) in values.items()},
     }
 
 

@@ -5,6 +5,7 @@ standard deviation over sequences divided by the root of their number. Read next
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from megashear.masks.masks import Masks
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 
 Losses = dict[str, tuple[float, float]]
+"""Loss and its standard error by domain; the error of a single sequence is not known: NaN."""
 
 
 def evaluate(
@@ -33,6 +35,20 @@ def evaluate(
     losses = _sequence_losses(layout, chunks, samples, rows, padded, micro_batch, masks)[:total].cpu().numpy()
     domain_N = np.array([domain for domain, _ in heldout.rows])
     return {name: _mean_and_error(losses[domain_N == index]) for index, name in enumerate(heldout.names)}
+
+
+def to_json(losses: Losses) -> dict[str, list[float | None]]:
+    """Losses and errors as JSON values that round-trip: [loss, error] by domain, null for what is not finite."""
+    return {name: [value if math.isfinite(value) else None for value in pair] for name, pair in losses.items()}
+
+
+def from_json(values: Mapping[str, Sequence[float | None]]) -> Losses:
+    """What `to_json` gave."""
+    return {name: (_number(loss), _number(error)) for name, (loss, error) in values.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:

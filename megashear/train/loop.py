@@ -1,8 +1,8 @@
 """The training loop of a stage: evaluate and re-weight domains, draw a batch, step, log, save, stop when asked.
 
-Key properties: everything that the rest of a run depends on is in `StageState`, weights and optimizer aside; the
-order within a step is fixed (evaluation first, save last), so that a run resumed from any checkpoint has the bits of
-the unbroken one. The loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
+Key properties: the order is fixed (step, records, evaluation, checkpoint, stop), and a checkpoint is taken after the
+evaluation of its step, so that a run resumed from any checkpoint has the bits and the records of the unbroken one. The
+loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
 """
 
 import logging
@@ -56,6 +56,8 @@ class Stage:
     metrics: Metrics
     progress: Progress
     counters: Counters = field(default_factory=Counters)
+    losses: Losses | None = None
+    """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
 
     @property
     def tokens(self) -> int:
@@ -74,29 +76,37 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
     save: writes a checkpoint of the stage as it is. Raises Interrupted after saving when asked to stop, TrainingError
     when too many steps in a row were not finite.
     """
-    started = time.monotonic() - stage.counters.seconds
-    while stage.counters.step < stage.batch.steps:
-        if stage.counters.step % stage.batch.eval_interval == 0:
-            update = stage.counters.step > 0 or stage.name == "pretrain"
-            evaluate_and_reweight(stage, update)
-        result = train_step(stage)
-        stage.counters.step += 1
-        stage.counters.seconds = time.monotonic() - started
-        report_step(stage, result)
-        finished = stage.counters.step == stage.batch.steps
-        stopping = not finished and bool(max_over_world(_flag(stop.received is not None, stage.layout)).item())
-        if finished or stopping or stage.counters.step % save_interval == 0:
-            save()
-        if stopping:
+    counters, steps = stage.counters, stage.batch.steps
+    started = time.monotonic() - counters.seconds
+    saved = counters.step
+    if stage.losses is None:
+        evaluate_and_reweight(stage, update=stage.name == "pretrain")
+    while counters.step < steps:
+        if stop_requested(stop, stage.layout):
+            if counters.step > saved:
+                save()
             raise Interrupted(
-                f"stopped by a signal at step {stage.counters.step} of {stage.name}, after saving; "
+                f"stopped by a signal after step {counters.step} of {stage.name}, nothing is lost; "
                 "run the same command to go on"
             )
-    return evaluate_and_reweight(stage, update=False)
+        result = train_step(stage)
+        counters.step += 1
+        counters.seconds = time.monotonic() - started
+        report_step(stage, result)
+        finished = counters.step == steps
+        if finished or counters.step % stage.batch.eval_interval == 0:
+            evaluate_and_reweight(stage, update=not finished)
+        if finished or counters.step % save_interval == 0:
+            save()
+            saved = counters.step
+    assert stage.losses is not None
+    return stage.losses
 
 
-def _flag(value: bool, layout: Layout) -> torch.Tensor:
-    return torch.tensor([int(value)], dtype=torch.int32, device=layout.device)
+def stop_requested(stop: StopRequest, layout: Layout) -> bool:
+    """Whether any rank was asked to stop; the same on every rank (all of them take part)."""
+    flag = torch.tensor([int(stop.received is not None)], dtype=torch.int32, device=layout.device)
+    return bool(max_over_world(flag).item())
 
 
 def train_step(stage: Stage) -> StepResult:
@@ -124,12 +134,13 @@ def _sample_names(stage: Stage, plan: BatchPlan) -> str:
     return ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
 
 
-def evaluate_and_reweight(stage: Stage, update: bool) -> Losses:
-    """Held-out losses now; with `update`, the mixture's next weights from them. Writes the record and the masks."""
+def evaluate_and_reweight(stage: Stage, update: bool) -> None:
+    """Take the held-out losses; with `update`, the next domain weights from them. Writes the record and the masks."""
     masks = stage.stepper.masks
     deterministic = None if masks is None else masks.deterministic("expected")
     chunks = stage.stepper.weights.chunks
     losses = evaluate(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
+    stage.losses = losses
     if update:
         for warning in stage.mixture.update({name: loss for name, (loss, _) in losses.items()}, stage.counters.step):
             logger.warning("%s: %s", stage.name, warning)
@@ -149,7 +160,6 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> Losses:
     if deterministic is not None:
         found = {name: getattr(deterministic, name) for name in ("hidden", "head", "intermediate", "layer")}
         stage.metrics.write_masks({name: mask.cpu().numpy() for name, mask in found.items() if mask is not None})
-    return losses
 
 
 def report_step(stage: Stage, result: StepResult) -> None:

@@ -1,0 +1,119 @@
+"""`megashear eval MODEL DATA`: held-out loss and perplexity of a finished model, by domain.
+
+Key properties: the model is computed in fp32 by the very code that trains, on any layout; a dataset made with another
+tokenizer is refused. Read next: `train/evaluate.py`, `tasks.py` (lm-evaluation-harness).
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from megashear.config.legality import shape_problems
+from megashear.config.schema import ParallelConfig
+from megashear.data.loader import HeldOut
+from megashear.data.manifest import Dataset
+from megashear.engine.collectives import on_main
+from megashear.engine.layout import Layout, distributed
+from megashear.engine.parallel import transformer_config
+from megashear.engine.pipeline import build_chunks
+from megashear.errors import ConfigError, ModelError
+from megashear.files.atomic import write_json
+from megashear.model.llama import Llama
+from megashear.model.load import load_weights
+from megashear.run.context import check_tokenizer
+from megashear.train.evaluate import Losses, evaluate, to_json
+from megashear.train.tables import loss_table
+from megashear.weights.folder import ModelFolder
+from megashear.weights.hf_config import NAME as CONFIG
+
+MICRO_BATCH = 4
+FINISHED = ("final", "pruned")
+"""Models of a run folder, the one that was trained last first."""
+
+
+def find_model(path: Path) -> Path:
+    """The model folder at `path`, or the last model of the run folder at `path`. Raises ModelError for neither."""
+    for candidate in (path, *(path / name for name in FINISHED)):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise ModelError(
+        f"{path}: neither a model folder ({CONFIG}) nor a run that has pruned or trained a model; give one, or let the "
+        "run go on (`megashear run`)"
+    )
+
+
+def evaluate_model(
+    model: Path, data: Path, sequence_length: int, sequences: int, parallel: ParallelConfig, output: Path | None
+) -> None:
+    """Print the held-out losses of a model folder or a run folder, and write them to the JSON file `output`.
+
+    sequences: of each domain, of sequence_length tokens. Every rank calls it; runs alone or under torchrun. Raises
+    ConfigError, DataError, ModelError, StorageError.
+    """
+    with distributed(parallel) as layout:
+        path = find_model(model)
+        on_main(layout, lambda: verify_model(path))
+        losses = model_losses(ModelFolder.open(path), Dataset.open(data), sequence_length, sequences, parallel, layout)
+        on_main(layout, lambda: _tell(path, data, sequence_length, losses, output))
+
+
+def model_losses(
+    folder: ModelFolder,
+    dataset: Dataset,
+    sequence_length: int,
+    sequences: int,
+    parallel: ParallelConfig,
+    layout: Layout,
+) -> Losses:
+    """Held-out losses in nats per token, and their errors, by domain; the same on every rank."""
+    on_main(layout, lambda: check_tokenizer(dataset, folder))
+    problems = shape_problems(folder.shape, None, parallel, layout.world_size)
+    if problems:
+        raise ConfigError(problems)
+    heldout = HeldOut(dataset, sequence_length, sequences)
+    chunks = build_fp32(folder, parallel, layout)
+    return evaluate(heldout, layout, chunks, MICRO_BATCH)
+
+
+def build_fp32(
+    folder: ModelFolder, parallel: ParallelConfig, layout: Layout, exact: bool = True
+) -> list[torch.nn.Module]:
+    """This rank's chunks of a model folder in fp32, without optimizer. exact: as `prune.masking`."""
+    core = transformer_config(folder.shape, parallel, torch.float32)
+
+    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
+        return Llama(folder.shape, core, layout, layers, pre, post, mask_embedding=exact, vp_stage=stage)
+
+    chunks = build_chunks(folder.shape.num_layers, layout, build)
+    for chunk in chunks:
+        load_weights(chunk, folder)
+    return list(chunks)
+
+
+def verify_model(path: Path) -> None:
+    """Compare a model folder with its manifest's digests, where it has one. Raises ModelError."""
+    folder = ModelFolder.open(path)
+    if folder.manifest:
+        ModelFolder.open(path, digests=True)
+
+
+def _tell(path: Path, data: Path, sequence_length: int, losses: Losses, output: Path | None) -> None:
+    print(loss_table({path.name: losses}))
+    if output is not None:
+        write_json(
+            output,
+            {
+                "model": str(path),
+                "data": str(data),
+                "sequence_length": sequence_length,
+                "losses": {name: pair[0] for name, pair in to_json(losses).items()},
+                "errors": {name: pair[1] for name, pair in to_json(losses).items()},
+                "perplexities": {name: perplexity(loss) for name, (loss, _) in losses.items()},
+            },
+        )
+
+
+def perplexity(loss: float) -> float | None:
+    """exp of a loss in nats per token; None where it is not finite."""
+    return math.exp(loss) if loss < 700 else None
