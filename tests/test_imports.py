@@ -25,6 +25,7 @@ ROOMS = [
     "export",
     "plot",
     "report",
+    "run",
     "cli",
     "__main__",
 ]
