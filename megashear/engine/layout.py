@@ -64,7 +64,7 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
     try:
         yield build_layout(parallel)
     finally:
-        parallel_state.destroy_model_parallel()
+        _take_down_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -87,7 +87,7 @@ def build_layout(parallel: ParallelConfig) -> Layout:
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model} does not divide the "
             f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node) or change the layout"
         )
-    parallel_state.destroy_model_parallel()
+    _take_down_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -107,6 +107,14 @@ def build_layout(parallel: ParallelConfig) -> Layout:
         rank=dist.get_rank(),
         device=rank_device(),
     )
+
+
+def _take_down_groups() -> None:
+    """End an earlier layout's groups. megatron-core only forgets them, and each keeps sockets and threads that poll."""
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None:  # stands for the world
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def stage_layers(num_layers: int, layout: Layout, chunk: int) -> range:
