@@ -209,8 +209,8 @@ def loading_problems(source: ModelShape, target: ModelShape) -> list[str]:
         return []
     legal = [near for near in near_multiples(target.hidden_size, target.num_heads) if near <= source.hidden_size]
     return [
-        f"target.hidden_size: {target.hidden_size} is no multiple of num_heads {target.num_heads}, and transformers loads "
-        f"no such LLaMA, whatever its head_dim; use {either(legal) or 'other num_heads'}"
+        f"target.hidden_size: {target.hidden_size} is no multiple of num_heads {target.num_heads}, and transformers "
+        f"loads no such LLaMA, whatever its head_dim; use {either(legal) or 'other num_heads'}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""A layer of LLaMA2-7B's shape takes one real pruning step on the CPU, and the 7B -> 2.7B shapes pass without weights."""
+"""A layer of LLaMA2-7B's shape takes one real pruning step on the CPU; 7B -> 2.7B passes in shapes alone."""
 
 import math
 
