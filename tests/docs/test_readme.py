@@ -1,0 +1,165 @@
+"""Every command of README.md is run: on a tiny random model, with its run file made small; links and codes are true.
+
+The two set-up commands are run by the continuous integration and by tests/examples/test_quickstart.py, the SmolLM2
+example by its slow test; sbatch and a second node are not to be had here, tests/examples/test_recipes.py runs their scripts.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN_ELSEWHERE = (
+    "bash examples/quickstart.sh",
+    "bash tests/run.sh",
+    "source .venv/bin/activate",
+    "sbatch examples/slurm.sbatch my.yaml run.seed=2",
+    "NODES=2 HEAD=node0 bash examples/torchrun_many_nodes.sh my.yaml",
+)
+SMALL = [
+    "target.hidden_size=48",
+    "target.num_layers=2",
+    "target.num_heads=2",
+    "target.intermediate_size=64",
+    "data.sequence_length=32",
+    "precision=fp32",
+    "prune.batch.steps=3",
+    "prune.batch.global_batch=2",
+    "prune.batch.eval_interval=2",
+    "prune.batch.eval_sequences=2",
+    "pretrain.batch.steps=2",
+    "pretrain.batch.global_batch=2",
+    "pretrain.batch.eval_interval=1",
+    "pretrain.batch.eval_sequences=2",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[str]:
+    for block in blocks("bash"):
+        yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what a reader has: HF_FOLDER, texts, my.yaml; and examples/, tools/ as in the checkout."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("examples", "tools", "megashear"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "texts").mkdir()
+    paragraphs = [text for text in README.split("\n\n") if len(text) > 40] * 20
+    for domain in ("web", "books"):
+        lines = [json.dumps({"text": f"{domain} {number} {text}"}) for number, text in enumerate(paragraphs)]
+        (folder / "texts" / f"{domain}_00000.jsonl").write_text("\n".join(lines) + "\n")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(paragraphs, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "HF_FOLDER")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "HF_FOLDER")
+    (folder / "my.yaml").write_text(blocks("yaml")[0])
+    return folder
+
+
+def made_small(command: str) -> str:
+    """The command with the run file's sizes and steps cut down: what a tiny model and two cores can do."""
+    words = command.replace("GPUS=8", "GPUS=2").split(" ")
+    if "my.yaml" in words and "check" not in words:
+        ranks = "2" if "GPUS=2" in words else "1"
+        words += SMALL + ([] if ranks == "2" else ["parallel.tensor=1", "parallel.sequence=false"])
+    return " ".join(words).replace("--sequence-length 2048", "--sequence-length 32")
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MEGASHEAR_DEVICE": "cpu",
+    }
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_command_works_in_its_order(workplace: Path) -> None:
+    done = [command for command in commands() if command not in RUN_ELSEWHERE]
+    assert len(done) >= 12
+    for command in done:
+        result = run(made_small(command), workplace)
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    summary = json.loads((workplace / "runs" / "mine" / "summary.json").read_text())
+    assert list(summary["losses"]) == ["source", "pruned", "final"]
+    assert (workplace / "models" / "smaller" / "model.safetensors").is_file()
+    for name in ("masked", "pruned", "final", "export", "metrics.jsonl", "plots"):
+        assert (workplace / "runs" / "mine" / name).exists(), name
+
+
+def test_commands_run_elsewhere_are_in_the_readme_and_parse() -> None:
+    there = list(commands())
+    for command in RUN_ELSEWHERE:
+        assert command in there
+        assert run(f"bash -n -c {shlex.quote(command)}", ROOT).returncode == 0
+        script = next((word for word in command.split() if word.startswith(("examples/", "tests/"))), None)
+        assert script is None or (ROOT / script).is_file()
+
+
+@pytest.mark.slow
+def test_the_smollm2_example_with_a_few_steps(tmp_path: Path) -> None:
+    steps = ["prune.batch.steps=2", "prune.batch.eval_interval=2", "prune.batch.eval_sequences=1"]
+    steps += ["pretrain.batch.steps=2", "pretrain.batch.eval_interval=2", "pretrain.batch.eval_sequences=1"]
+    result = run(f"bash examples/smollm2.sh {shlex.quote(str(tmp_path / 'run'))} {' '.join(steps)}", ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "sheared" / "summary.json").read_text())
+    assert 0.45 < summary["parameters"]["final"] / summary["parameters"]["source"] < 0.55
+    assert "LlamaForCausalLM" in result.stdout
+
+
+def test_exit_codes_and_verbs_are_those_of_the_command_line() -> None:
+    help_text = subprocess.run(
+        [sys.executable, "-m", "megashear", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    codes = set(re.findall(r"^ +(\d+)  ", help_text, re.MULTILINE))
+    assert codes == set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE))
+    verbs = set(re.findall(r"^    (\w+) {2,}\w", help_text.split("exit codes:")[0], re.MULTILINE))
+    assert {"import", "check", "run", "prune", "finalize", "pretrain", "export", "eval", "env", "plot"} == verbs
+    for verb in verbs:
+        assert f"megashear {verb}" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_and_paths_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in link:
+            assert ((ROOT / page).parent / link).exists(), link
+    for path in re.findall(r"`((?:megashear|examples|tests|tools|docs|csrc)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
