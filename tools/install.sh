@@ -2,7 +2,7 @@
 # Install megashear from this checkout into .venv, which is made where it is missing:
 #   bash tools/install.sh [EXTRA ...]
 # EXTRA: optional dependencies of pyproject.toml (test, logs, evaluation, gguf). PYTHON: the interpreter to make .venv with
-# (default: python3.12, python3.11 or python3, the first that is of a version that megashear supports).
+# (default: python3.11, python3.12 or python3, the first that is of a version that megashear supports).
 # What is installed already is not installed again, unless this folder, pyproject.toml, setup.py or csrc/ have changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ supported() {
 }
 
 if [ ! -x .venv/bin/python ]; then
-    for candidate in ${PYTHON:-python3.12 python3.11 python3}; do
+    for candidate in ${PYTHON:-python3.11 python3.12 python3}; do
         if supported "$candidate"; then
             found=$candidate
             break
