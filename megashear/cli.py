@@ -239,9 +239,10 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
+    from megashear import ops
     from megashear.engine.environment import describe
 
-    rows = describe()
+    rows = describe() + [(f"op {name}", served) for name, served in ops.backend().items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
