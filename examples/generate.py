@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Load an exported folder with transformers and let it go on from a prompt: `python generate.py FOLDER PROMPT [TOKENS]`."""
+"""Load an exported folder with transformers and let it write: `python generate.py FOLDER PROMPT [TOKENS]`."""
 
 import argparse
 from pathlib import Path

@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def seconds(path: Path, stages: dict[str, float]) -> dict[str, float]:
-    """Wall time of every step, start of its processes included; `shear` is parted into its training stages and the rest."""
+    """Wall time of every step, its processes' start included; `shear` falls into its training stages and the rest."""
     steps: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         name, took = line.split()

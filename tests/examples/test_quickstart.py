@@ -1,4 +1,4 @@
-"""The quick start's parts: text without repeats, a tokenizer that loses nothing, run files that agree; and all of it once."""
+"""The quick start: text without repeats, a tokenizer that loses nothing, run files that agree, and all of it once."""
 
 import json
 import os
