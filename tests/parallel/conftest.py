@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from parallel.launch import Ranks
 
 
@@ -11,5 +12,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(world)`: the ranks of that world size, started at their first call."""
     started: dict[int, Ranks] = {}
     yield lambda world: started.setdefault(world, Ranks(world))
+    for one in started.values():
+        one.end_input()
     for one in started.values():
         one.stop()

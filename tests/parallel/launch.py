@@ -4,6 +4,7 @@
 returned on rank 0. A rank that fails ends all of them; the call raises with what the ranks wrote. Read next: `serve.py`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -58,12 +59,18 @@ class Ranks:
             raise
         return torch.load(answer, weights_only=True)
 
+    def end_input(self) -> None:
+        """Let the ranks end, without waiting for it."""
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+
     def stop(self, now: bool = False) -> None:
         """Let the ranks end (at the end of their input), or kill the whole job now; the next call starts afresh."""
         if self.process is None:
             return
-        if not now and self.process.stdin is not None and self.process.poll() is None:
-            self.process.stdin.close()
+        if not now:
+            self.end_input()
             try:
                 self.process.wait(timeout=30)
             except subprocess.TimeoutExpired:

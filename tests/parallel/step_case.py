@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from parallel.models import SHAPES, TARGETS, Drawn, build_model
 from torch import Tensor
 
 from megashear.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, PruneConfig
@@ -15,6 +14,7 @@ from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.masks.state import MaskState
 from megashear.model.save import gather_tensors
 from megashear.train.step import MicroBatch, Stepper, local_rows, micro_batches
+from parallel.models import SHAPES, TARGETS, Drawn, build_model
 
 # Divisible by data- and tensor-parallel sizes up to 4 (12 micro-batches also by 3).
 MICRO_BATCHES, LENGTH, STEP, SEED = 4, 24, 3, 11

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from parallel.launch import Ranks
 from torch import Tensor
+
+from parallel.launch import Ranks
 
 SCALAR, TENSOR = 1e-6, 1e-5
 ROUNDING = torch.finfo(torch.float32).eps
