@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     parser.add_argument("prompt", help="text to go on from")
     parser.add_argument("tokens", type=int, nargs="?", default=40, help="new tokens (default: 40)")
     options = parser.parse_args()
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     model = AutoModelForCausalLM.from_pretrained(options.folder)
     inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False)

@@ -51,7 +51,7 @@ run() { # run NAME [KEY=VALUE ...]: one run file of the quick start, in the run 
 step text "$out/text" python $here/collect_text.py "$out/text" $share
 step tokenizer "$out/tokenizer" python $here/train_tokenizer.py "$out/text" "$out/tokenizer" 2048
 step data "$out/data" python tools/preprocess_data.py "$out/text" --tokenizer "$out/tokenizer" --output "$out/data" \
-    --sequence-length 128 --heldout-sequences 200 --heldout-limit 0.1
+    --sequence-length 128 --heldout-sequences 100 --heldout-limit 0.1
 step source "$out/source/summary.json" run source "run.folder=$out/source" "${source[@]}"
 step shear "$out/sheared/summary.json" run shear "run.folder=$out/sheared" \
     "source.folder=$out/source/final" "parallel.tensor=$GPUS" "${shear[@]}"
