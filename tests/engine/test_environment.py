@@ -1,29 +1,55 @@
-"""`megashear env`: what it lists is what is there."""
+"""`megashear env`: what is reported is what is there."""
 
+import importlib.metadata
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
-from megashear.engine.environment import apex, describe, installed
+import megashear
+from megashear.engine import environment
 
 
-def test_versions_and_device_are_those_of_this_process() -> None:
-    rows = dict(describe())
-    assert rows["Python"] == ".".join(map(str, sys.version_info[:3]))
-    assert rows["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert rows["torch.distributed"] == ("nccl" if torch.cuda.is_available() else "gloo")
-    assert rows["threads per rank"] == str(torch.get_num_threads())
+def test_versions_and_roles_of_this_machine() -> None:
+    rows = environment.describe()
+    names = [name for name, _ in rows]
+    assert len(set(names)) == len(names)
+    told = dict(rows)
+    assert told["megashear"] == megashear.__version__
+    assert told["torch"] == torch.__version__
+    for name in ("megatron-core", "tokenizers", "sentencepiece"):
+        assert told[name] == importlib.metadata.version(name)
+    assert told["parallel linears"] == "megatron-core"
+    assert told["backend of torch.distributed"] in ("gloo", "nccl")
 
 
-def test_what_is_missing_is_said() -> None:
-    assert installed("no-such-package-at-all") == "not installed"
+def test_the_cpu_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASHEAR_DEVICE", "cpu")
+    told = dict(environment.describe())
+    assert told["backend of torch.distributed"] == "gloo"
+    assert told["gradient accumulation fusion"] == "none"
+    assert told["device"].startswith("CPU")
 
 
-def test_apex_is_known_by_its_modules(monkeypatch, tmp_path) -> None:
-    assert apex() == "not installed"
-    (tmp_path / "apex.py").write_text("")
+def test_roles_name_what_megatron_core_chose() -> None:
+    told = dict(environment.roles())
+    if environment.importable("transformer_engine") is None and environment.importable("apex.optimizers") is None:
+        assert (told["Adam"], told["clipping"]) == ("torch", "megatron-core")
+    else:
+        assert told["Adam"] in ("Transformer Engine", "Apex")
+
+
+def test_apex_is_told_by_its_modules_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package of that name on PyPI has an `apex` module and none of NVIDIA's; a broken build counts as missing."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert apex() == "not installed"
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert dict(environment.versions())["NVIDIA Apex"] == "not installed"
+    (tmp_path / "amp_C.py").write_text("raise ImportError('libcudart.so.11.0')")
+    assert dict(environment.versions())["NVIDIA Apex"] == "not installed"
     (tmp_path / "amp_C.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert apex() == "installed"
+    monkeypatch.delitem(sys.modules, "amp_C", raising=False)
+    assert dict(environment.versions())["NVIDIA Apex"] == "amp_C"

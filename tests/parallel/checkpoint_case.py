@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from parallel.models import SHAPES, Drawn, build_model
-from parallel.step_case import whole
 from torch import Tensor
 
 from megashear.config.schema import OptimizerConfig, ParallelConfig
@@ -18,13 +16,17 @@ from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.train.step import Stepper, local_rows, micro_batches
+from parallel.models import SHAPES, Drawn, build_model
+from parallel.step_case import whole
 
 BATCH, LENGTH = 4, 24
-# An epsilon at the gradients' size: updates depend on the moments and the step count, yet do not magnify rounding as signs do.
+# An epsilon at the gradients' size: updates depend on moments and step count, yet do not magnify rounding as signs do.
 ADAM = OptimizerConfig(learning_rate=0.01, eps=1e-3, weight_decay=0.01)
 
 
-def train_and_save(folder: str, shape: str, parallel: dict[str, Any], dtype: str = "float32", layers: int = 3) -> dict[str, Any]:
+def train_and_save(
+    folder: str, shape: str, parallel: dict[str, Any], dtype: str = "float32", layers: int = 3
+) -> dict[str, Any]:
     """Two steps, a checkpoint, two more steps; what the weights were then, and what came after."""
     source = replace(SHAPES[shape], num_layers=layers)
     layout, weights = trainer(source, parallel, getattr(torch, dtype), Drawn(source))

@@ -1,7 +1,8 @@
 """Real ranks under torchrun, started once per world size and given many cases: starting gloo costs seconds.
 
-`Ranks(4).call("parallel.step_case", "pruning_step", tensor=2, ...)` runs that function on four ranks and gives what it
-returned on rank 0. A rank that fails ends all of them; the call raises with what the ranks wrote. Read next: `serve.py`.
+`Ranks(4).call("parallel.step_case", "pruning_step", tensor=2, ...)` runs that function on four ranks and gives what
+it returned on rank 0. A rank that fails ends all of them; the call raises with what the ranks wrote. Read next:
+`serve.py`.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class Ranks:
         self.output = Path(self.place.name) / "output.txt"
 
     def call(self, module: str, function: str, timeout: float = 150.0, **arguments: Any) -> Any:
-        """What `module.function(**arguments)` returned on rank 0: numbers, strings, tensors, and dicts and lists of them.
+        """What `module.function(**arguments)` returned on rank 0: numbers, strings, tensors, dicts and lists of them.
 
         timeout: in seconds. Raises RanksFailed.
         """

@@ -1,4 +1,4 @@
-"""The models of the distributed tests: shapes that stress layouts, weights of ordinary size, and chunks built for a layout.
+"""The models of the distributed tests: shapes that stress layouts, weights of ordinary size, chunks for a layout.
 
 Sizes divide by 2, 3 and 4 where they must; layers do not divide by the stages, nor the vocabulary by the ranks.
 """

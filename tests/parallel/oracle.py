@@ -21,7 +21,7 @@ def transformers_greedy(folder: Path, prompt: list[int], new_tokens: int) -> dic
 
 
 def save_random_llama(folder: Path, **changes: Any) -> None:
-    """A tiny random LLaMA written by transformers, with weights large enough that logits differ and attention looks around."""
+    """A tiny random LLaMA written by transformers, its weights large enough that logits and attention differ."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96} | changes
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=131, max_position_embeddings=512, initializer_range=0.2, **sizes)

@@ -1,11 +1,12 @@
-"""Compare logits and greedy decoding of any Hugging Face LLaMA folder with transformers', under one layout after another.
+"""Compare logits and greedy decoding of any Hugging Face LLaMA folder with transformers', layout by layout.
 
     PYTHONPATH=.:tests python -m parallel.prove_logits FOLDER [TPxPP[+SP] ...]
 
-Everything runs in fp32 on the CPU, one torchrun job per layout. Prints a table: the largest difference of a logit over the
-prompt, and how many of 64 greedy tokens agree before the first that differs. A layout that cannot carry the model is refused as
-`megashear check` refuses it, and its line says why. Exit code 1 where a logit is further apart than 1e-3 or a token differs.
-The prompt is a text by the folder's tokenizer.json, or the first token ids where there is none.
+Everything runs in fp32 on the CPU, one torchrun job per layout. Prints a table: the largest difference of a logit
+over the prompt, and how many of 64 greedy tokens agree before the first that differs. A layout that cannot carry the
+model is refused as `megashear check` refuses it, and its line says why. Exit code 1 where a logit is further apart
+than 1e-3 or a token differs. The prompt is a text by the folder's tokenizer.json, or the first token ids where there
+is none.
 """
 
 import argparse
@@ -31,7 +32,8 @@ def main() -> int:
     options = parser.parse_args()
     source, prompt = ModelFolder.open(options.folder), prompt_of(options.folder)
     wanted = transformers_greedy(options.folder, prompt, NEW_TOKENS)
-    print(f"{options.folder}: {source.shape}\nlargest logit {float(wanted['logits'].abs().max()):.1f}, prompt {len(prompt)}")
+    largest = float(wanted["logits"].abs().max())
+    print(f"{options.folder}: {source.shape}\nlargest logit {largest:.1f}, prompt {len(prompt)}")
     print(f"{'TP x PP':10s}  {'max |difference|':16s}  greedy tokens equal  seconds")
     failed = False
     for layout in options.layouts:
@@ -48,7 +50,8 @@ def main() -> int:
         pairs = zip(found["tokens"], wanted["tokens"], strict=True)
         equal = next((i for i, (a, b) in enumerate(pairs) if a != b), NEW_TOKENS)
         failed = failed or apart > LIMIT or equal < NEW_TOKENS
-        print(f"{layout:10s}  {apart:<16.1e}  {equal:2d} of {NEW_TOKENS}             {time.monotonic() - start:.0f}", flush=True)
+        seconds = time.monotonic() - start
+        print(f"{layout:10s}  {apart:<16.1e}  {equal:2d} of {NEW_TOKENS:<13d}  {seconds:.0f}", flush=True)
     return int(failed)
 
 

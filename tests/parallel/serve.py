@@ -1,4 +1,4 @@
-"""What every rank of `launch.Ranks` runs: read a call on rank 0, make it on all ranks, write rank 0's answer; until the input ends.
+"""What every rank of `launch.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
 An exception on any rank is left to end it, upon which torchrun ends the others.
 """

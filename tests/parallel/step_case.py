@@ -1,4 +1,4 @@
-"""One pruning step under a layout, with everything that must not depend on it; called on the ranks of `launch.Ranks`."""
+"""One pruning step under a layout, with all that must not depend on it; called on the ranks of `launch.Ranks`."""
 
 from dataclasses import replace
 from typing import Any
@@ -19,8 +19,8 @@ from parallel.models import SHAPES, TARGETS, Drawn, build_model
 # Divisible by data- and tensor-parallel sizes up to 4 (12 micro-batches also by 3).
 MICRO_BATCHES, LENGTH, STEP, SEED = 4, 24, 3, 11
 
-# With so large an epsilon Adam's first step is nearly learning rate / eps times the gradient: rounding in the gradient stays
-# rounding in the weights. With a small one the first step is the gradient's sign.
+# With so large an epsilon Adam's first step is nearly learning rate / eps times the gradient: rounding in the gradient
+# stays rounding in the weights. With a small one the first step is the gradient's sign.
 PROPORTIONAL = OptimizerConfig(learning_rate=1e4, eps=100.0)
 
 
@@ -39,9 +39,17 @@ class Recorder(Stepper):
 
 
 def pruning_step(
-    shape: str, layers: int, parallel: dict[str, Any], sharded: bool, recompute: bool = False, micro: int = MICRO_BATCHES
+    shape: str,
+    layers: int,
+    parallel: dict[str, Any],
+    sharded: bool,
+    recompute: bool = False,
+    micro: int = MICRO_BATCHES,
 ) -> dict[str, Any]:
-    """Loss, gradients, masks and what the step made of them. sharded: distributed optimizer (then no weights' gradients)."""
+    """Loss, gradients, masks and what the step made of them.
+
+    sharded: by the distributed optimizer, which leaves no rank with whole gradients of weights; they are left out then.
+    """
     source = replace(SHAPES[shape], num_layers=layers)
     layout, chunks = build_model(source, ParallelConfig(**parallel), Drawn(source), recompute=recompute)
     weights = WeightOptimizer(chunks, PROPORTIONAL, torch.float32, distributed=sharded)
@@ -72,11 +80,13 @@ def pruning_step(
 
 
 def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskState:
-    """Masks amid their training: log-alpha spread so that samples hold zeros, ones and all between, multipliers not 0."""
+    """Masks amid their training: log-alpha spread, so that samples hold zeros, ones and all between."""
     prune = PruneConfig(log_alpha_init=1.0, batch=BatchConfig(steps=8), sparsity_warmup_steps=4)
     masks = MaskState(source, target, prune, seed=7, device=layout.device)
     with torch.no_grad():
-        for number, (log_alpha, pair) in enumerate(zip(masks.log_alpha.values(), masks.multipliers.values(), strict=True)):
+        for number, (log_alpha, pair) in enumerate(
+            zip(masks.log_alpha.values(), masks.multipliers.values(), strict=True)
+        ):
             log_alpha += torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(number))
             pair += torch.tensor([0.02, 0.05])
     return masks

@@ -1,8 +1,9 @@
 """A checkpoint saved under one layout and loaded under another holds the same tensors, and training goes on alike.
 
-Tensors (weights, fp32 masters, both moments) are compared bit for bit: the checkpoint is read whole, loaded and saved again under
-the second layout, and read whole again. What training makes of them differs by the rounding of sums in another order; on
-the same layout by nothing. Sizes (48, 72, 101) fill neither the gradient buffers' 64-element places nor their buckets.
+Tensors (weights, fp32 masters, both moments) are compared bit for bit: the checkpoint is read whole, loaded and saved
+again under the second layout, and read whole again. What training makes of them differs by the rounding of sums in
+another order; on the same layout by nothing. Sizes (48, 72, 101) fill neither the gradient buffers' 64-element places
+nor their buckets.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from parallel.launch import Ranks
 
 ONE = {"world": 1}
@@ -93,7 +95,9 @@ def check_pair(ranks, saved: Saved, tmp_path: Path, shape: str, first: Any, seco
 
 def same_tensors(ranks, first: Path, second: Path) -> None:
     """Weights, masters and moments of two checkpoints have the same bits, but for the vocabulary's padding."""
-    one, two = (ranks(1).call("parallel.checkpoint_case", "saved_tensors", folder=str(path)) for path in (first, second))
+    one, two = (
+        ranks(1).call("parallel.checkpoint_case", "saved_tensors", folder=str(path)) for path in (first, second)
+    )
     assert one.keys() == two.keys()
     assert any("exp_avg_sq" in name for name in one)
     for name, tensor in one.items():

@@ -1,6 +1,7 @@
 """Logits and greedy decoding equal transformers' on folders that transformers wrote, under every layout.
 
-Logits reach 10 here, where fp32's spacing is 1e-6; sums in another order over three layers leave about 1e-5: 1e-4 is demanded.
+Logits reach 10 here, where fp32's spacing is 1e-6; sums in another order over three layers leave about 1e-5: 1e-4 is
+demanded.
 """
 
 from collections.abc import Callable

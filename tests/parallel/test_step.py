@@ -1,12 +1,14 @@
-"""A pruning step under every layout equals the single process's: loss, gradients, masks, and what the optimizers make of them.
+"""A pruning step under every layout equals the single process's: loss, gradients, masks, what optimizers make of it.
 
-Tolerances are relative to the largest element of a tensor. The loss and the norm agree to a few fp32 roundings; gradients pass
-through products that each layout sums in another order, over 3 or 5 layers: 2e-6 is seen, 1e-5 demanded.
+Tolerances are relative to the largest element of a tensor. The loss and the norm agree to a few fp32 roundings;
+gradients pass through products that each layout sums in another order, over 3 or 5 layers: 2e-6 is seen, 1e-5
+demanded.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -85,7 +87,8 @@ SLOW_CASES = [
     Case(shape, layers=5, micro=12 if 3 in sizes.values() else 4, sharded=sizes.get("data", 1) > 1, **sizes)
     for shape in ("multi-head", "multi-head tied", "grouped", "grouped untied", "grouped by 2")
     for sizes in SLOW_LAYOUTS
-    if not (shape in ("grouped", "grouped untied") and sizes.get("tensor") == 3)  # 2 groups and 3 ranks: neither divides
+    # 2 groups and 3 ranks: neither divides.
+    if not (shape in ("grouped", "grouped untied") and sizes.get("tensor") == 3)
 ]
 
 
@@ -120,7 +123,9 @@ def test_a_step_equals_the_single_process_on_more_layouts(ranks, single, case: C
 
 def check(found: dict[str, Any], wanted: dict[str, Any], case: Case) -> None:
     assert not found["skipped"] and not wanted["skipped"]
-    assert sorted(sum(found["micro-batches"], [])) == sorted(list(range(case.micro)) * (case.tensor * case.pipeline))
+    assert sorted(chain.from_iterable(found["micro-batches"])) == sorted(
+        list(range(case.micro)) * (case.tensor * case.pipeline)
+    )
     assert all(one == found["every rank's log-alpha"][0] for one in found["every rank's log-alpha"])
     for name in ("loss", "gradient norm", "lagrangian"):
         assert found[name] == pytest.approx(wanted[name], rel=SCALAR), name
