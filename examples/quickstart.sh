@@ -16,7 +16,8 @@ share=1 source=() shear=() scratch=()
 if [ "${1:-}" = --tiny ]; then
     share=0.05
     source=(pretrain.batch.steps=8 pretrain.optimizer.warmup_steps=1 pretrain.batch.eval_interval=4)
-    shear=(prune.batch.steps=6 prune.batch.eval_interval=3 pretrain.batch.steps=6 pretrain.batch.eval_interval=3)
+    shear=(prune.batch.steps=6 prune.batch.eval_interval=3 prune.sparsity_warmup_steps=3)
+    shear+=(pretrain.batch.steps=6 pretrain.batch.eval_interval=3)
     scratch=(pretrain.batch.steps=12 pretrain.optimizer.warmup_steps=1 pretrain.batch.eval_interval=6)
     shift
 fi
