@@ -7,6 +7,7 @@ between its tasks and the weights. Read next: `evaluate.py`.
 from pathlib import Path
 from typing import Any
 
+from megashear.engine.device import rank_device
 from megashear.errors import ConfigError
 from megashear.files.atomic import write_json
 from megashear.run.evaluate import find_model, verify_model
@@ -38,7 +39,8 @@ def evaluate_tasks(
             f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists them"
         )
     arguments = {"pretrained": str(path), "local_files_only": True}
-    found = lm_eval.simple_evaluate("hf", arguments, tasks=tasks, limit=limit, task_manager=manager)
+    device = str(rank_device())
+    found = lm_eval.simple_evaluate("hf", arguments, tasks=tasks, limit=limit, device=device, task_manager=manager)
     print(make_table(found))
     results: dict[str, Any] = {task: dict(values) for task, values in found["results"].items()}
     if output is not None:

@@ -25,8 +25,9 @@ class StopRequest:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 wait: they are handled at the end of the context, and processes started in it never see
-    them. So a signal to the whole process group stops no helper of a checkpoint that is being written.
+    """Keep SIGTERM and SIGUSR1 from the processes that are started within the context; here none of them is lost.
+
+    A signal to the whole process group then stops no helper of a checkpoint that is being written.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

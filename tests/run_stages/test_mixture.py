@@ -1,0 +1,83 @@
+"""Dynamic batch loading within a run: weights follow the recorded losses, the data follow the weights."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megashear.config.load import load_config
+from megashear.data.mixture import update_weights
+from run_stages.tiny import Tiny, finish, records
+
+
+def evaluations(folder: Path, stage: str) -> list[dict]:
+    """Evaluation records of a stage, in order."""
+    return [one for one in records(folder) if (one["kind"], one["stage"]) == ("eval", stage)]
+
+
+def values(of: dict[str, float]) -> np.ndarray:
+    return np.array(list(of.values()), dtype=np.float64)
+
+
+@pytest.mark.parametrize("stage", ["prune", "pretrain"])
+def test_weights_are_those_of_the_rule_and_the_recorded_losses(unbroken_folder: Path, stage: str) -> None:
+    mixture = load_config(unbroken_folder / "config.yaml").mixture
+    found = evaluations(unbroken_folder, stage)
+    assert [one["step"] for one in found] == {"prune": [0, 3, 6, 8], "pretrain": [0, 2, 4, 6]}[stage]
+    assert found[0]["reference"] == {"library": 6.2, "command": 6.0, "help": 5.0}
+    if stage == "pretrain":  # goes on from the weights at the end of pruning, and updates before its first step
+        before = evaluations(unbroken_folder, "prune")[-1]["weights"]
+        found = [{"weights": before, "step": -1}, *found]
+    assert len({tuple(one["weights"].values()) for one in found}) == {"prune": 3, "pretrain": 4}[stage], (
+        "they do change"
+    )
+    for last, now in pairwise(found):
+        expected = values(last["weights"])
+        if now is not found[-1]:
+            loss, reference = values(now["loss"]), values(now["reference"])
+            expected = update_weights("paper", expected, loss, reference, mixture)
+        np.testing.assert_array_equal(values(now["weights"]), expected)
+
+
+def test_the_data_follow_the_weights(tiny: Tiny, tmp_path: Path) -> None:
+    """Between two evaluations each domain's sequences are its weight's share of all, within one at each end.
+
+    Here with the source model's losses as references and the published code's rule, under which weights fall as well.
+    """
+    references = [
+        "mixture.references=source",
+        "mixture.reference_losses=null",
+        "mixture.rule=reference",
+        "mixture.eta=30",
+    ]
+    finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=12", *references))
+    found = records(tmp_path / "run")
+    known = json.loads((tmp_path / "run/source_losses.json").read_text())
+    assert evaluations(tmp_path / "run", "prune")[0]["reference"] == {name: loss for name, (loss, _) in known.items()}
+    taken = {one["step"]: values(one["domain_tokens"]) / 32 for one in found if one["kind"] == "train"}
+    taken[0] = np.zeros(3)
+    ends = evaluations(tmp_path / "run", "prune")
+    for start, end in pairwise(ends):
+        sequences = 8 * (end["step"] - start["step"])
+        share = taken[end["step"]] - taken[start["step"]]
+        assert share.sum() == sequences
+        assert np.abs(share - values(start["weights"]) * sequences).max() <= 2
+    assert np.abs(values(ends[-1]["weights"]) - values(ends[0]["weights"])).max() > 0.2, "the weights moved far"
+
+
+def test_static_weights_stay(tiny: Tiny, tmp_path: Path) -> None:
+    weights = "{library: 0.5, command: 0.25, help: 0.25}"
+    overrides = [
+        "run.stages=[prune]",
+        "mixture.rule=static",
+        "mixture.reference_losses=null",
+        f"mixture.initial_weights={weights}",
+    ]
+    finish(tiny.config(tmp_path / "run", *overrides))
+    found = evaluations(tmp_path / "run", "prune")
+    assert [one["weights"] for one in found] == [{"library": 0.5, "command": 0.25, "help": 0.25}] * 4
+    assert {one["reference"] for one in found} == {None}
+    last = [one for one in records(tmp_path / "run") if one["kind"] == "train"][-1]
+    assert last["domain_tokens"] == {"library": 1024, "command": 512, "help": 512}

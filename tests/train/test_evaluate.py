@@ -1,0 +1,22 @@
+"""Losses as JSON; the losses themselves are compared with transformers' in `run_stages/test_evaluate.py`."""
+
+import json
+import math
+
+import numpy as np
+
+from megashear.train.evaluate import _mean_and_error, from_json, to_json
+
+
+def test_losses_round_trip_through_json() -> None:
+    losses = {"web": (2.5000000000000004, 0.1), "книги": (3.25, math.nan), "code": (math.nan, math.nan)}
+    text = json.dumps(to_json(losses), allow_nan=False)
+    found = from_json(json.loads(text))
+    assert repr(found) == repr(losses)
+
+
+def test_the_error_is_that_of_the_mean() -> None:
+    draws = np.random.default_rng(0).normal(3.0, 0.5, (20_000, 16))
+    means, errors = zip(*(_mean_and_error(row) for row in draws), strict=True)
+    assert math.isclose(np.sqrt(np.mean(np.square(errors))), np.std(means), rel_tol=0.02)
+    assert math.isnan(_mean_and_error(np.array([1.0]))[1])

@@ -1,0 +1,46 @@
+"""What a training stage writes down, in which order; stops and resumes are proved in `run_stages/test_resume.py`."""
+
+from pathlib import Path
+
+import pytest
+from run_stages.conftest import tiny, unbroken_folder  # noqa: F401
+from run_stages.tiny import SEQUENCE, records
+
+from megashear.config.load import load_config
+from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
+
+
+def test_records_stand_in_order(unbroken_folder: Path) -> None:  # noqa: F811
+    """The start's evaluation, then for each step its records, then its evaluation; one at the end in any case."""
+    expected = [("prune", 0, "eval")]
+    for step in range(1, 9):
+        expected += [("prune", step, "train"), ("prune", step, "mask")]
+        expected += [("prune", step, "eval")] if step in (3, 6, 8) else []
+    expected += [("pretrain", 0, "eval")]
+    for step in range(1, 7):
+        expected += [("pretrain", step, "train")]
+        expected += [("pretrain", step, "eval")] if step in (2, 4, 6) else []
+    assert [(one["stage"], one["step"], one["kind"]) for one in records(unbroken_folder)] == expected
+
+
+@pytest.mark.parametrize(("stage", "share"), [("prune", PRUNE_WARMUP_SHARE), ("pretrain", PRETRAIN_WARMUP_SHARE)])
+def test_numbers_of_the_records(unbroken_folder: Path, stage: str, share: float) -> None:  # noqa: F811
+    config = load_config(unbroken_folder / "config.yaml")
+    section = getattr(config, stage)
+    for one in records(unbroken_folder):
+        if (one["stage"], one["kind"]) != (stage, "train"):
+            continue
+        step = one["step"]
+        factor = learning_rate_factor(step - 1, section.batch.steps, section.optimizer, share)
+        assert one["lr"] == factor * section.optimizer.learning_rate
+        assert one["tokens"] == step * section.batch.global_batch * SEQUENCE == sum(one["domain_tokens"].values())
+        assert one["skipped"] == 0 and one["loss"] > 0 and one["grad_norm"] > 0
+
+
+def test_sparsity_grows_to_its_target(unbroken_folder: Path) -> None:  # noqa: F811
+    """The target grows over a fifth of the steps, here the first one, and stays at what the shapes say."""
+    masks = [one for one in records(unbroken_folder) if one["kind"] == "mask"]
+    final = {"hidden": 1 - 24 / 32, "layer": 1 - 2 / 5, "intermediate": 1 - 32 / 48}
+    assert masks[0]["target"] == dict.fromkeys(masks[0]["target"], 0.0)
+    for one in masks[1:]:
+        assert {name: one["target"][name] for name in final} == pytest.approx(final)

@@ -1,0 +1,37 @@
+"""Signals are noted, held back where they must be, and left as they were."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from megashear.train.signals import SIGNALS, hold_signals, stop_on_signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted(number: int) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_held_signal_is_not_lost_and_spares_children(number: int) -> None:
+    with stop_on_signals() as stop:
+        with hold_signals():
+            child = subprocess.Popen([sys.executable, "-c", "input(); print('alive')"], stdin=-1, stdout=-1, text=True)
+            child.send_signal(number)
+            os.kill(os.getpid(), number)
+        assert stop.received == number
+        assert child.communicate("\n")[0] == "alive\n"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS)
+
+
+def test_listening_needs_no_torch() -> None:
+    code = "import sys, megashear.train.signals; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
