@@ -64,7 +64,7 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
     try:
         yield build_layout(parallel)
     finally:
-        _take_down_groups()
+        end_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -85,9 +85,10 @@ def build_layout(parallel: ParallelConfig) -> Layout:
     if world % model:
         raise ConfigError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model} does not divide the "
-            f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node) or change the layout"
+            f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node), or change the "
+            "layout"
         )
-    _take_down_groups()
+    end_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -109,8 +110,8 @@ def build_layout(parallel: ParallelConfig) -> Layout:
     )
 
 
-def _take_down_groups() -> None:
-    """End an earlier layout's groups. megatron-core only forgets them, and each keeps sockets and threads that poll."""
+def end_groups() -> None:
+    """End a layout's groups, the world's excepted. megatron-core only forgets them, and each keeps threads that poll."""
     for group in parallel_state._global_process_group_list or []:
         if group is not None:  # stands for the world
             dist.destroy_process_group(group)
