@@ -1,4 +1,6 @@
-"""Checkpoints that are damaged, hostile, cut off by a full disk or by a kill: the newest whole one is used, and said."""
+"""Checkpoints that are damaged, hostile, cut off by a full disk or by a kill: the newest whole one serves, and it is
+said.
+"""
 
 import os
 import pickle

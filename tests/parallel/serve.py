@@ -1,6 +1,7 @@
 """What every rank of `launch.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
-An exception on any rank is left to end it, upon which torchrun ends the others.
+An exception on any rank is left to end it, upon which torchrun ends the others. torch is imported inside: saving a
+checkpoint spawns a process that imports this module again and needs none of it.
 """
 
 import importlib
@@ -8,23 +9,24 @@ import json
 import os
 import sys
 
-import torch
-
-from megashear.config.schema import ParallelConfig
-from megashear.engine.collectives import broadcast_object
-from megashear.engine.layout import distributed
-
 
 def main() -> None:
+    import torch
+
+    from megashear.config.schema import ParallelConfig
+    from megashear.engine.collectives import broadcast_object
+    from megashear.engine.layout import distributed, end_groups
+
     with distributed(ParallelConfig()) as layout:
         while line := broadcast_object(sys.stdin.readline() if layout.is_main else None):
             job = json.loads(line)
             result = getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
+            end_groups()  # ranks that wait for the next call shall leave the cores to others
             if layout.is_main:
                 torch.save(result, job["answer"] + ".part")
                 os.replace(job["answer"] + ".part", job["answer"])
         sys.stdout.flush()
-        os._exit(0)  # taking down the groups of every case, one by one, would take as long again
+        os._exit(0)  # torch takes seconds to close the sockets, and nothing is left to save
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The tiny inputs and the unbroken run, made once a session; rooms that need them import these fixtures."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,29 @@ from run_stages.tiny import Tiny, finish, results
 torch.set_num_threads(1)  # products this small lose by more
 
 
+@functools.cache
+def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
+    """One for all rooms: pytest sets up an imported fixture once in each of them."""
+    return Tiny(factory.mktemp("tiny") / "inputs")
+
+
+@functools.cache
+def run_unbroken(tiny: Tiny) -> Path:
+    """The same for the whole run."""
+    finish(tiny.config(tiny.folder / "unbroken"))
+    return tiny.folder / "unbroken"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Source, dataset and run files."""
-    return Tiny(tmp_path_factory.mktemp("tiny") / "inputs")
+    return make_tiny(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def unbroken_folder(tiny: Tiny) -> Path:
     """The folder of a whole fp32 run, never stopped; not to be changed."""
-    folder = tiny.folder / "unbroken"
-    finish(tiny.config(folder))
-    return folder
+    return run_unbroken(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def oracle(tiny: Tiny, unbroken_folder: Path) -> dict[str, tuple[float, float]]:
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits[0].double()
         losses[heldout.names[domain]].append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
-    return {name: (np.mean(own), np.std(own, ddof=1) / len(own) ** 0.5) for name, own in losses.items()}
+    return {name: (float(np.mean(own)), float(np.std(own, ddof=1)) / len(own) ** 0.5) for name, own in losses.items()}
 
 
 def check(found: dict, oracle: dict[str, tuple[float, float]]) -> None:

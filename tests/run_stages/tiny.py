@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import yaml
 
 from megashear.checkpoint.store import list_checkpoints
@@ -42,7 +43,7 @@ TEXTS = {
     "help": inspect.getsource(pydoc),
 }
 SEQUENCE = 32
-RUN = {
+RUN: dict[str, Any] = {
     "run": {"seed": 3, "stages": ["prune", "finalize", "pretrain"]},
     "target": {
         "hidden_size": 24,
@@ -140,7 +141,7 @@ def make_dataset(folder: Path, tokenizer_path: Path, texts: dict[str, str], held
             for split, part in zip(SPLITS, (text[heldout:], text[:heldout]), strict=True):
                 with IndexedWriter(prefix(temporary, domain, split), token_dtype(tokenizer.vocab_size)) as writer:
                     for paragraph in part.split("\n\n") if part else []:
-                        writer.add_document([*tokenizer.encode(paragraph), tokenizer.eos_id])
+                        writer.add_document(np.array([*tokenizer.encode(paragraph), tokenizer.eos_id]))
                 counted = {"tokens": writer.tokens, "documents": len(writer.lengths)}
                 counts.setdefault(domain, {})[split] = counted
         (temporary / "tokenizer").mkdir()
