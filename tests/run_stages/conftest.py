@@ -13,9 +13,9 @@ torch.set_num_threads(1)  # products this small lose by more
 
 
 @functools.cache
-def make_tiny(factory: pytest.TempPathFactory) -> Tiny:
+def make_tiny(folder: Path) -> Tiny:
     """One for all rooms: pytest sets up an imported fixture once in each of them."""
-    return Tiny(factory.mktemp("tiny") / "inputs")
+    return Tiny(folder)
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def run_unbroken(tiny: Tiny) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Source, dataset and run files."""
-    return make_tiny(tmp_path_factory)
+    return make_tiny(tmp_path_factory.getbasetemp() / "tiny")
 
 
 @pytest.fixture(scope="session")

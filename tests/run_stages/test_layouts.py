@@ -10,7 +10,7 @@ from run_stages.tiny import Tiny, differing, finish, job, records, results, run_
 
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
-STOPS = [("prune", 3), ("prune", 8), ("pretrain", 3)]
+STOPS = [("prune", 3), ("pretrain", 3)]
 
 
 def losses(folder: Path) -> np.ndarray:

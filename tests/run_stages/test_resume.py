@@ -36,7 +36,6 @@ def test_stopped_by_a_signal_after_every_step(tiny: Tiny, unbroken: dict[str, An
     [
         ("prune", 4),  # before the first checkpoint, which is due
         ("prune", 5),  # right after it
-        ("prune", 7),  # an evaluation later, whose record goes
         ("prune", 8),  # at the end of the stage, before its checkpoint
         ("pretrain", 3),
     ],
