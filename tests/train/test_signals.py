@@ -35,3 +35,23 @@ def test_a_held_signal_is_not_lost_and_spares_children(number: int) -> None:
 def test_listening_needs_no_torch() -> None:
     code = "import sys, megashear.train.signals; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+GROUP = """
+import multiprocessing, os, signal, time
+from megashear.train.signals import SIGNALS, hold_signals, stop_on_signals
+with stop_on_signals() as stop:
+    with hold_signals():
+        queue = multiprocessing.get_context("spawn").Manager().Queue()
+    for number in SIGNALS:
+        os.killpg(0, number)
+        time.sleep(0.3)
+        queue.put(number)
+        assert queue.get() == stop.received == number
+"""
+
+
+def test_a_signal_to_the_group_spares_what_writes_checkpoints() -> None:
+    """megatron-core's helper is a process of this kind: it must outlive the signal that asks for a last checkpoint."""
+    done = subprocess.run([sys.executable, "-c", GROUP], capture_output=True, start_new_session=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
