@@ -1,14 +1,16 @@
-"""The paper's claim at a size that two cores carry: does shearing beat training the same shape from scratch on equal
+"""The paper's claim at sizes that two cores carry: does shearing beat training the same shape from scratch on equal
 tokens?
 
-A source LLaMA is trained on a dataset, sheared to half its parameters outside the embedding with a tenth of the
-source's tokens, and continued with three tenths. Rows: the same with a static mixture; the same shape from scratch;
-units kept by magnitude (no learned masks) and continued. All rows see equal tokens after the source. Prints the
-table, writes `claim.json` and `claim.png`.
+A source LLaMA is sheared to the target's shape and continued. Rows: that with a dynamic mixture; with a static one;
+units kept by magnitude (no learned masks) and continued; the same shape from scratch. All rows see equal tokens after
+the source. Prints the table, writes `claim.json` and `claim.png`.
 
-    python tools/bench/claim.py DATASET OUTPUT [--source-steps 1500] [--seed 1] [--jobs 2]
+    python tools/bench/claim.py 10m DATASET OUTPUT
+    python tools/bench/claim.py 50m DATASET OUTPUT --source IMPORTED_SMOLLM2
 
-Runs are ordinary `megashear run`s below OUTPUT: interrupted, the same command goes on.
+`10m` trains its source first, 10 million parameters outside the embedding, and shears it to half with a tenth of the
+source's tokens for pruning and three tenths for continuing. `50m` takes SmolLM2-135M, whose tokenizer the dataset must
+have. Runs are ordinary `megashear run`s below OUTPUT: interrupted, the same command goes on.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +40,66 @@ from megashear.weights.folder import ModelFolder
 from megashear.weights.names import tensor_shapes
 from megashear.weights.writer import ShardedWriter
 
-SOURCE: dict[str, Any] = {
-    "hidden_size": 320,
-    "num_layers": 8,
-    "num_heads": 10,
-    "num_query_groups": 10,
-    "head_dim": 32,
-    "intermediate_size": 864,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 512,
+
+@dataclass(frozen=True)
+class Trial:
+    """Shapes, steps and rates of one comparison; a step is `global_batch` sequences."""
+
+    target: dict[str, Any]
+    prune_steps: int
+    pretrain_steps: int
+    rate: float
+    """Peak learning rate from random weights; continuing takes half of it, pruning a quarter."""
+    source: dict[str, Any] | None = None
+    """Shape to train first; None: a pre-trained model is given."""
+    source_steps: int = 0
+    global_batch: int = 8
+    micro_batch: int = 8
+    sequence_length: int = 256
+    eval_sequences: int = 64
+
+
+TRIALS = {
+    "10m": Trial(
+        source={
+            "hidden_size": 320,
+            "num_layers": 8,
+            "num_heads": 10,
+            "num_query_groups": 10,
+            "head_dim": 32,
+            "intermediate_size": 864,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 512,
+        },
+        target={
+            "hidden_size": 256,
+            "num_layers": 8,
+            "num_heads": 8,
+            "num_query_groups": 8,
+            "intermediate_size": 480,
+        },
+        source_steps=2000,
+        prune_steps=200,
+        pretrain_steps=600,
+        rate=1.2e-3,
+    ),
+    "50m": Trial(
+        target={
+            "hidden_size": 384,
+            "num_layers": 20,
+            "num_heads": 6,
+            "num_query_groups": 2,
+            "intermediate_size": 1024,
+        },
+        prune_steps=60,
+        pretrain_steps=180,
+        rate=1.2e-3,
+        global_batch=4,
+        micro_batch=2,
+        eval_sequences=16,
+    ),
 }
-TARGET: dict[str, Any] = {
-    "hidden_size": 256,
-    "num_layers": 8,
-    "num_heads": 8,
-    "num_query_groups": 8,
-    "intermediate_size": 480,
-}
+STEPS = ("source_steps", "prune_steps", "pretrain_steps")
 ROWS = {
     "sheared": "learned masks, dynamic mixture",
     "static": "learned masks, static mixture",
@@ -62,49 +108,65 @@ ROWS = {
 }
 
 
-def run_files(dataset: str, output: Path, steps: int, seed: int) -> dict[str, dict[str, Any]]:
-    """The run files of all rows, by name."""
-    prune, go_on = steps // 10, 3 * steps // 10
+class RunFiles:
+    """The run files of a trial: one `megashear run` for the source and for each row."""
 
-    def batch(count: int, evaluations: int) -> dict:
-        interval = max(1, count // evaluations)
-        return {"steps": count, "global_batch": 8, "micro_batch": 8, "eval_interval": interval, "eval_sequences": 64}
+    def __init__(self, trial: Trial, dataset: str, output: Path, seed: int) -> None:
+        self.trial, self.dataset, self.output, self.seed = trial, dataset, output, seed
 
-    def run(name: str, **sections: Any) -> dict[str, Any]:
-        common = {"data": {"folder": dataset, "sequence_length": 256}, "precision": "bf16"}
-        stages = sections.pop("stages")
-        return {"run": {"folder": str(output / name), "stages": stages, "seed": seed}, **common, **sections}
+    def source(self) -> dict[str, Any]:
+        """The source's own training, on a static mixture."""
+        trial = self.trial
+        return self._run("source", {"shape": trial.source}, "static", pretrain=self._stage(trial.source_steps, 1.0))
 
-    rate = {"learning_rate": 1.2e-3, "weight_decay": 0.1}
-    go_on_rate = {"learning_rate": 6e-4, "weight_decay": 0.1}
-    pruning = {
-        "batch": batch(prune, 5),
-        "optimizer": {"learning_rate": 3e-4},
-        "mask_learning_rate": 0.5,
-        "lambda_learning_rate": 2.0,
-        "sparsity_warmup_steps": prune // 2,
-    }
-    source = {"folder": str(output / "source" / "final")}
-    dynamic = {"rule": "paper", "references": "source"}
-    continued = {"batch": batch(go_on, 6), "optimizer": go_on_rate}
-    shear: dict[str, Any] = {"source": source, "target": TARGET, "prune": pruning, "pretrain": continued}
-    three = ["prune", "finalize", "pretrain"]
-    scratch = {"batch": batch(prune + go_on, 8), "optimizer": rate}
-    small = {"shape": SOURCE | TARGET}
-    return {
-        "source": run("source", stages=["pretrain"], source={"shape": SOURCE}, mixture={"rule": "static"})
-        | {"pretrain": {"batch": batch(steps, 5), "optimizer": rate}},
-        "sheared": run("sheared", stages=three, mixture=dynamic, **shear),
-        "static": run("static", stages=three, mixture={"rule": "static"}, **shear),
-        "magnitude": run(
-            "magnitude",
-            stages=["pretrain"],
-            source={"folder": str(output / "by_magnitude")},
-            mixture={"rule": "paper", "references": "list"},
-            pretrain={"batch": batch(prune + go_on, 8), "optimizer": go_on_rate},
-        ),
-        "scratch": run("scratch", stages=["pretrain"], source=small, mixture={"rule": "static"}, pretrain=scratch),
-    }
+    def row(self, name: str, source: ModelShape, folder: Path, references: dict[str, float]) -> dict[str, Any]:
+        """One row of the table, by its name in ROWS. references: the source's held-out losses."""
+        trial = self.trial
+        steps = trial.prune_steps + trial.pretrain_steps
+        if name == "scratch":
+            shape = resolve_shape(ShapeConfig(**trial.target), source)
+            keys = ShapeConfig.__dataclass_fields__.keys() & vars(shape).keys()
+            small = {key: getattr(shape, key) for key in keys - {"rope_scaling"}}
+            return self._run(name, {"shape": small}, "static", pretrain=self._stage(steps, 1.0))
+        if name == "magnitude":
+            small = {"folder": str(self.output / "by_magnitude")}
+            return self._run(name, small, "paper", references, pretrain=self._stage(steps, 0.5))
+        prune = self._stage(trial.prune_steps, 0.25) | {
+            "mask_learning_rate": 0.1,
+            "lambda_learning_rate": 0.3,
+            "sparsity_warmup_steps": trial.prune_steps // 2,
+            "log_alpha_init": 2.5,
+            "log_alpha_limit": 3.0,
+        }
+        sections = {"prune": prune, "pretrain": self._stage(trial.pretrain_steps, 0.5), "target": trial.target}
+        return self._run(name, {"folder": str(folder)}, "static" if name == "static" else "paper", None, **sections)
+
+    def _stage(self, steps: int, share: float) -> dict[str, Any]:
+        trial = self.trial
+        batch = {
+            "steps": steps,
+            "global_batch": trial.global_batch,
+            "micro_batch": trial.micro_batch,
+            "eval_interval": max(1, min(steps, self.trial.prune_steps) // 2),
+            "eval_sequences": trial.eval_sequences,
+        }
+        return {"batch": batch, "optimizer": {"learning_rate": trial.rate * share, "weight_decay": 0.1}}
+
+    def _run(
+        self, name: str, source: dict[str, Any], rule: str, references: dict[str, float] | None = None, **sections: Any
+    ) -> dict[str, Any]:
+        stages = ["prune", "finalize", "pretrain"] if "prune" in sections else ["pretrain"]
+        mixture: dict[str, Any] = {"rule": rule}
+        if references is not None:
+            mixture |= {"references": "list", "reference_losses": references}
+        return {
+            "run": {"folder": str(self.output / name), "stages": stages, "seed": self.seed},
+            "source": source,
+            "data": {"folder": self.dataset, "sequence_length": self.trial.sequence_length},
+            "mixture": mixture,
+            "precision": "bf16",
+            **sections,
+        }
 
 
 def unit_norms(source: ModelFolder, spec: MaskSpec) -> torch.Tensor:
@@ -142,51 +204,71 @@ def prune_by_magnitude(source: ModelFolder, target: ModelShape, folder: Path) ->
         seal_folder(temporary, {})
 
 
-def launch(name: str, content: dict, output: Path, threads: int) -> None:
-    """Run one row to its end, its output in OUTPUT/NAME.log; raises CalledProcessError where it fails."""
+def launch(arguments: list[str], log: Path, threads: int) -> None:
+    """Run `megashear ARGUMENTS` to its end, its output in a file; raises CalledProcessError where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with open(log, "a", encoding="utf-8") as stream:
+        command = [sys.executable, "-m", "megashear", *arguments]
+        subprocess.run(command, check=True, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+
+
+def train(name: str, content: dict[str, Any], output: Path, threads: int) -> None:
+    """Run one row's stages, its output in OUTPUT/NAME.log."""
     path = output / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with open(output / f"{name}.log", "a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "megashear", "run", str(path)]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    launch(["run", str(path)], output / f"{name}.log", threads)
 
 
-def last_losses(output: Path, name: str) -> dict[str, tuple[float, float]]:
+def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, threads: int) -> dict[str, list[float]]:
+    """Held-out losses of the source and their errors, by domain, on the sequences that the rows are judged by."""
+    found = output / "source.json"
+    if not found.exists():
+        sizes = ["--sequence-length", str(trial.sequence_length), "--sequences", str(trial.eval_sequences)]
+        launch(["eval", str(folder), dataset, *sizes, "--json", str(found)], output / "source.log", threads)
+    return pairs(json.loads(found.read_text(encoding="utf-8")))
+
+
+def pairs(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses and errors of a record, by domain."""
+    return {domain: [record["losses"][domain], record["errors"][domain]] for domain in record["losses"]}
+
+
+def final_losses(output: Path, name: str) -> dict[str, list[float]]:
     """Held-out losses and errors at the end of a row."""
-    record = json.loads((output / name / "pretrain" / "done.json").read_text(encoding="utf-8"))
-    return {domain: (record["losses"][domain], record["errors"][domain]) for domain in record["losses"]}
+    return pairs(json.loads((output / name / "pretrain" / "done.json").read_text(encoding="utf-8")))
 
 
-def report(output: Path, parameters: dict[str, int]) -> None:
+def report(output: Path, trial: Trial, source: dict[str, list[float]], parameters: dict[str, int]) -> None:
     """Print the table, write `claim.json`, draw mean held-out loss over tokens after the source."""
     from megashear.train.tables import loss_table
 
-    columns = {name: last_losses(output, name) for name in ["source", *ROWS]}
-    print(loss_table(columns))
-    references = {domain: pair[0] for domain, pair in columns["source"].items()}
+    columns = {"source": source, **{name: final_losses(output, name) for name in ROWS}}
+    print(loss_table({name: {d: (loss, error) for d, (loss, error) in c.items()} for name, c in columns.items()}))
     spread = {}
     for name in ROWS:
-        excess = [columns[name][domain][0] - references[domain] for domain in references]
+        excess = [columns[name][domain][0] - source[domain][0] for domain in source]
         mean = sum(excess) / len(excess)
         spread[name] = (sum((one - mean) ** 2 for one in excess) / len(excess)) ** 0.5
         print(f"{name:<10} {ROWS[name]:<42} mean excess {mean:.4f}, its spread over domains {spread[name]:.4f}")
     write_json(output / "claim.json", {"losses": columns, "spread": spread, "parameters": parameters})
-    draw(output)
+    draw(output, trial)
 
 
-def draw(output: Path) -> None:
+def draw(output: Path, trial: Trial) -> None:
     """`claim.png`: mean held-out loss of each row against tokens after the source."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    step_tokens = trial.global_batch * trial.sequence_length
     for name, meaning in ROWS.items():
         points, before = [], 0.0
         records = read_metrics(output / name / "metrics.jsonl")
         for stage in ("prune", "pretrain"):
             found = [r for r in records if r["stage"] == stage and r["kind"] == "eval"]
-            points += [(before + r["step"] * 8 * 256 / 1e6, sum(r["loss"].values()) / len(r["loss"])) for r in found]
+            points += [
+                (before + r["step"] * step_tokens / 1e6, sum(r["loss"].values()) / len(r["loss"])) for r in found
+            ]
             before = points[-1][0] if points else before
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=meaning)
     axes.set(xlabel="tokens after the source (million)", ylabel="held-out loss, mean over domains (nats per token)")
@@ -194,30 +276,46 @@ def draw(output: Path) -> None:
     figure.savefig(output / "claim.png", dpi=150)
 
 
-def main() -> None:
-    """Run all rows and report."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", choices=TRIALS, help="which comparison")
     parser.add_argument("dataset", help="dataset folder of tools/preprocess_data.py")
     parser.add_argument("output", type=Path, help="folder of the runs, the table and the picture")
-    parser.add_argument("--source-steps", type=int, default=1500, help="steps of 2048 tokens for the source")
+    parser.add_argument("--source", type=Path, help="imported model to shear; needed where the trial trains none")
+    parser.add_argument("--steps", type=float, default=1.0, help="factor on the steps of every stage")
     parser.add_argument("--seed", type=int, default=1, help="seed of all runs")
     parser.add_argument("--jobs", type=int, default=2, help="rows trained at a time")
     options = parser.parse_args()
+    if (options.source is None) != (TRIALS[options.trial].source is not None):
+        parser.error(f"trial {options.trial} trains its own source" if options.source else "--source is missing")
+    return options
+
+
+def main() -> None:
+    """Train the source where the trial has one, run all rows, report."""
+    options = arguments()
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
-    files = run_files(options.dataset, output, options.source_steps, options.seed)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    launch("source", files["source"], output, threads)
-    source = ModelFolder.open(output / "source" / "final")
-    target = resolve_shape(ShapeConfig(**TARGET), source.shape)
+    trial = TRIALS[options.trial]
+    steps = {name: max(1, round(getattr(trial, name) * options.steps)) for name in STEPS}
+    trial = replace(trial, **steps)
+    files = RunFiles(trial, options.dataset, output, options.seed)
+    cores = len(os.sched_getaffinity(0))
+    if trial.source is not None:
+        train("source", files.source(), output, cores)
+    folder = options.source or output / "source" / "final"
+    source = ModelFolder.open(folder)
+    losses = source_losses(folder, trial, options.dataset, output, cores)
+    target = resolve_shape(ShapeConfig(**trial.target), source.shape)
     if not (output / "by_magnitude").exists():
         prune_by_magnitude(source, target, output / "by_magnitude")
-    files["magnitude"]["mixture"]["reference_losses"] = {
-        d: loss for d, (loss, _) in last_losses(output, "source").items()
-    }
+    references = {domain: loss for domain, (loss, _) in losses.items()}
+    threads = max(1, cores // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda name: launch(name, files[name], output, threads), ROWS))
-    report(output, {"source": source.shape.parameters(), "target": target.parameters()})
+        rows = {name: files.row(name, source.shape, folder, references) for name in ROWS}
+        list(pool.map(lambda name: train(name, rows[name], output, threads), ROWS))
+    report(output, trial, losses, {"source": source.shape.parameters(), "target": target.parameters()})
 
 
 if __name__ == "__main__":
