@@ -81,7 +81,7 @@ def cuda_architecture_flags() -> list[str]:
 
 def cuda_command(target: Path) -> list[str]:
     """The command that compiles and links the CUDA kernels, with the CUDA runtime inside; CannotBuild without nvcc."""
-    flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "--threads=0", "-DMEGASHEAR_MODULE=_csrc_cuda"]
+    flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "--threads=0", "-DMEGASHEAR_CUDA"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architecture_flags()]
     return [find_nvcc(), *flags, *headers(), *sources("cuda.cu"), "-o", str(target)]
 
