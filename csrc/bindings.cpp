@@ -8,6 +8,7 @@
 
 #include "device.h"
 #include "hard_concrete/bindings.h"
+#include "live_weight/bindings.h"
 #include "masked_rms_norm/bindings.h"
 #include "masked_swiglu/bindings.h"
 #include "number.h"
@@ -27,6 +28,7 @@ PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
   module.def("device_problem", &device_problem, "Empty, or why the kernels cannot run on this device.");
   module.def("strip_count", &strip_count, "Rows of the scratch table of column sums, for so many tokens.");
   bind_hard_concrete(module);
+  bind_live_weight(module);
   bind_masked_swiglu(module);
   bind_masked_rms_norm(module);
 }

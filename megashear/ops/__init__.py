@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megashear.ops import reference
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
+from megashear.ops.kernels import live_weight as live_weight_kernel
 from megashear.ops.kernels import rms_norm as rms_norm_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
 from megashear.ops.kernels.library import compiled_for, serves
@@ -20,6 +21,8 @@ __all__ = [
     "attention",
     "backend",
     "hard_concrete",
+    "live_add",
+    "live_gather",
     "mask_noise",
     "rms_norm",
     "rope_tables",
@@ -27,7 +30,7 @@ __all__ = [
     "swiglu",
 ]
 
-_COMPILED = ("rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
+_COMPILED = ("live_gather", "live_add", "rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
 _PLAIN = ("rope_tables", "apply_rope", "attention")
 
 
@@ -88,3 +91,18 @@ def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: i
     reference.check_counter(step, micro_batch, granularity)
     signed = (seed + 2**63) % 2**64 - 2**63  # as a 64-bit argument of the custom op
     return hard_concrete_kernel.sample_hard_concrete(log_alpha, signed, step, micro_batch, granularity)[0]
+
+
+def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """The live rows and columns of a weight; see `reference.live_gather`."""
+    if not serves(weight):
+        return reference.live_gather(weight, rows, columns)
+    return live_weight_kernel.live_gather(weight, rows, columns)
+
+
+def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:
+    """Add a live part's gradient into the full one, in place; see `reference.live_add`."""
+    if total.dtype == torch.float32 and serves(dlive):
+        live_weight_kernel.live_add(total, rows, columns, dlive)
+    else:
+        reference.live_add(total, rows, columns, dlive)

@@ -178,3 +178,27 @@ def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: i
     """
     noise = mask_noise(seed, step, micro_batch, granularity, log_alpha.numel(), log_alpha.device)
     return hard_concrete(log_alpha, noise.view(log_alpha.shape))
+
+
+def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """The live part of a weight: weight[rows][:, columns], a copy.
+
+    weight: [R, C]; rows, columns: int64, strictly ascending, None for all. Returns [rows, columns].
+    """
+    live = weight if rows is None else weight.index_select(0, rows)
+    return live.clone() if columns is None and rows is None else live if columns is None else live[:, columns]
+
+
+def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:
+    """Add the gradient of a live part where it belongs in the full one, in place: total[rows][:, columns] += dlive.
+
+    total: [R, C]; dlive: [rows, columns]; indices as in `live_gather`.
+    """
+    if rows is not None and columns is not None:
+        total[rows[:, None], columns] += dlive
+    elif rows is not None:
+        total[rows] += dlive
+    elif columns is not None:
+        total[:, columns] += dlive
+    else:
+        total += dlive
