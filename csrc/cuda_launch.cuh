@@ -28,11 +28,22 @@ __device__ __forceinline__ void store(T* address, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(address) = pack;
 }
 
-// Widest pack of 16 bytes that every row start allows, or single elements.
-template <typename T>
-bool packs_fit(int64_t columns, const void* first, const void* second, const void* third) {
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second) |
-                         reinterpret_cast<uintptr_t>(third);
+// N floats, by 16 bytes where N allows; the address is then a multiple of 16.
+template <int N>
+__device__ __forceinline__ void load_floats(float (&values)[N], const float* address) {
+  constexpr int width = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int n = 0; n < N; n += width) {
+    const Pack<float, width> pack = load<float, width>(address + n);
+#pragma unroll
+    for (int i = 0; i < width; ++i) values[n + i] = pack.value[i];
+  }
+}
+
+// Whether packs of 16 bytes divide `columns` (or the bits of several sizes and strides, joined by |) and every address.
+template <typename T, typename... Addresses>
+bool packs_fit(int64_t columns, Addresses... addresses) {
+  const uintptr_t bits = (reinterpret_cast<uintptr_t>(addresses) | ...);
   return columns % static_cast<int64_t>(16 / sizeof(T)) == 0 && bits % 16 == 0;
 }
 
@@ -50,8 +61,12 @@ __device__ __forceinline__ float block_sum(float value) {
 
 inline cudaStream_t stream_of(intptr_t executor) { return reinterpret_cast<cudaStream_t>(executor); }
 
-inline unsigned blocks_for(int64_t work, int64_t per_block) {
-  return static_cast<unsigned>((work + per_block - 1) / per_block);
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of the grid's first dimension; the second and third take 65535
+
+// Blocks for `work`, as many as a grid takes: kernels whose work may exceed that walk on by gridDim.
+inline unsigned blocks_for(int64_t work, int64_t per_block, int64_t most = kMostBlocks) {
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < most ? blocks : most);
 }
 
 inline void check_launch(const char* kernel) {

@@ -1,6 +1,6 @@
 // number.h: what every op's arithmetic stands on, for one element, on the CPU and on CUDA alike.
 //
-// Storage types (fp32, bf16) are widened to fp32 on reading and rounded to nearest even on writing. exp and log are the
+// Storage types (fp32, bf16, fp16) are widened to fp32 on reading and rounded to nearest even on writing. exp and log are the
 // CUDA library's on the device; on the CPU they are short series without branches, so that compilers vectorise the
 // loops around them, with a relative error below 3 units in the last place. Read next: the folders, one per op.
 #pragma once
@@ -10,6 +10,7 @@
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #define MEGASHEAR_INLINE __host__ __device__ __forceinline__
 #else
 #define MEGASHEAR_INLINE inline __attribute__((always_inline))
@@ -18,11 +19,28 @@
 namespace megashear {
 
 // Element types of activations, by the numbers that the bindings publish.
-enum class Dtype : int { Float32 = 0, BFloat16 = 1 };
+enum class Dtype : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
 
 struct BFloat16 {
   uint16_t bits;
 };
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// Calls `function` with a value of the storage type that `dtype` names.
+template <typename Function>
+void by_dtype(Dtype dtype, Function function) {
+  switch (dtype) {
+    case Dtype::Float32:
+      return function(float{});
+    case Dtype::BFloat16:
+      return function(BFloat16{});
+    case Dtype::Float16:
+      return function(Float16{});
+  }
+}
 
 MEGASHEAR_INLINE uint32_t float_bits(float value) {
 #if defined(__CUDA_ARCH__)
@@ -47,6 +65,18 @@ MEGASHEAR_INLINE float float_from_bits(uint32_t bits) {
 MEGASHEAR_INLINE float widen(float value) { return value; }
 MEGASHEAR_INLINE float widen(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
 
+MEGASHEAR_INLINE float widen(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
+  const uint32_t bits = value.bits & 0x7fffu;
+  const float subnormal = static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-24f;
+  const uint32_t rebased = (bits << 13) + (bits >= 0x7c00u ? 224u << 23 : 112u << 23);  // infinity and NaN stay so
+  const uint32_t magnitude = bits < 0x0400u ? float_bits(subnormal) : rebased;
+  return float_from_bits(magnitude | static_cast<uint32_t>(value.bits & 0x8000u) << 16);
+#endif
+}
+
 template <typename T>
 MEGASHEAR_INLINE T narrow(float value);
 
@@ -63,6 +93,22 @@ MEGASHEAR_INLINE BFloat16 narrow<BFloat16>(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return BFloat16{static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+#endif
+}
+
+template <>
+MEGASHEAR_INLINE Float16 narrow<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  return Float16{__half_as_ushort(__float2half_rn(value))};
+#else
+  const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // 0.5 has the spacing 2^-24 of fp16's subnormals, so adding it rounds to one of them.
+  const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t rounded = magnitude >= 0x477ff000u ? special : finite;  // from 65520 on: infinity, or NaN
+  return Float16{static_cast<uint16_t>(rounded | ((bits >> 16) & 0x8000u))};
 #endif
 }
 

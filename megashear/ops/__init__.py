@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megashear.ops import reference
+from megashear.ops.kernels import cross_entropy as cross_entropy_kernel
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
 from megashear.ops.kernels import live_weight as live_weight_kernel
 from megashear.ops.kernels import rms_norm as rms_norm_kernel
+from megashear.ops.kernels import rope as rope_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
 from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, attention, rope_tables
@@ -20,17 +22,19 @@ __all__ = [
     "apply_rope",
     "attention",
     "backend",
+    "cross_entropy_terms",
     "hard_concrete",
     "live_add",
     "live_gather",
     "mask_noise",
     "rms_norm",
+    "rope_qkv",
     "rope_tables",
     "sample_hard_concrete",
     "swiglu",
 ]
 
-_COMPILED = ("live_gather", "live_add", "rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
+_COMPILED = ("cross_entropy_terms", "live_gather", "live_add", "rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
 _PLAIN = ("rope_tables", "apply_rope", "attention")
 
 
@@ -64,6 +68,34 @@ def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
     if not serves(gate_up):
         return reference.swiglu(gate_up, mask_F)
     return swiglu_kernel.masked_swiglu(gate_up, _fp32(mask_F))
+
+
+def rope_qkv(
+    qkv_SBR: Tensor, groups: int, queries: int, head_dim: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turned queries and keys, and values, of one [S, B, R] product; see `reference.rope_qkv`.
+
+    The kernel writes each in memory as [S, B, heads, head_dim] and lets go of the product.
+    """
+    if not serves(qkv_SBR):
+        return reference.rope_qkv(qkv_SBR, groups, queries, head_dim, cos, sin)
+    if 2 * cos.shape[-1] != head_dim:
+        raise ValueError(f"cos must be [positions, {head_dim} / 2], not {list(cos.shape)}")
+    q_SBHd, k_SBGd, v_SBGd = rope_kernel.rope_qkv(qkv_SBR, groups, queries, cos, sin)
+    return q_SBHd.permute(1, 2, 0, 3), k_SBGd.permute(1, 2, 0, 3), v_SBGd.permute(1, 2, 0, 3)
+
+
+def cross_entropy_terms(
+    logits: Tensor, labels: Tensor, first: int = 0, columns: int | None = None, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """ln sum exp(logits) and the label's logit of each token; see `reference.cross_entropy_terms`.
+
+    overwrite: nobody needs the logits after this, so that the backward may put their gradient in their place.
+    """
+    if not serves(logits):
+        return reference.cross_entropy_terms(logits, labels, first, columns)
+    columns = logits.shape[-1] if columns is None else columns
+    return cross_entropy_kernel.cross_entropy_terms(logits, labels, first, columns, overwrite)
 
 
 def mask_noise(

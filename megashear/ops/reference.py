@@ -61,6 +61,22 @@ def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
     return out.to(gate_up.dtype)
 
 
+def cross_entropy_terms(
+    logits: Tensor, labels: Tensor, first: int = 0, columns: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The terms of each token's cross entropy over a part of the vocabulary: ln sum exp(logits), and the label's logit.
+
+    logits: [.., V] for entries first .. first + V - 1, of any floating dtype; labels: int64 [..]; columns: those that
+    count, from the left (None: all), the rest is padding. Returns two [..] in at least fp32; a label whose column is
+    not here gives 0. Over the whole vocabulary the loss in nats is their difference.
+    """
+    real = logits[..., :columns].to(_accumulation_dtype(logits))
+    column = labels - first
+    here = (column >= 0) & (column < real.shape[-1])
+    found = logits.gather(-1, torch.where(here, column, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.logsumexp(real, -1), torch.where(here, found.to(real.dtype), 0.0)
+
+
 def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Rotary frequencies [head_dim / 2] in fp32, rescaled as Llama 3 does where `scaling` is given."""
     frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
@@ -97,6 +113,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos[: x.shape[-2]], sin[: x.shape[-2]]
     first, second = x.to(_accumulation_dtype(x)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_qkv(
+    qkv_SBR: Tensor, groups: int, queries: int, head_dim: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned by their positions, and values, from the fused product.
+
+    qkv_SBR: [S, B, groups * (queries + 2) * head_dim], each group's rows being its query heads, its key, its value;
+    cos, sin: fp32 [positions, head_dim / 2], positions >= S. Returns [B, groups * queries, S, head_dim] and twice
+    [B, groups, S, head_dim], in qkv's dtype.
+    """
+    x_SBGrd = qkv_SBR.unflatten(2, (groups, queries + 2, head_dim))
+    q_SBHd, k_SBGd, v_SBGd = x_SBGrd[..., :-2, :].flatten(2, 3), x_SBGrd[..., -2, :], x_SBGrd[..., -1, :]
+    q_BHSd, k_BGSd, v_BGSd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_SBGd, v_SBGd))
+    return apply_rope(q_BHSd, cos, sin), apply_rope(k_BGSd, cos, sin), v_BGSd
 
 
 def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tensor | None = None) -> Tensor:
