@@ -185,6 +185,9 @@ class PruneConfig:
         4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100", low=0.1
     )
     lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
+    live_units: bool = key(
+        True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"
+    )
     clip: str = key(
         "joint",
         "gradient clipping: one norm over weights, masks and multipliers (published), or weights alone",

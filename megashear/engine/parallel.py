@@ -88,6 +88,28 @@ def row_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor
     return layer
 
 
+def parallel_product(linear: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
+    """What a column- or row-parallel linear gives with a weight in place of its own, of any number of rows and columns.
+
+    fused: let a kernel, where there is one, add the gradient into the weight's own buffer (`weight.main_grad`).
+    """
+    column = isinstance(linear, tensor_parallel.ColumnParallelLinear)
+    out = tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        None,
+        gradient_accumulation_fusion=fused and linear.gradient_accumulation_fusion,
+        allreduce_dgrad=column and linear.allreduce_dgrad,
+        sequence_parallel=column and linear.sequence_parallel,
+        tp_group=linear.tp_group,
+    )
+    if column:
+        return out
+    if linear.sequence_parallel:
+        return mappings.reduce_scatter_to_sequence_parallel_region(out, group=linear.tp_group)
+    return mappings.reduce_from_tensor_model_parallel_region(out, group=linear.tp_group)
+
+
 def vocab_embedding(rows: int, width: int, config: TransformerConfig) -> tensor_parallel.VocabParallelEmbedding:
     """An embedding whose rows are spread over tensor-parallel ranks; its output is [S, B, D], or [S / TP, B, D]."""
     layer = tensor_parallel.VocabParallelEmbedding(

@@ -17,7 +17,9 @@ from megashear.engine.module import StageModule
 from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, vocab_embedding
 from megashear.masks.masks import Masks
 from megashear.model.layer import Layer, Norm
-from megashear.model.masking import stage_masks
+from megashear.model.live import WHOLE, LivePattern, LivePlanner
+from megashear.model.live_linear import live_product
+from megashear.model.masking import StageMasks, stage_masks
 
 
 class Llama(StageModule):
@@ -41,6 +43,7 @@ class Llama(StageModule):
         super().__init__(config, pre_process, post_process, shape.tie_word_embeddings, vp_stage)
         self.shape, self.layout, self.layer_range = shape, layout, layers
         self.mask_embedding, self.recompute = mask_embedding, recompute
+        self.planner = LivePlanner(shape, layout, layers)
         self._rope: tuple[Tensor, Tensor] | None = None
         rows = shape.padded_vocab_size(layout.tensor_size)
         # Named by global index, so that names are unique over chunks and the same in every layout.
@@ -70,16 +73,22 @@ class Llama(StageModule):
             return self.embedding.weight
         return self.output.weight if self.post_process and self.tied else None
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, masks: Masks | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        masks: Masks | None = None,
+        pattern: LivePattern | None = None,
+    ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
         the last stage.
+
+        pattern: the zeros of `masks`, of which nothing is computed then; None computes everything.
         """
-        stage = stage_masks(masks, self.shape, self.layout, self.layer_range, self.config.params_dtype)
-        if self.pre_process:
-            x_SBD = self.embed(tokens_BS, stage.hidden if self.mask_embedding else None)
-        else:
-            assert self.input_tensor is not None
-            x_SBD = self.input_tensor
+        live = self.planner(pattern or WHOLE)
+        dtype = self.config.params_dtype
+        stage = stage_masks(masks or Masks(), live, self.shape, self.layout, self.layer_range, dtype)
+        x_SBD = self.enter(tokens_BS, stage)
         rope = self.rope(tokens_BS.shape[1])
         for layer, layer_masks in zip(self.layers.values(), stage.layers, strict=True):
             if self.recompute and self.training:
@@ -87,17 +96,35 @@ class Llama(StageModule):
             else:
                 x_SBD = layer(x_SBD, rope, layer_masks)
         if not self.post_process:
-            return x_SBD
-        logits_SBV = self.logits(self.norm(x_SBD, stage.hidden))
+            return self.leave(x_SBD, stage)
+        logits_SBV = self.logits(self.norm(x_SBD, stage.hidden, stage.live_hidden), stage.live_hidden)
         if labels_BS is None:
             return logits_SBV
         return cross_entropy(logits_SBV, labels_BS.transpose(0, 1).contiguous()).transpose(0, 1)
 
-    def embed(self, tokens_BS: Tensor, mask_D: Tensor | None) -> Tensor:
-        """Token embeddings [S, B, D] (split by sequence under sequence parallelism), times the hidden mask."""
+    def enter(self, tokens_BS: Tensor, stage: StageMasks) -> Tensor:
+        """The residual stream [S, B, live D] at the chunk's start: masked embeddings, or the last stage's activations.
+
+        Under sequence parallelism split by sequence.
+        """
+        if not self.pre_process:
+            assert self.input_tensor is not None
+            return self.input_tensor if stage.live_hidden is None else self.input_tensor[..., stage.live_hidden]
         x = self.embedding(tokens_BS)
         x_SBD = x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
-        return x_SBD if mask_D is None else x_SBD * mask_D.to(x_SBD.dtype)
+        if stage.live_hidden is not None:
+            x_SBD = x_SBD.index_select(-1, stage.live_hidden)
+        if stage.hidden is None or not self.mask_embedding:
+            return x_SBD
+        return x_SBD * stage.hidden.to(x_SBD.dtype)
+
+    def leave(self, x_SBD: Tensor, stage: StageMasks) -> Tensor:
+        """What the next stage receives, [S, B, D]: dimensions that no mask lets through are zeros."""
+        if stage.live_hidden is not None:
+            whole = x_SBD.new_zeros(*x_SBD.shape[:-1], self.shape.hidden_size)
+            return whole.index_copy(-1, stage.live_hidden, x_SBD)
+        # A stage whose layers are all dead hands on a tensor of its own: the schedules free and differentiate it.
+        return x_SBD.clone() if x_SBD is self.input_tensor else x_SBD
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0 .. length - 1, in fp32."""
@@ -108,10 +135,10 @@ class Llama(StageModule):
             )
         return self._rope
 
-    def logits(self, x_SBD: Tensor) -> Tensor:
+    def logits(self, x_SBD: Tensor, live_D: Tensor | None = None) -> Tensor:
         """Vocabulary-parallel logits [S, B, V / TP]; padding columns hold the dtype's smallest number."""
         weight = self.embedding.weight if self.tied and self.pre_process else None
-        logits_SBV = self.output(x_SBD, weight=weight)[0]
+        logits_SBV = live_product(self.output, x_SBD, None, live_D, weight)
         columns = logits_SBV.shape[-1]
         real = min(max(self.shape.vocab_size - self.layout.tensor_rank * columns, 0), columns)
         if real == columns:

@@ -4,7 +4,7 @@ Head and intermediate masks act on tensor-parallel shards: a rank takes its slic
 is the whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's
 gradient is the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module
 one plain sum over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under
-parallelism).
+parallelism). Read next: `live.py`, `layer.py`.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,19 @@ from torch import Tensor
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout
 from megashear.masks.masks import Masks
+from megashear.model.live import LiveLayer, LiveStage
 
 
 @dataclass(frozen=True)
 class LayerMasks:
-    """The masks of one layer on one rank; None is a mask of ones."""
+    """The masks of one layer on one rank, of its live units alone; None is a mask of ones."""
 
     hidden: Tensor | None  # [D]
     head: Tensor | None  # [H / TP]
     intermediate: Tensor | None  # [F / TP]
     branch: Tensor | None  # [D] or [1]: hidden * layer, on what a branch adds to the residual stream
+    live: LiveLayer
+    live_hidden: Tensor | None  # indices of the live hidden dimensions [D]; None for all
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class StageMasks:
     """The masks of a model chunk: one entry a local layer, and the hidden mask for embedding and final norm."""
 
     hidden: Tensor | None
+    live_hidden: Tensor | None
     layers: list[LayerMasks]
 
 
@@ -56,34 +60,38 @@ def shared_by_ranks(mask: Tensor | None, layout: Layout) -> Tensor | None:
 
 
 def stage_masks(
-    masks: Masks | None, shape: ModelShape, layout: Layout, layers: range, dtype: torch.dtype
+    masks: Masks, live: LiveStage, shape: ModelShape, layout: Layout, layers: range, dtype: torch.dtype
 ) -> StageMasks:
-    """This rank's slices of the masks for the given global layers.
+    """This rank's slices of the masks for the given global layers, of live units alone.
 
     masks: hidden [D], head [L, H], intermediate [L, F], layer [L], each or all of them None. The products that masks
     enter are computed in `dtype`; masks and their gradients stay in their own precision until then.
     """
-    if masks is None:
-        return StageMasks(None, [LayerMasks(None, None, None, None) for _ in layers])
-    hidden = shared_by_ranks(masks.hidden, layout)
+    hidden = _pick(shared_by_ranks(masks.hidden, layout), live.hidden)
     layer_L = shared_by_ranks(masks.layer, layout)
     heads = shape.num_heads // layout.tensor_size
     columns = shape.intermediate_size // layout.tensor_size
     rows = []
-    for index in layers:
+    for index, units in zip(layers, live.layers, strict=True):
         branch = hidden if layer_L is None else layer_L[index] * (1.0 if hidden is None else hidden)
+        head = None if masks.head is None else _slice(masks.head[index], layout.tensor_rank, heads).to(dtype)
+        middle = None if masks.intermediate is None else _slice(masks.intermediate[index], layout.tensor_rank, columns)
         rows.append(
             LayerMasks(
                 hidden=hidden,
-                head=None if masks.head is None else _slice(masks.head[index], layout.tensor_rank, heads).to(dtype),
-                intermediate=None
-                if masks.intermediate is None
-                else _slice(masks.intermediate[index], layout.tensor_rank, columns),
+                head=_pick(head, units.heads),
+                intermediate=_pick(middle, units.intermediate),
                 branch=None if branch is None else branch.to(dtype),
+                live=units,
+                live_hidden=live.hidden,
             )
         )
-    return StageMasks(hidden, rows)
+    return StageMasks(hidden, live.hidden, rows)
 
 
 def _slice(mask: Tensor, rank: int, width: int) -> Tensor:
     return mask[rank * width : (rank + 1) * width]
+
+
+def _pick(mask: Tensor | None, units: Tensor | None) -> Tensor | None:
+    return mask if mask is None or units is None else mask.index_select(0, units)

@@ -17,6 +17,7 @@ from megashear.engine.collectives import sum_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.masks import Masks
+from megashear.model.live import live_patterns
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 
 Losses = dict[str, tuple[float, float]]
@@ -67,8 +68,11 @@ def _sequence_losses(
 ) -> Tensor:
     """Mean loss [total] in fp64 of every sequence; samples [n, S + 1] and their numbers rows [n] are this rank's."""
 
+    pattern = None if masks is None else live_patterns([masks])[0]
+
     def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
-        return chunk(batch.tokens_BS, batch.labels_BS, masks), lambda losses_BS: (losses_BS.mean(), losses_BS.mean(1))
+        losses_BS = chunk(batch.tokens_BS, batch.labels_BS, masks, pattern)
+        return losses_BS, lambda losses_BS: (losses_BS.mean(), losses_BS.mean(1))
 
     batches = micro_batches(samples, layout, micro_batch, layout.device)
     for chunk in chunks:

@@ -16,6 +16,7 @@ from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.state import MaskState
+from megashear.model.live import LivePattern, live_patterns
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,11 @@ class Stepper:
     def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
         """Accumulate and reduce the gradients of one global batch; returns its mean loss, the same on every rank."""
 
+        patterns = self._live_patterns([batch.index for batch in batches], step)
+
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
-            output = chunk(batch.tokens_BS, batch.labels_BS, masks)
+            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index))
             return output, _mean_loss
 
         self.weights.zero_gradients()
@@ -91,6 +94,14 @@ class Stepper:
         if self.masks is not None:
             sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
         return self._mean_over_world(losses, len(batches))
+
+    @torch.no_grad()
+    def _live_patterns(self, indices: list[int], step: int) -> dict[int, LivePattern]:
+        """Zeros of the masks of this rank's micro-batches, by index: drawn ahead, so that one transfer serves all."""
+        if self.masks is None or not self.masks.config.live_units:
+            return {}
+        drawn = live_patterns([self.masks.sample(self.seed, step, index) for index in indices])
+        return dict(zip(indices, drawn, strict=True))
 
     def _mean_over_world(self, losses: list[Tensor], count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
