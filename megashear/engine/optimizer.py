@@ -2,8 +2,8 @@
 masters.
 
 Clipping is taken apart into norm, scale and step, because a pruning step may count the masks' gradients in the same
-norm (as the published code does). Fused Adam is Transformer Engine's or Apex's where megatron-core finds them. Read
-next: `sharded.py`.
+norm (as the published code does). Adam is fused: Transformer Engine's or Apex's where megatron-core finds them, else
+torch's. Read next: `sharded.py`.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 
 from megashear.config.schema import OptimizerConfig
-from megashear.engine.repairs import repair
+from megashear.engine.repairs import repair, use_fused_adam
 
 
 class WeightOptimizer:
@@ -58,6 +58,7 @@ class WeightOptimizer:
         )
         for part in self.parts:
             repair(part)
+            use_fused_adam(part)
         # megatron-core shares one config among chunks; each chunk's gradient hooks read it.
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads

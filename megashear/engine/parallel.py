@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import TransformerConfig
@@ -146,9 +147,34 @@ def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def cross_entropy(logits_SBV: torch.Tensor, labels_SB: torch.Tensor) -> torch.Tensor:
-    """Cross entropy per token [S, B] in fp32 from logits whose last dimension is spread over tensor-parallel ranks."""
-    return tensor_parallel.vocab_parallel_cross_entropy(logits_SBV, labels_SB)
+def cross_entropy(log_sum: torch.Tensor, label_logit: torch.Tensor) -> torch.Tensor:
+    """Cross entropy per token in nats, of the terms' shape, dtype and device, the same on every tensor-parallel rank.
+
+    log_sum, label_logit: ln sum exp(logits), and the label's logit or 0, over this rank's part of the vocabulary.
+    """
+    group = tensor_group()
+    if group.size() == 1:
+        return log_sum - label_logit
+    return _CrossEntropyOverRanks.apply(log_sum, label_logit, group)
+
+
+class _CrossEntropyOverRanks(torch.autograd.Function):
+    """ln of the sum over ranks of exp(log_sum), less the sum over ranks of label_logit."""
+
+    @staticmethod
+    def forward(ctx: Any, log_sum: torch.Tensor, label_logit: torch.Tensor, group: Any) -> torch.Tensor:
+        peak = log_sum.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        sums = torch.stack(((log_sum - peak).exp(), label_logit))
+        dist.all_reduce(sums, group=group)
+        total = peak + sums[0].log()
+        ctx.save_for_backward((log_sum - total).exp())
+        return total - sums[1]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return dloss * share, -dloss, None
 
 
 def gather_features(x: torch.Tensor) -> torch.Tensor:

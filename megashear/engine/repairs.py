@@ -1,15 +1,17 @@
-"""Three faults of megatron-core 0.16 in saving and loading the distributed optimizer, mended around its methods.
+"""Faults of megatron-core 0.16 mended around its methods: three in saving and loading the distributed optimizer, and
+an Adam in many passes.
 
 1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count
-there which the
-   checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is given to it.
+there which the checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is
+given to it.
 2. Loading gives all parameters one and the same step count tensor, to which torch's Adam then adds once for each of
 them.
 3. Saving drops the padding between buckets of the gradient buffer but cuts parameters out by their padded places:
-with more than
-   one bucket (a tied embedding has its own) the state of other parameters is written, silently. The padding is put
-   back.
-`tests/parallel/test_checkpoint.py` fails without each of them. Read next: `sharded.py`.
+with more than one bucket (a tied embedding has its own) the state of other parameters is written, silently. The
+padding is put back.
+4. Without Transformer Engine or Apex, torch's Adam is made in its default form, a dozen passes over memory; it has
+one that takes a single pass.
+`tests/parallel/test_checkpoint.py` fails without each of the first three. Read next: `sharded.py`.
 """
 
 from typing import Any
@@ -55,3 +57,17 @@ def separate_step_counts(part: Any) -> None:
     for state in part.optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
+
+
+def use_fused_adam(part: Any) -> None:
+    """Mend 4; to be called when the optimizer is made, and after loading, which takes groups as they were saved.
+
+    The fused form keeps its step counts on the parameters' device.
+    """
+    adam = getattr(part, "optimizer", None)
+    if not isinstance(adam, torch.optim.Adam):  # AdamW is one of its kinds
+        return
+    for group in adam.param_groups:
+        group["foreach"], group["fused"] = None, True
+    for parameter, state in adam.state.items():
+        state["step"] = state["step"].to(parameter.device)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.engine.device import present_cpu
 from megashear.engine.optimizer import WeightOptimizer, unwrap
-from megashear.engine.repairs import separate_step_counts
+from megashear.engine.repairs import separate_step_counts, use_fused_adam
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 # What writing raises beside OSError: megatron-core's own, and torch's where another rank failed.
@@ -87,4 +87,5 @@ def load(weights: WeightOptimizer, folder: Path) -> None:
                 parameter.copy_(state["model"][name])
     weights.optimizer.load_state_dict(state["optimizer"])
     for part in weights.parts:
+        use_fused_adam(part)
         separate_step_counts(part)

@@ -99,8 +99,8 @@ class Llama(StageModule):
             return self.leave(x_SBD, stage)
         logits_SBV = self.logits(self.norm(x_SBD, stage.hidden, stage.live_hidden), stage.live_hidden)
         if labels_BS is None:
-            return logits_SBV
-        return cross_entropy(logits_SBV, labels_BS.transpose(0, 1).contiguous()).transpose(0, 1)
+            return self.without_padding(logits_SBV)
+        return self.losses(logits_SBV, labels_BS)
 
     def enter(self, tokens_BS: Tensor, stage: StageMasks) -> Tensor:
         """The residual stream [S, B, live D] at the chunk's start: masked embeddings, or the last stage's activations.
@@ -136,12 +136,28 @@ class Llama(StageModule):
         return self._rope
 
     def logits(self, x_SBD: Tensor, live_D: Tensor | None = None) -> Tensor:
-        """Vocabulary-parallel logits [S, B, V / TP]; padding columns hold the dtype's smallest number."""
+        """Vocabulary-parallel logits [S, B, V / TP], whose last columns may be padding."""
         weight = self.embedding.weight if self.tied and self.pre_process else None
-        logits_SBV = live_product(self.output, x_SBD, None, live_D, weight)
-        columns = logits_SBV.shape[-1]
-        real = min(max(self.shape.vocab_size - self.layout.tensor_rank * columns, 0), columns)
-        if real == columns:
+        return live_product(self.output, x_SBD, None, live_D, weight)
+
+    def real_columns(self, width: int) -> int:
+        """How many of this rank's `width` columns of the vocabulary are not padding."""
+        return min(max(self.shape.vocab_size - self.layout.tensor_rank * width, 0), width)
+
+    def without_padding(self, logits_SBV: Tensor) -> Tensor:
+        """Logits whose padding columns hold the dtype's smallest number."""
+        width = logits_SBV.shape[-1]
+        real = self.real_columns(width)
+        if real == width:
             return logits_SBV
-        padding = torch.arange(columns, device=logits_SBV.device) >= real
+        padding = torch.arange(width, device=logits_SBV.device) >= real
         return logits_SBV.masked_fill(padding, torch.finfo(logits_SBV.dtype).min)
+
+    def losses(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross entropy per token [B, S] in at least fp32; the backward overwrites the logits with their gradient."""
+        width = logits_SBV.shape[-1]
+        labels_SB = labels_BS.transpose(0, 1).contiguous()
+        terms = ops.cross_entropy_terms(
+            logits_SBV, labels_SB, self.layout.tensor_rank * width, self.real_columns(width), overwrite=True
+        )
+        return cross_entropy(*terms).transpose(0, 1)
