@@ -58,8 +58,7 @@ class Attention(nn.Module):
         self.out = row_parallel(shape.num_heads * shape.head_dim, shape.hidden_size, config)
 
     def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
-        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2 or d] in fp32.
-        """
+        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2] in fp32."""
         live = masks.live
         q_BHSd, k_BGSd, v_BGSd = self.split(live_product(self.qkv, x_SBD, live.qkv_rows, masks.live_hidden), live)
         cos, sin = rope

@@ -84,6 +84,21 @@ def live_patterns(masks: Sequence[Masks]) -> list[LivePattern]:
     return found
 
 
+def flops_share(pattern: LivePattern, shape: ModelShape, sequence_length: int) -> float:
+    """FLOPs of the live units as a share of the whole model's (`ModelShape.flops_per_token`), before rounding up."""
+    dims = shape.hidden_size if pattern.hidden is None else int(pattern.hidden.sum())
+    queries, d = shape.queries_per_group, shape.head_dim
+    total = shape.vocab_size * dims
+    for index in range(shape.num_layers):
+        if pattern.layer is not None and not pattern.layer[index]:
+            continue
+        live_H = np.ones(shape.num_heads, dtype=bool) if pattern.head is None else pattern.head[index]
+        heads, groups = int(live_H.sum()), int(live_H.reshape(-1, queries).any(1).sum())
+        units = shape.intermediate_size if pattern.intermediate is None else int(pattern.intermediate[index].sum())
+        total += dims * (2 * d * (heads + groups) + 3 * units) + sequence_length * heads * d
+    return 6 * total / shape.flops_per_token(sequence_length)
+
+
 def kept(live: np.ndarray, multiple: int) -> np.ndarray | None:
     """Ascending indices of the live units and of as many others as round their number up; None where all stay."""
     size, alive = len(live), np.flatnonzero(live)
