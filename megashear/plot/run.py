@@ -17,6 +17,7 @@ from megashear.plot.losses import draw_losses
 from megashear.plot.masks import draw_masks
 from megashear.plot.series import Stage, stages_of
 from megashear.plot.sparsity import draw_multipliers, draw_sparsity
+from megashear.plot.speed import draw_speed
 from megashear.plot.style import STYLE, save
 from megashear.plot.training import draw_training
 from megashear.plot.weights import draw_weights
@@ -27,6 +28,7 @@ PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
     "losses.png": draw_losses,
     "sparsity.png": draw_sparsity,
     "multipliers.png": draw_multipliers,
+    "speed.png": draw_speed,
     "training.png": draw_training,
 }
 

@@ -180,6 +180,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
             "grad_norm": result.grad_norm,
             "tokens": stage.tokens,
             "tokens_per_second": stage.progress.tokens_per_second,
+            "step_seconds": result.seconds,
             "seconds": counters.seconds,
             "domain_tokens": stage.stream.tokens(),
             "skipped": counters.skipped,
@@ -199,6 +200,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
                 "lambda1": {name: float(pair[0]) for name, pair in pairs.items()},
                 "lambda2": {name: float(pair[1]) for name, pair in pairs.items()},
                 "lagrangian": result.lagrangian,
+                "live_flops": result.live_flops,
             }
         )
     if stage.layout.is_main:

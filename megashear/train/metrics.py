@@ -6,10 +6,12 @@ only for TensorBoard. Read next: `progress.py` (the line on the screen), `plot/r
 
 Records, schema 1: one JSON object a line; a number that is not finite is null.
   train  {"stage": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,
-          "grad_norm": float, "tokens": int (of the stage so far), "tokens_per_second": float, "seconds": float (since
-          the stage's start), "domain_tokens": {domain: int (so far)}, "skipped": int (steps so far)}
+          "grad_norm": float, "tokens": int (of the stage so far), "tokens_per_second": float, "step_seconds": float
+          (of this step alone), "seconds": float (since the stage's start), "domain_tokens": {domain: int (so far)},
+          "skipped": int (steps so far)}
   mask   {"stage", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
-          "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float}
+          "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float,
+          "live_flops": share of the source's FLOPs that this step's live units needed | null}
   eval   {"stage", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
           "reference": {domain: float} | null, "weights": {domain: weight after the update}}
 `masks.npz` holds the deterministic masks of the last evaluation while pruning, fp32: hidden [d], head [L, H],

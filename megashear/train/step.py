@@ -5,6 +5,7 @@ the loss or a gradient is not finite anywhere updates nothing anywhere. Read nex
 """
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.state import MaskState
-from megashear.model.live import LivePattern, live_patterns
+from megashear.model.live import LivePattern, flops_share, live_patterns
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint.
+    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint,
+    the share of the model's FLOPs that live units needed (mean over this rank's micro-batches), wall time.
     """
 
     loss: float
@@ -38,6 +40,8 @@ class StepResult:
     skipped: bool
     lagrangian: float | None
     sparsity: dict[str, dict[str, Any]] | None
+    live_flops: float | None
+    seconds: float
 
 
 def micro_batches(samples: Tensor, layout: Layout, micro_batch: int, device: torch.device) -> list[MicroBatch]:
@@ -75,11 +79,14 @@ class Stepper:
         self.layout, self.weights, self.masks = layout, weights, masks
         self.seed, self.micro_batch = seed, micro_batch
         self.clip_norm, self.clip_jointly = clip_norm, clip_jointly
+        self._live_flops: float | None = None
 
     def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
         """Accumulate and reduce the gradients of one global batch; returns its mean loss, the same on every rank."""
 
         patterns = self._live_patterns([batch.index for batch in batches], step)
+        length = batches[0].tokens_BS.shape[1]
+        self._live_flops = self._share(list(patterns.values()), length)
 
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
@@ -89,7 +96,6 @@ class Stepper:
         self.weights.zero_gradients()
         if self.masks is not None:
             self.masks.zero_gradients()
-        length = batches[0].tokens_BS.shape[1]
         losses = run_micro_batches(forward, self.weights.chunks, batches, length, self.micro_batch)
         if self.masks is not None:
             sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
@@ -103,6 +109,12 @@ class Stepper:
         drawn = live_patterns([self.masks.sample(self.seed, step, index) for index in indices])
         return dict(zip(indices, drawn, strict=True))
 
+    def _share(self, patterns: list[LivePattern], length: int) -> float | None:
+        """Mean share of the model's FLOPs that the patterns leave; None where everything is computed."""
+        if self.masks is None or not patterns:
+            return None
+        return sum(flops_share(one, self.masks.source, length) for one in patterns) / len(patterns)
+
     def _mean_over_world(self, losses: list[Tensor], count: int) -> float:
         total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
         if losses and self.layout.tensor_rank == 0:
@@ -111,6 +123,7 @@ class Stepper:
 
     def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
         """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights."""
+        started = time.monotonic()
         loss = self.forward_backward(batches, step)
         lagrangian, sparsity = None, None
         norm = self.weights.prepare()
@@ -128,7 +141,8 @@ class Stepper:
             self.weights.step(learning_rate)
             if self.masks is not None:
                 self.masks.step(factor)
-        return StepResult(loss, clipped, skipped, lagrangian, sparsity)
+        seconds = time.monotonic() - started
+        return StepResult(loss, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
 
 
 def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ class SyntheticRun:
             "grad_norm": 0.9,
             "tokens": int(tokens.sum()),
             "tokens_per_second": speed * (1 - 0.02 * self.noise.exponential()) * (0.6 if step < steps / 60 else 1),
+            "step_seconds": 8.0 - 4.5 * min(1.0, step / (0.2 * steps)) + 0.2 * self.noise.exponential(),
             "seconds": float(tokens.sum() / speed),
             "domain_tokens": {name: int(count) for name, count in zip(self.domains, tokens, strict=True)},
             "skipped": step // 4100,
@@ -77,7 +78,8 @@ class SyntheticRun:
         expected = {name: max(0.0, t - lag * (1 + i / 3)) for i, (name, t) in enumerate(target.items())}
         rise = {name: 8 * (1 - np.exp(-step / steps * (4 + i))) * (1 + i / 4) for i, name in enumerate(TARGETS)}
         multipliers = {"lambda1": rise, "lambda2": {name: 2.5 * value + step / 300 for name, value in rise.items()}}
-        record = {"expected": expected, "target": target, **multipliers, "lagrangian": 0.01}
+        live = 1.0 - 0.59 * grown
+        record = {"expected": expected, "target": target, **multipliers, "lagrangian": 0.01, "live_flops": live}
         self.metrics.write({"stage": "prune", "step": step, "kind": "mask", **record})
 
     def masks(self, layers: int = 32, heads: int = 32, intermediate: int = 1376, hidden: int = 512) -> None:

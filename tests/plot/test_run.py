@@ -13,7 +13,7 @@ from megashear.errors import DataError
 from megashear.plot.run import plot_run, read_masks
 from megashear.train.metrics import Metrics
 
-ALL = ["losses.png", "masks.png", "multipliers.png", "sparsity.png", "training.png", "weights.png"]
+ALL = ["losses.png", "masks.png", "multipliers.png", "sparsity.png", "speed.png", "training.png", "weights.png"]
 
 
 def png_size(path: Path) -> tuple[int, int]:
