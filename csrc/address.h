@@ -2,7 +2,9 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 namespace megashear {
@@ -15,5 +17,10 @@ template <typename T = void>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+// A matrix whose rows are contiguous: its address, 0 for null, and the stride of its rows in elements.
+using Matrix = std::array<int64_t, 2>;
+
+inline void* at(const Matrix& matrix) { return at(static_cast<Address>(matrix[0])); }
 
 }  // namespace megashear

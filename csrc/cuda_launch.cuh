@@ -40,6 +40,14 @@ __device__ __forceinline__ void load_floats(float (&values)[N], const float* add
   }
 }
 
+// N floats of a mask, ones where it is null.
+template <int N>
+__device__ __forceinline__ void load_mask(float (&values)[N], const float* mask, int64_t column) {
+  if (mask != nullptr) return load_floats<N>(values, mask + column);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = 1.0f;
+}
+
 // Whether packs of 16 bytes divide `columns` (or the bits of several sizes and strides, joined by |) and every address.
 template <typename T, typename... Addresses>
 bool packs_fit(int64_t columns, Addresses... addresses) {
@@ -56,6 +64,34 @@ __device__ __forceinline__ float block_sum(float value) {
   __syncthreads();
   float total = 0.0f;
   for (int warp = 0; warp < kThreads / 32; ++warp) total += warp_sums[warp];
+  return total;
+}
+
+// Sums over strips in a fixed order: a block takes kColumns columns, its warps share the strips.
+constexpr int kColumns = 32;
+
+__device__ __forceinline__ int64_t strip_sum_column() {
+  return static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+}
+
+// Whether this thread is the one that has its column's sum to write.
+__device__ __forceinline__ bool gives_strip_sum() { return threadIdx.x < kColumns; }
+
+// The sum of partial[strip, strip_sum_column()] over all strips.
+__device__ __forceinline__ float strip_sum(const float* partial, int64_t strips, int64_t columns) {
+  constexpr int warps = kThreads / kColumns;
+  __shared__ float sums[warps][kColumns];
+  const int64_t column = strip_sum_column();
+  const int warp = threadIdx.x / kColumns, lane = threadIdx.x % kColumns;
+  float sum = 0.0f;
+  if (column < columns) {
+    for (int64_t strip = warp; strip < strips; strip += warps) sum += partial[strip * columns + column];
+  }
+  __syncthreads();  // the previous use of sums is over
+  sums[warp][lane] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  for (int i = 0; i < warps; ++i) total += sums[i][lane];
   return total;
 }
 

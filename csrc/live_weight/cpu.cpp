@@ -51,8 +51,9 @@ void live_weight_gather(const void* weight, const int64_t* rows, const int64_t* 
 
 void live_weight_add(const void* dlive, const int64_t* rows, const int64_t* columns, float* total, int64_t row_count,
                      int64_t column_count, int64_t stride, Dtype dtype, intptr_t executor) {
-  const auto launch = dtype == Dtype::Float32 ? add<float> : add<BFloat16>;
-  launch(dlive, rows, columns, total, row_count, column_count, stride, executor);
+  by_dtype(dtype, [&](auto element) {
+    add<decltype(element)>(dlive, rows, columns, total, row_count, column_count, stride, executor);
+  });
 }
 
 }  // namespace megashear

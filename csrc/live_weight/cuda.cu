@@ -60,13 +60,10 @@ void live_weight_add(const void* dlive, const int64_t* rows, const int64_t* colu
                      int64_t column_count, int64_t stride, Dtype dtype, intptr_t executor) {
   if (row_count == 0 || column_count == 0) return;
   const dim3 grid = grid_of(row_count, column_count);
-  if (dtype == Dtype::Float32) {
-    add_kernel<<<grid, kThreads, 0, stream_of(executor)>>>(static_cast<const float*>(dlive), rows, columns, total,
-                                                           row_count, column_count, stride);
-  } else {
-    add_kernel<<<grid, kThreads, 0, stream_of(executor)>>>(static_cast<const BFloat16*>(dlive), rows, columns, total,
-                                                           row_count, column_count, stride);
-  }
+  by_dtype(dtype, [&](auto element) {
+    add_kernel<<<grid, kThreads, 0, stream_of(executor)>>>(static_cast<const decltype(element)*>(dlive), rows, columns,
+                                                           total, row_count, column_count, stride);
+  });
   check_launch("live_weight_add");
 }
 

@@ -47,35 +47,42 @@ MEGASHEAR_ROW void backward_row(const T* __restrict dout, const T* __restrict ga
   }
 }
 
-MEGASHEAR_MULTIVERSION void forward_fp32(const float* gate_up, const float* mask, float* out, int64_t features) {
+MEGASHEAR_MULTIVERSION void forward_one(const float* gate_up, const float* mask, float* out, int64_t features) {
   forward_row(gate_up, mask, out, features);
 }
-MEGASHEAR_MULTIVERSION void forward_bf16(const BFloat16* gate_up, const float* mask, BFloat16* out, int64_t features) {
+MEGASHEAR_MULTIVERSION void forward_one(const BFloat16* gate_up, const float* mask, BFloat16* out, int64_t features) {
   forward_row(gate_up, mask, out, features);
 }
-MEGASHEAR_MULTIVERSION void backward_fp32(const float* dout, const float* gate_up, const float* mask, float* dgate_up,
-                                          float* dmask, int64_t features) {
+MEGASHEAR_MULTIVERSION void forward_one(const Float16* gate_up, const float* mask, Float16* out, int64_t features) {
+  forward_row(gate_up, mask, out, features);
+}
+MEGASHEAR_MULTIVERSION void backward_one(const float* dout, const float* gate_up, const float* mask, float* dgate_up,
+                                         float* dmask, int64_t features) {
   backward_row(dout, gate_up, mask, dgate_up, dmask, features);
 }
-MEGASHEAR_MULTIVERSION void backward_bf16(const BFloat16* dout, const BFloat16* gate_up, const float* mask,
-                                          BFloat16* dgate_up, float* dmask, int64_t features) {
+MEGASHEAR_MULTIVERSION void backward_one(const BFloat16* dout, const BFloat16* gate_up, const float* mask,
+                                         BFloat16* dgate_up, float* dmask, int64_t features) {
+  backward_row(dout, gate_up, mask, dgate_up, dmask, features);
+}
+MEGASHEAR_MULTIVERSION void backward_one(const Float16* dout, const Float16* gate_up, const float* mask,
+                                         Float16* dgate_up, float* dmask, int64_t features) {
   backward_row(dout, gate_up, mask, dgate_up, dmask, features);
 }
 
 // ---- loops over rows ------------------------------------------------------------------------------------------------
 
-template <typename T, typename Row>
-void forward(Row row, const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
+template <typename T>
+void forward(const void* gate_up, int64_t gate_up_row, const float* mask, void* out, int64_t tokens, int64_t features,
              intptr_t executor) {
   const T* source = static_cast<const T*>(gate_up);
   T* target = static_cast<T*>(out);
 #pragma omp parallel for num_threads(parallel_threads(executor, tokens * features)) schedule(static)
-  for (int64_t t = 0; t < tokens; ++t) row(source + t * 2 * features, mask, target + t * features, features);
+  for (int64_t t = 0; t < tokens; ++t) forward_one(source + t * gate_up_row, mask, target + t * features, features);
 }
 
-template <typename T, typename Row>
-void backward(Row row, const void* dout, const void* gate_up, const float* mask, void* dgate_up, float* partial,
-              int64_t tokens, int64_t features, intptr_t executor) {
+template <typename T>
+void backward(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row, const float* mask,
+              void* dgate_up, float* partial, int64_t tokens, int64_t features, intptr_t executor) {
   const T* upstream = static_cast<const T*>(dout);
   const T* source = static_cast<const T*>(gate_up);
   T* target = static_cast<T*>(dgate_up);
@@ -86,7 +93,7 @@ void backward(Row row, const void* dout, const void* gate_up, const float* mask,
     if (sums != nullptr) std::memset(sums, 0, static_cast<size_t>(features) * sizeof(float));
     const int64_t end = (strip + 1) * strip_size < tokens ? (strip + 1) * strip_size : tokens;
     for (int64_t t = strip * strip_size; t < end; ++t) {
-      row(upstream + t * features, source + t * 2 * features, mask, target + t * 2 * features, sums, features);
+      backward_one(upstream + t * dout_row, source + t * gate_up_row, mask, target + t * 2 * features, sums, features);
     }
   }
 }
@@ -95,22 +102,20 @@ void backward(Row row, const void* dout, const void* gate_up, const float* mask,
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-void masked_swiglu_forward(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
-                           Dtype dtype, intptr_t executor) {
-  if (dtype == Dtype::Float32) {
-    forward<float>(forward_fp32, gate_up, mask, out, tokens, features, executor);
-  } else {
-    forward<BFloat16>(forward_bf16, gate_up, mask, out, tokens, features, executor);
-  }
+void masked_swiglu_forward(const void* gate_up, int64_t gate_up_row, const float* mask, void* out, int64_t tokens,
+                           int64_t features, Dtype dtype, intptr_t executor) {
+  by_dtype(dtype, [&](auto element) {
+    forward<decltype(element)>(gate_up, gate_up_row, mask, out, tokens, features, executor);
+  });
 }
 
-void masked_swiglu_backward(const void* dout, const void* gate_up, const float* mask, void* dgate_up, float* dmask,
-                            float* partial, int64_t tokens, int64_t features, Dtype dtype, intptr_t executor) {
-  if (dtype == Dtype::Float32) {
-    backward<float>(backward_fp32, dout, gate_up, mask, dgate_up, partial, tokens, features, executor);
-  } else {
-    backward<BFloat16>(backward_bf16, dout, gate_up, mask, dgate_up, partial, tokens, features, executor);
-  }
+void masked_swiglu_backward(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row,
+                            const float* mask, void* dgate_up, float* dmask, float* partial, int64_t tokens,
+                            int64_t features, Dtype dtype, intptr_t executor) {
+  by_dtype(dtype, [&](auto element) {
+    backward<decltype(element)>(dout, dout_row, gate_up, gate_up_row, mask, dgate_up, partial, tokens, features,
+                                executor);
+  });
   if (mask != nullptr) {
     sum_strips(partial, dmask, strip_count(tokens), features, parallel_threads(executor, tokens * features));
   }

@@ -10,40 +10,45 @@ namespace {
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
-template <typename T, int N>
-__global__ void forward_kernel(const T* gate_up, const float* mask, T* out, int64_t tokens, int64_t features) {
-  const int64_t packs = features / N;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= tokens * packs) return;
-  const int64_t token = index / packs, column = (index % packs) * N;
-  const Pack<T, N> gate = load<T, N>(gate_up + token * 2 * features + column);
-  const Pack<T, N> up = load<T, N>(gate_up + token * 2 * features + features + column);
-  Pack<T, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float m = mask == nullptr ? 1.0f : mask[column + i];
-    result.value[i] = narrow<T>(masked_swiglu(widen(gate.value[i]), widen(up.value[i]), m));
-  }
-  store<T, N>(out + token * features + column, result);
+__device__ __forceinline__ int64_t own_column(int width) {
+  return (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * width;
 }
 
 template <typename T, int N>
-__global__ void backward_kernel(const T* dout, const T* gate_up, const float* mask, T* dgate_up, float* partial,
-                                int64_t tokens, int64_t features, int64_t strip_size) {
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const T* gate_up, int64_t gate_up_row, const float* mask, T* out, int64_t tokens, int64_t features) {
+  const int64_t column = own_column(N);
+  if (column >= features) return;
+  float m[N];
+  load_mask<N>(m, mask, column);
+  for (int64_t token = blockIdx.y; token < tokens; token += gridDim.y) {
+    const Pack<T, N> gate = load<T, N>(gate_up + token * gate_up_row + column);
+    const Pack<T, N> up = load<T, N>(gate_up + token * gate_up_row + features + column);
+    Pack<T, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      result.value[i] = narrow<T>(masked_swiglu(widen(gate.value[i]), widen(up.value[i]), m[i]));
+    }
+    store<T, N>(out + token * features + column, result);
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const T* dout, int64_t dout_row, const T* gate_up, int64_t gate_up_row, const float* mask,
+                    T* dgate_up, float* partial, int64_t tokens, int64_t features, int64_t strip_size) {
+  const int64_t column = own_column(N);
   if (column >= features) return;
   const int64_t begin = blockIdx.y * strip_size;
   const int64_t end = begin + strip_size < tokens ? begin + strip_size : tokens;
   float m[N], dmask[N];
+  load_mask<N>(m, mask, column);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    m[i] = mask == nullptr ? 1.0f : mask[column + i];
-    dmask[i] = 0.0f;
-  }
+  for (int i = 0; i < N; ++i) dmask[i] = 0.0f;
   for (int64_t token = begin; token < end; ++token) {
-    const T* source = gate_up + token * 2 * features + column;
+    const T* source = gate_up + token * gate_up_row + column;
     T* target = dgate_up + token * 2 * features + column;
-    const Pack<T, N> upstream = load<T, N>(dout + token * features + column);
+    const Pack<T, N> upstream = load<T, N>(dout + token * dout_row + column);
     const Pack<T, N> gate = load<T, N>(source);
     const Pack<T, N> up = load<T, N>(source + features);
     Pack<T, N> dgate, dup;
@@ -64,80 +69,63 @@ __global__ void backward_kernel(const T* dout, const T* gate_up, const float* ma
 }
 
 __global__ void mask_gradient_kernel(const float* partial, float* dmask, int64_t strips, int64_t features) {
-  const int64_t f = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (f >= features) return;
-  float sum = 0.0f;
-  for (int64_t strip = 0; strip < strips; ++strip) sum += partial[strip * features + f];
-  dmask[f] = sum;
+  const float sum = strip_sum(partial, strips, features);
+  if (strip_sum_column() < features && gives_strip_sum()) dmask[strip_sum_column()] = sum;
 }
 
 // ---- launchers of one type ------------------------------------------------------------------------------------------
 
-template <typename T, int N>
-void forward(const T* gate_up, const float* mask, T* out, int64_t tokens, int64_t features, cudaStream_t stream) {
-  const unsigned blocks = blocks_for(tokens * (features / N), kThreads);
-  forward_kernel<T, N><<<blocks, kThreads, 0, stream>>>(gate_up, mask, out, tokens, features);
-}
+constexpr int64_t kMostRows = 65535;  // of a grid's second dimension
 
-template <typename T, int N>
-void backward(const T* dout, const T* gate_up, const float* mask, T* dgate_up, float* partial, int64_t tokens,
-              int64_t features, cudaStream_t stream) {
-  const dim3 grid(blocks_for(features / N, kThreads), static_cast<unsigned>(strip_count(tokens)));
-  backward_kernel<T, N>
-      <<<grid, kThreads, 0, stream>>>(dout, gate_up, mask, dgate_up, partial, tokens, features, strip_tokens(tokens));
+template <typename T>
+void forward_any(const void* gate_up, int64_t gate_up_row, const float* mask, void* out, int64_t tokens,
+                 int64_t features, cudaStream_t stream) {
+  constexpr int wide = 16 / sizeof(T);
+  const bool fits = packs_fit<T>(features | gate_up_row, gate_up, mask, out);
+  const auto kernel = fits ? forward_kernel<T, wide> : forward_kernel<T, 1>;
+  const dim3 grid(blocks_for(features, kThreads * (fits ? wide : 1)), blocks_for(tokens, 1, kMostRows));
+  kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(gate_up), gate_up_row, mask, static_cast<T*>(out), tokens,
+                                        features);
 }
 
 template <typename T>
-void forward_any(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
-                 cudaStream_t stream) {
-  const T* source = static_cast<const T*>(gate_up);
-  T* target = static_cast<T*>(out);
-  if (packs_fit<T>(features, source, target, target)) {
-    forward<T, 16 / sizeof(T)>(source, mask, target, tokens, features, stream);
-  } else {
-    forward<T, 1>(source, mask, target, tokens, features, stream);
-  }
-}
-
-template <typename T>
-void backward_any(const void* dout, const void* gate_up, const float* mask, void* dgate_up, float* partial,
-                  int64_t tokens, int64_t features, cudaStream_t stream) {
-  const T* upstream = static_cast<const T*>(dout);
-  const T* source = static_cast<const T*>(gate_up);
-  T* target = static_cast<T*>(dgate_up);
-  if (packs_fit<T>(features, upstream, source, target)) {
-    backward<T, 16 / sizeof(T)>(upstream, source, mask, target, partial, tokens, features, stream);
-  } else {
-    backward<T, 1>(upstream, source, mask, target, partial, tokens, features, stream);
-  }
+void backward_any(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row, const float* mask,
+                  void* dgate_up, float* partial, int64_t tokens, int64_t features, cudaStream_t stream) {
+  constexpr int wide = 16 / sizeof(T);
+  const bool fits = packs_fit<T>(features | gate_up_row | dout_row, dout, gate_up, mask, dgate_up);
+  const auto kernel = fits ? backward_kernel<T, wide> : backward_kernel<T, 1>;
+  const dim3 grid(blocks_for(features, kThreads * (fits ? wide : 1)), static_cast<unsigned>(strip_count(tokens)));
+  kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(dout), dout_row, static_cast<const T*>(gate_up),
+                                        gate_up_row, mask, static_cast<T*>(dgate_up), partial, tokens, features,
+                                        strip_tokens(tokens));
 }
 
 }  // namespace
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-void masked_swiglu_forward(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
-                           Dtype dtype, intptr_t executor) {
+void masked_swiglu_forward(const void* gate_up, int64_t gate_up_row, const float* mask, void* out, int64_t tokens,
+                           int64_t features, Dtype dtype, intptr_t executor) {
   if (tokens * features == 0) return;
-  if (dtype == Dtype::Float32) {
-    forward_any<float>(gate_up, mask, out, tokens, features, stream_of(executor));
-  } else {
-    forward_any<BFloat16>(gate_up, mask, out, tokens, features, stream_of(executor));
-  }
+  by_dtype(dtype, [&](auto element) {
+    forward_any<decltype(element)>(gate_up, gate_up_row, mask, out, tokens, features, stream_of(executor));
+  });
   check_launch("masked_swiglu forward");
 }
 
-void masked_swiglu_backward(const void* dout, const void* gate_up, const float* mask, void* dgate_up, float* dmask,
-                            float* partial, int64_t tokens, int64_t features, Dtype dtype, intptr_t executor) {
+void masked_swiglu_backward(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row,
+                            const float* mask, void* dgate_up, float* dmask, float* partial, int64_t tokens,
+                            int64_t features, Dtype dtype, intptr_t executor) {
   if (features == 0) return;
   const cudaStream_t stream = stream_of(executor);
-  if (tokens > 0 && dtype == Dtype::Float32) {
-    backward_any<float>(dout, gate_up, mask, dgate_up, partial, tokens, features, stream);
-  } else if (tokens > 0) {
-    backward_any<BFloat16>(dout, gate_up, mask, dgate_up, partial, tokens, features, stream);
+  if (tokens > 0) {
+    by_dtype(dtype, [&](auto element) {
+      backward_any<decltype(element)>(dout, dout_row, gate_up, gate_up_row, mask, dgate_up, partial, tokens, features,
+                                      stream);
+    });
   }
   if (mask != nullptr) {
-    mask_gradient_kernel<<<blocks_for(features, kThreads), kThreads, 0, stream>>>(partial, dmask, strip_count(tokens),
+    mask_gradient_kernel<<<blocks_for(features, kColumns), kThreads, 0, stream>>>(partial, dmask, strip_count(tokens),
                                                                                   features);
   }
   check_launch("masked_swiglu backward");

@@ -24,11 +24,13 @@ MEGASHEAR_INLINE SwigluGradient masked_swiglu_gradient(float dout, float gate, f
 }
 
 // Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
-// gate_up, dgate_up: [tokens, 2 features]; out, dout: [tokens, features], all of `dtype`; mask, dmask: fp32 [features];
-// partial: fp32 [strip_count(tokens), features], scratch. mask, dmask and partial are null together.
-void masked_swiglu_forward(const void* gate_up, const float* mask, void* out, int64_t tokens, int64_t features,
-                           Dtype dtype, intptr_t executor);
-void masked_swiglu_backward(const void* dout, const void* gate_up, const float* mask, void* dgate_up, float* dmask,
-                            float* partial, int64_t tokens, int64_t features, Dtype dtype, intptr_t executor);
+// gate_up, dgate_up: [tokens, 2 features]; out, dout: [tokens, features], all of `dtype`; those that are read have
+// contiguous rows `*_row` elements apart. mask, dmask: fp32 [features]; partial: fp32 [strip_count(tokens), features],
+// scratch. mask, dmask and partial are null together.
+void masked_swiglu_forward(const void* gate_up, int64_t gate_up_row, const float* mask, void* out, int64_t tokens,
+                           int64_t features, Dtype dtype, intptr_t executor);
+void masked_swiglu_backward(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row,
+                            const float* mask, void* dgate_up, float* dmask, float* partial, int64_t tokens,
+                            int64_t features, Dtype dtype, intptr_t executor);
 
 }  // namespace megashear

@@ -1,10 +1,6 @@
 // bindings.h: rope.h as Python functions; a tensor is (address, strides of positions, sequences and heads).
 #pragma once
 
-#include <pybind11/stl.h>
-
-#include <array>
-
 #include "../address.h"
 #include "rope.h"
 

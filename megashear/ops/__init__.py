@@ -19,6 +19,7 @@ from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, attention, rope_tables
 
 __all__ = [
+    "add_rms_norm",
     "apply_rope",
     "attention",
     "backend",
@@ -34,14 +35,25 @@ __all__ = [
     "swiglu",
 ]
 
-_COMPILED = ("cross_entropy_terms", "live_gather", "live_add", "rms_norm", "swiglu", "mask_noise", "hard_concrete", "sample_hard_concrete")
+_COMPILED = (
+    "cross_entropy_terms",
+    "live_gather",
+    "live_add",
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "rope_qkv",
+    "mask_noise",
+    "hard_concrete",
+    "sample_hard_concrete",
+)
 _PLAIN = ("rope_tables", "apply_rope", "attention")
 
 
 def backend(device: torch.device | str | None = None) -> dict[str, str]:
     """What serves each op on `device` (default: the current GPU, or the CPU where there is none).
 
-    Returns op name -> compiled-cpu, compiled-cuda or reference. Kernels take fp32 and bf16; float64 and fp16 are the
+    Returns op name -> compiled-cpu, compiled-cuda or reference. Kernels take fp32, bf16 and fp16; float64 is the
     reference's.
     """
     if device is None:
@@ -61,6 +73,21 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = No
     if not serves(x):
         return reference.rms_norm(x, weight_D, eps, mask_D)
     return rms_norm_kernel.masked_rms_norm(x, weight_D.float(), _fp32(mask_D), eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor,
+    branch: Tensor,
+    branch_mask_D: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    mask_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + branch * branch_mask and its norm, in one pass over memory; see `reference.add_rms_norm`."""
+    if not serves(x):
+        return reference.add_rms_norm(x, branch, branch_mask_D, weight_D, eps, mask_D)
+    vectors = _fp32(branch_mask_D), weight_D.float(), _fp32(mask_D)
+    return rms_norm_kernel.add_rms_norm(x, branch, *vectors, eps)[:2]
 
 
 def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:

@@ -49,6 +49,25 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = No
     return out.to(x.dtype)
 
 
+def add_rms_norm(
+    x: Tensor,
+    branch: Tensor,
+    branch_mask_D: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    mask_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + branch * branch_mask, rounded once to x's dtype, and `rms_norm` of that: the residual stream and its norm.
+
+    x, branch: [.., D] of one floating dtype; branch_mask_D, weight_D, mask_D: [D]. Returns two tensors of x's shape and
+    dtype.
+    """
+    wide = _accumulation_dtype(x)
+    added = branch.to(wide) if branch_mask_D is None else branch.to(wide) * branch_mask_D.to(wide)
+    total = (x.to(wide) + added).to(x.dtype)
+    return total, rms_norm(total, weight_D, eps, mask_D)
+
+
 def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
     """silu(gate) * up * mask, gate the first half of the last dimension and up the second (Shazeer 2020).
 

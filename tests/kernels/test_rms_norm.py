@@ -8,13 +8,11 @@ from torch.library import opcheck
 
 from megashear import ops
 from megashear.ops import reference
-from megashear.ops.kernels.library import dtype_code, launching
+from megashear.ops.kernels.library import dtype_code, launching, matrix
 from megashear.ops.kernels.rms_norm import masked_rms_norm
 
-from .agreement import UNIT, assert_within, leaf, wide
-
-DTYPES = [torch.float32, torch.bfloat16]
-EPS = 1e-5
+from .agreement import DTYPES, assert_filled, assert_repeats, assert_within, leaf, poisoned, wide
+from .norm_bounds import EPS, norm_bounds
 
 
 def _case(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int = 0):
@@ -33,26 +31,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, dou
     exact_out = reference.rms_norm(exact[0], exact[1], EPS, exact[2])
     out.backward(dout)
     exact_out.backward(dout.double())
-    tokens, hidden = x.shape
-    unit, single, small = UNIT[x.dtype], UNIT[torch.float32], 1e-30
-    # fp32 sum of `hidden` squares of one sign: its relative error is below (hidden + 10) roundings, halved by the root
-    scaling = (hidden + 20) * single
-    assert_within(out, exact_out, (2.01 * unit + scaling) * exact_out.abs() + small)
-
-    m = torch.ones_like(exact[1]) if mask is None else exact[2].detach()
-    live = m != 0
-    square = torch.where(live, exact[0].detach(), 0.0).square().sum(-1, keepdim=True)
-    count = live.sum().clamp(min=1)
-    r = (square / count + EPS).rsqrt()
-    dh = dout.double().abs() * (exact[1].detach() * m).abs()
-    pull = live * x.double().abs() * r**3 / count * (dh * x.double().abs()).sum(-1, keepdim=True)
-    assert_within(ours[0].grad, exact[0].grad, unit * exact[0].grad.abs() + 3 * scaling * (r * dh + pull) + small)
-    # both vectors' gradients are sums over tokens of dout * h, h rounded to the dtype
-    columns = (dout.double() * x.double() * r).abs().sum(0)
-    column_bound = (unit + (tokens + 20) * single + scaling) * columns
-    assert_within(ours[1].grad, exact[1].grad, column_bound * m.abs() + small)
-    if mask is not None:
-        assert_within(ours[2].grad, exact[2].grad, column_bound * exact[1].detach().abs() + small)
+    bounds = norm_bounds(x, weight, mask, dout, {"out": exact_out, "dx": exact[0].grad})
+    assert_within(out, exact_out, bounds.out)
+    for vector, true, bound in zip(ours, exact, bounds[1:], strict=True):
+        if vector is not None:
+            assert_within(vector.grad, true.grad, bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,38 +89,32 @@ def test_dead_dimensions_are_left_out_of_the_mean_whatever_they_hold(device):
 @pytest.mark.parametrize(("tokens", "hidden"), [(3, 5), (40, 16), (513, 40)])
 def test_writes_every_element_and_no_other(tokens, hidden, dtype, device):
     x, weight, mask, dout = _case(tokens, hidden, dtype, device)
-    guard = 64
-
-    def poisoned(elements: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full((elements + guard,), float("nan"), dtype=dtype, device=device)
-
+    size, vector = (tokens * hidden, dtype, device), (hidden, torch.float32, device)
     with launching(x) as (library, executor):
-        out, dx, r = poisoned(tokens * hidden, dtype), poisoned(tokens * hidden, dtype), poisoned(tokens)
-        dweight, dmask, partial = poisoned(hidden), poisoned(hidden), poisoned(library.strip_count(tokens) * hidden)
-        sizes = (tokens, hidden, dtype_code(x), executor)
-        inputs = (x.data_ptr(), weight.data_ptr(), mask.data_ptr())
-        library.masked_rms_norm_forward(*inputs, out.data_ptr(), r.data_ptr(), EPS, *sizes)
-        gradients = (dx.data_ptr(), dweight.data_ptr(), dmask.data_ptr(), partial.data_ptr())
-        library.masked_rms_norm_backward(dout.data_ptr(), *inputs, r.data_ptr(), *gradients, *sizes)
-    for buffer in (out, r, dx, dweight, dmask, partial):
-        assert buffer[:-guard].isfinite().all() and buffer[-guard:].isnan().all()
+        out, dx, r = poisoned(*size), poisoned(*size), poisoned(tokens, torch.float32, device)
+        dweight, dmask = poisoned(*vector), poisoned(*vector)
+        partial = poisoned(library.strip_count(tokens) * hidden, torch.float32, device)
+        end = (tokens, hidden, dtype_code(x), executor)
+        vectors = (0, weight.data_ptr(), mask.data_ptr())
+        none = (0, 0)
+        library.masked_rms_norm_forward(matrix(x), none, *vectors, 0, out.data_ptr(), r.data_ptr(), EPS, *end)
+        read = (matrix(dout), none, matrix(x), none, *vectors, r.data_ptr())
+        written = (dx.data_ptr(), 0, dweight.data_ptr(), dmask.data_ptr(), 0, partial.data_ptr())
+        library.masked_rms_norm_backward(*read, *written, *end)
+    assert_filled(out, r, dx, dweight, dmask, partial)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bit_for_bit_on_any_number_of_threads(dtype, device):
-    case = _case(700, 96, dtype, device)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            x, weight, mask = map(leaf, case[:3])
-            out = ops.rms_norm(x, weight, EPS, mask)
-            out.backward(case[3])
-            results.append((out.detach(), x.grad, weight.grad, mask.grad))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    *case, dout = _case(700, 96, dtype, device)
+
+    def run():
+        x, weight, mask = map(leaf, case)
+        out = ops.rms_norm(x, weight, EPS, mask)
+        out.backward(dout)
+        return out.detach(), x.grad, weight.grad, mask.grad
+
+    assert_repeats(run)
 
 
 def test_takes_strided_inputs_and_bf16_weights(device):

@@ -8,12 +8,10 @@ from torch.library import opcheck
 
 from megashear import ops
 from megashear.ops import reference
-from megashear.ops.kernels.library import dtype_code, launching
+from megashear.ops.kernels.library import dtype_code, launching, matrix
 from megashear.ops.kernels.swiglu import masked_swiglu
 
-from .agreement import UNIT, assert_within, leaf, wide
-
-DTYPES = [torch.float32, torch.bfloat16]
+from .agreement import DTYPES, SMALL, UNIT, assert_filled, assert_repeats, assert_within, leaf, poisoned, wide
 
 
 def _case(tokens: int, features: int, dtype: torch.dtype, device: torch.device, seed: int = 0):
@@ -31,7 +29,7 @@ def _check(gate_up: torch.Tensor, mask: torch.Tensor | None, dout: torch.Tensor)
     out.backward(dout)
     exact_out.backward(dout.double())
     # fp32 arithmetic of about 20 roundings, then one rounding to the dtype; tiny values may underflow
-    unit, small = UNIT[gate_up.dtype], 1e-30
+    unit, small = UNIT[gate_up.dtype], SMALL[gate_up.dtype]
     assert_within(out, exact_out, (unit + 20 * UNIT[torch.float32]) * exact_out.abs() + small)
     gate, up = gate_up.double().chunk(2, dim=-1)
     m = 1.0 if mask is None else mask.double()
@@ -66,7 +64,7 @@ def test_extreme_and_non_finite_gates(dtype, device):
     gate_up = torch.cat((gate, torch.ones(9, dtype=dtype)))[None].to(device)
     out = ops.swiglu(gate_up)[0].cpu().double()
     exact = reference.swiglu(gate_up.cpu().double())[0]
-    torch.testing.assert_close(out[:7], exact[:7], rtol=2 * UNIT[dtype], atol=1e-30)
+    torch.testing.assert_close(out[:7], exact[:7], rtol=2 * UNIT[dtype], atol=SMALL[dtype])
     assert out[7] == float("inf") and out[8].isnan()
 
 
@@ -74,38 +72,28 @@ def test_extreme_and_non_finite_gates(dtype, device):
 @pytest.mark.parametrize(("tokens", "features"), [(3, 5), (40, 16), (513, 40)])
 def test_writes_every_element_and_no_other(tokens, features, dtype, device):
     gate_up, mask, dout = _case(tokens, features, dtype, device)
-    guard = 64
-
-    def poisoned(elements: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((elements + guard,), float("nan"), dtype=dtype, device=device)
-
+    size, vector = tokens * features, (features, torch.float32, device)
     with launching(gate_up) as (library, executor):
-        strips = library.strip_count(tokens)
-        out, dgate_up = poisoned(tokens * features, dtype), poisoned(2 * tokens * features, dtype)
-        dmask, partial = poisoned(features, torch.float32), poisoned(strips * features, torch.float32)
+        out, dgate_up = poisoned(size, dtype, device), poisoned(2 * size, dtype, device)
+        dmask, partial = poisoned(*vector), poisoned(library.strip_count(tokens) * features, torch.float32, device)
         sizes = (tokens, features, dtype_code(gate_up), executor)
-        library.masked_swiglu_forward(gate_up.data_ptr(), mask.data_ptr(), out.data_ptr(), *sizes)
-        inputs = (dout.data_ptr(), gate_up.data_ptr(), mask.data_ptr())
+        library.masked_swiglu_forward(matrix(gate_up), mask.data_ptr(), out.data_ptr(), *sizes)
+        inputs = (matrix(dout), matrix(gate_up), mask.data_ptr())
         library.masked_swiglu_backward(*inputs, dgate_up.data_ptr(), dmask.data_ptr(), partial.data_ptr(), *sizes)
-    for buffer in (out, dgate_up, dmask, partial):
-        assert buffer[:-guard].isfinite().all() and buffer[-guard:].isnan().all()
+    assert_filled(out, dgate_up, dmask, partial)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_bit_for_bit_on_any_number_of_threads(dtype, device):
     gate_up, mask, dout = _case(700, 96, dtype, device)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            x, m = leaf(gate_up), leaf(mask)
-            out = ops.swiglu(x, m)
-            out.backward(dout)
-            results.append((out.detach(), x.grad, m.grad))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+    def run():
+        x, m = leaf(gate_up), leaf(mask)
+        out = ops.swiglu(x, m)
+        out.backward(dout)
+        return out.detach(), x.grad, m.grad
+
+    assert_repeats(run)
 
 
 def test_takes_strided_inputs_and_leading_dimensions(device):

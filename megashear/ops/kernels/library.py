@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megashear.errors import ConfigError
 
-_DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
+_DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 def _load(name: str) -> ModuleType | None:
@@ -80,6 +80,24 @@ def address(x: Tensor | None) -> int:
     """The address of a contiguous tensor's first element; 0 for None."""
     assert x is None or x.is_contiguous()
     return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x itself where its rows (last dimension) are contiguous and one constant stride apart, else a contiguous copy."""
+    if x.dim() == 0 or x.numel() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return x.contiguous()
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    inner = leading[1:]
+    steady = all(outer[1] == size * stride for outer, (size, stride) in zip(leading, inner, strict=False))
+    return x if steady else x.contiguous()
+
+
+def matrix(x: Tensor | None) -> tuple[int, int]:
+    """The address of what `rows` gave, and the stride of its rows in elements; (0, 0) for None."""
+    if x is None:
+        return 0, 0
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr(), strides[-1] if strides else x.shape[-1]
 
 
 @contextmanager

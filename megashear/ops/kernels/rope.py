@@ -74,7 +74,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _sizes(qkv_SBR: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor) -> tuple[int, int, int, int, int]:
     """Positions, sequences, groups, queries per group and half the head size; ValueError where they do not fit."""
     if cos.dim() != 2 or sin.shape != cos.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise ValueError(f"cos and sin must be fp32 [positions, head_dim / 2], not {list(cos.shape)}, {list(sin.shape)}")
+        raise ValueError(f"cos and sin must be fp32 [positions, head_dim / 2], not {cos.dtype} {list(cos.shape)}")
     half = cos.shape[1]
     rows = groups * (queries + 2) * 2 * half
     if qkv_SBR.dim() != 3 or qkv_SBR.shape[2] != rows or rows >= 2**32:

@@ -7,18 +7,18 @@ Read next: `../reference.py` (`swiglu`), csrc/masked_swiglu/masked_swiglu.h.
 import torch
 from torch import Tensor
 
-from megashear.ops.kernels.library import address, check_vector, dtype_code, launching
+from megashear.ops.kernels.library import address, check_vector, dtype_code, launching, matrix, rows
 
 
 @torch.library.custom_op("megashear::masked_swiglu", mutates_args=())
 def masked_swiglu(gate_up: Tensor, mask_F: Tensor | None) -> Tensor:
-    """silu(gate) * up * mask. gate_up: [.., 2F], fp32 or bf16; mask_F: fp32 [F] or None. Returns [.., F]."""
+    """silu(gate) * up * mask. gate_up: [.., 2F], fp32, bf16 or fp16; mask_F: fp32 [F] or None. Returns [.., F]."""
     tokens, features = _sizes(gate_up, mask_F)
-    gate_up, mask_F = gate_up.contiguous(), _contiguous(mask_F)
+    gate_up, mask_F = rows(gate_up), _contiguous(mask_F)
     out = gate_up.new_empty(*gate_up.shape[:-1], features)
     with launching(gate_up) as (library, executor):
         library.masked_swiglu_forward(
-            address(gate_up), address(mask_F), address(out), tokens, features, dtype_code(gate_up), executor
+            matrix(gate_up), address(mask_F), address(out), tokens, features, dtype_code(gate_up), executor
         )
     return out
 
@@ -32,15 +32,15 @@ def _(gate_up: Tensor, mask_F: Tensor | None) -> Tensor:
 def masked_swiglu_backward(dout: Tensor, gate_up: Tensor, mask_F: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of gate_up, in its shape, and of the mask, fp32 [F] (empty where there is no mask). dout: [.., F]."""
     tokens, features = _sizes(gate_up, mask_F)
-    dout, gate_up, mask_F = dout.contiguous(), gate_up.contiguous(), _contiguous(mask_F)
-    dgate_up = torch.empty_like(gate_up)
+    dout, gate_up, mask_F = rows(dout), rows(gate_up), _contiguous(mask_F)
+    dgate_up = gate_up.new_empty(gate_up.shape)
     masked = mask_F is not None
     with launching(gate_up) as (library, executor):
         dmask_F = gate_up.new_empty(features if masked else 0, dtype=torch.float32)
         partial = gate_up.new_empty(library.strip_count(tokens) if masked else 0, features, dtype=torch.float32)
         library.masked_swiglu_backward(
-            address(dout),
-            address(gate_up),
+            matrix(dout),
+            matrix(gate_up),
             address(mask_F),
             address(dgate_up),
             address(dmask_F),
