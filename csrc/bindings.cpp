@@ -19,7 +19,7 @@
 #define MEGASHEAR_MODULE _csrc_cuda
 #else
 #define MEGASHEAR_MODULE _csrc
-// Ops that have no CUDA source: include their bindings here, and bind them below under the same condition.
+#include "masked_attention/bindings.h"  // no CUDA source
 #endif
 
 PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
@@ -36,4 +36,7 @@ PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
   bind_masked_swiglu(module);
   bind_masked_rms_norm(module);
   bind_rope(module);
+#ifndef MEGASHEAR_CUDA
+  bind_masked_attention(module);
+#endif
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megashear.ops import reference
+from megashear.ops.kernels import attention as attention_kernel
 from megashear.ops.kernels import cross_entropy as cross_entropy_kernel
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
 from megashear.ops.kernels import live_weight as live_weight_kernel
@@ -16,7 +17,7 @@ from megashear.ops.kernels import rms_norm as rms_norm_kernel
 from megashear.ops.kernels import rope as rope_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
 from megashear.ops.kernels.library import compiled_for, serves
-from megashear.ops.reference import apply_rope, attention, rope_tables
+from megashear.ops.reference import apply_rope, rope_tables
 
 __all__ = [
     "add_rms_norm",
@@ -47,7 +48,7 @@ _COMPILED = (
     "hard_concrete",
     "sample_hard_concrete",
 )
-_PLAIN = ("rope_tables", "apply_rope", "attention")
+_PLAIN = ("rope_tables", "apply_rope")
 
 
 def backend(device: torch.device | str | None = None) -> dict[str, str]:
@@ -60,7 +61,8 @@ def backend(device: torch.device | str | None = None) -> dict[str, str]:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     compiled = f"compiled-{device.type}" if compiled_for(device) else "reference"
-    return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference")
+    attending = compiled if attention_kernel.attention_serves(device, torch.float32) else "reference"
+    return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference") | {"attention": attending}
 
 
 def _fp32(vector: Tensor | None) -> Tensor | None:
@@ -123,6 +125,27 @@ def cross_entropy_terms(
         return reference.cross_entropy_terms(logits, labels, first, columns)
     columns = logits.shape[-1] if columns is None else columns
     return cross_entropy_kernel.cross_entropy_terms(logits, labels, first, columns, overwrite)
+
+
+def attention(
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    head_mask_H: Tensor | None = None,
+    first_BS: Tensor | None = None,
+) -> Tensor:
+    """Causal attention with a mask per query head, inside documents where asked; see `reference.attention`.
+
+    Which of the kernel and torch's attention serves depends on the machine and the dtype alone, so that all ranks and
+    every resumed run round alike. fp16 is computed in fp32.
+    """
+    narrow = q_BHSd.dtype == torch.float16
+    if not attention_kernel.attention_serves(q_BHSd.device, torch.float32 if narrow else q_BHSd.dtype):
+        return reference.attention(q_BHSd, k_BGSd, v_BGSd, head_mask_H, first_BS)
+    if narrow:
+        q_BHSd, k_BGSd, v_BGSd = q_BHSd.float(), k_BGSd.float(), v_BGSd.float()
+    out = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS)[0]
+    return out.half() if narrow else out
 
 
 def mask_noise(

@@ -149,18 +149,36 @@ def rope_qkv(
     return apply_rope(q_BHSd, cos, sin), apply_rope(k_BGSd, cos, sin), v_BGSd
 
 
-def attention(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, head_mask_H: Tensor | None = None) -> Tensor:
-    """Causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head.
+def attention(
+    q_BHSD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    head_mask_H: Tensor | None = None,
+    first_BS: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head, inside documents where asked.
 
     q_BHSD: [B, H, S, head_dim]; k_BGSD, v_BGSD: [B, G, S, head_dim] with H a multiple of G, query head h reading group
-    h * G // H; head_mask_H: [H]. Returns [B, H, S, head_dim] in q's dtype.
+    h * G // H; head_mask_H: [H]; first_BS: int32 [B, S], position i sees positions first[i] to i: the first of its
+    document, or 0. Returns [B, H, S, head_dim] in q's dtype.
+    A head whose mask is 0 is left out: its output is 0 and so are all its gradients, by definition that of its mask
+    too. The sample that made the mask has slope 0 there, so nothing that learns is lost.
     """
     grouped = q_BHSD.shape[1] != k_BGSD.shape[1]
-    out = F.scaled_dot_product_attention(q_BHSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
+    seen_BHSS = None
+    if first_BS is not None:
+        position_S = torch.arange(q_BHSD.shape[2], device=q_BHSD.device)
+        seen_BSS = (position_S <= position_S[:, None]) & (position_S >= first_BS[:, :, None])
+        seen_BHSS = seen_BSS[:, None]
+    out = F.scaled_dot_product_attention(
+        q_BHSD, k_BGSD, v_BGSD, attn_mask=seen_BHSS, is_causal=seen_BHSS is None, enable_gqa=grouped
+    )
     if head_mask_H is None:
         return out
     wide = _accumulation_dtype(out)
-    return (out.to(wide) * head_mask_H.to(wide)[:, None, None]).to(out.dtype)
+    live_H11 = (head_mask_H.detach() != 0)[:, None, None]
+    masked = out.to(wide) * head_mask_H.to(wide)[:, None, None]
+    return torch.where(live_H11, masked, 0.0).to(out.dtype)
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:

@@ -69,12 +69,18 @@ def test_rotation_keeps_dtype_norm_and_gradients():
     assert reference.apply_rope(x.bfloat16(), *tables).dtype == torch.bfloat16
 
 
-def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _written_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, first: torch.Tensor | None
+) -> torch.Tensor:
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    out = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+    hidden = torch.ones(scores.shape, dtype=torch.bool).triu(1)
+    if first is not None:
+        for b, row in enumerate(first.tolist()):
+            for i, start in enumerate(row):
+                hidden[b, :, i, :start] = True
+    out = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
     return out if mask is None else out * mask[:, None, None]
 
 
@@ -84,15 +90,28 @@ def test_attention_is_the_written_out_softmax(groups):
     q = torch.randn(2, 6, 11, 8, dtype=torch.float64)
     k, v = (torch.randn(2, groups, 11, 8, dtype=torch.float64) for _ in range(2))
     mask = torch.tensor([0.0, 1.0, 0.25, 0.5, 1.0, 0.0], dtype=torch.float64)
+    documents = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 7, 7, 9, 10], [0] * 8 + [8] * 3], dtype=torch.int32)
     for heads in (None, mask):
-        torch.testing.assert_close(
-            reference.attention(q, k, v, heads), _written_out(q, k, v, heads), rtol=1e-12, atol=1e-13
-        )
+        for first in (None, documents):
+            torch.testing.assert_close(
+                reference.attention(q, k, v, heads, first), _written_out(q, k, v, heads, first), rtol=1e-12, atol=1e-13
+            )
 
 
-def test_attention_gradients():
+@pytest.mark.parametrize("first", [None, torch.tensor([[0, 0, 0, 3, 3]], dtype=torch.int32)])
+def test_attention_gradients(first):
     torch.manual_seed(3)
     q = torch.randn(1, 4, 5, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mask = torch.tensor([0.0, 1.0, 0.25, 0.5], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(reference.attention, (q, k, v, mask))
+    mask = torch.tensor([0.75, 1.0, 0.25, 0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: reference.attention(*inputs, first), (q, k, v, mask))
+    dead = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *inputs: reference.attention(*inputs, dead, first), (q, k, v))
+
+
+def test_a_dead_head_gives_its_mask_no_gradient():
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    reference.attention(q, k, v, mask).sum().backward()
+    assert mask.grad[0] == 0 and (mask.grad[1:] != 0).all()

@@ -1,0 +1,175 @@
+"""Masked causal attention as a custom op over csrc/masked_attention, on the CPU: forward, backward, a mask per head.
+
+Tensors are read at any strides; results lie in memory as [S, B, heads, d], which the layer's output product reads
+without a copy. Read next: `../reference.py` (`attention`), csrc/masked_attention/masked_attention.h.
+"""
+
+import torch
+from torch import Tensor
+
+from megashear.ops.kernels.library import _LIBRARIES, address, check_vector, compiled_for, dtype_code, launching
+
+TILES = ""
+"""Instruction set of the kernels, a name that `masked_attention_tiles` of the library gives; empty: the best."""
+
+
+def _faster() -> bool:
+    """Whether this processor's kernels beat torch's scaled_dot_product_attention.
+
+    tools/bench/attention.py on two Zen 4 cores, forward and backward, torch's time / ours: fp32 1.7 to 3.0 with AVX-512
+    and 1.7 to 3.0 with AVX2; bf16 2.6 to 4.1 with AVX512_BF16. Without vector units of 256 bits nothing was measured.
+    """
+    library = _LIBRARIES["cpu"]
+    return library is not None and library.masked_attention_tiles(library.FLOAT32) != "portable"
+
+
+_FASTER = _faster()  # asked once, so that equal machines always choose alike and torch.compile sees a constant
+
+
+def attention_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes attention for this device and dtype; else torch's attention must."""
+    return _FASTER and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and compiled_for(device)
+
+
+@torch.library.custom_op("megashear::masked_attention", mutates_args=())
+def masked_attention(
+    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output [B, H, S, d], and the logarithm of each query's sum of exponentials, fp32 [B, H, S].
+
+    q_BHSd: [B, H, S, d], fp32 or bf16; k_BGSd, v_BGSd: [B, G, S, d]; mask_H: fp32 [H]; first_BS: int32 [B, S].
+    """
+    sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
+    q, k, v = map(_readable, (q_BHSd, k_BGSd, v_BGSd))
+    mask, first = _contiguous(mask_H), _contiguous(first_BS)
+    out, lse = _tokens_first(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    with launching(q) as (library, executor):
+        library.masked_attention_forward(
+            _bound(q),
+            _bound(k),
+            _bound(v),
+            address(mask),
+            address(first),
+            _bound(out),
+            address(lse),
+            sizes,
+            dtype_code(q),
+            TILES,
+            executor,
+        )
+    return out, lse
+
+
+@masked_attention.register_fake
+def _(
+    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _tokens_first(q_BHSd), q_BHSd.new_empty(q_BHSd.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megashear::masked_attention_backward", mutates_args=())
+def masked_attention_backward(
+    dout: Tensor,
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    mask_H: Tensor | None,
+    first_BS: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, in their shapes, and of the mask, fp32 [H] (empty where there is no mask)."""
+    sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
+    dout, q, k, v, out = map(_readable, (dout, q_BHSd, k_BGSd, v_BGSd, out))
+    mask, first, lse = _contiguous(mask_H), _contiguous(first_BS), lse.contiguous()
+    dq, dk, dv = map(_tokens_first, (q, k, v))
+    dmask = None if mask is None else torch.empty_like(mask)
+    partial = None if mask is None else lse.new_empty(sizes[:2])
+    with launching(q) as (library, executor):
+        library.masked_attention_backward(
+            _bound(dout),
+            _bound(q),
+            _bound(k),
+            _bound(v),
+            address(mask),
+            address(first),
+            _bound(out),
+            address(lse),
+            _bound(dq),
+            _bound(dk),
+            _bound(dv),
+            address(dmask),
+            address(partial),
+            sizes,
+            dtype_code(q),
+            TILES,
+            executor,
+        )
+    return dq, dk, dv, lse.new_empty(0) if dmask is None else dmask
+
+
+@masked_attention_backward.register_fake
+def _(
+    dout: Tensor,
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    mask_H: Tensor | None,
+    first_BS: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dmask = lse.new_empty(0 if mask_H is None else mask_H.shape[0])
+    return _tokens_first(q_BHSd), _tokens_first(k_BGSd), _tokens_first(v_BGSd), dmask
+
+
+def _sizes(
+    q: Tensor, k: Tensor, v: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """Sequences, heads, groups, tokens, head size; ValueError where the shapes or dtypes do not fit."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"q, k, v must be [B, H, S, d], [B, G, S, d] twice, not {[list(x.shape) for x in (q, k, v)]}")
+    batch, heads, tokens, head_dim = q.shape
+    groups = k.shape[1]
+    if k.shape != (batch, groups, tokens, head_dim) or (heads % groups if groups else heads):
+        raise ValueError(f"keys must be [{batch}, a divisor of {heads}, {tokens}, {head_dim}], not {list(k.shape)}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k, v must be of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    check_vector("the head mask", mask_H, heads, q.device)
+    if first_BS is not None and (first_BS.shape != (batch, tokens) or first_BS.dtype != torch.int32):
+        raise ValueError(f"first must be int32 [{batch}, {tokens}], not {first_BS.dtype} {list(first_BS.shape)}")
+    return batch, heads, groups, tokens, head_dim
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """New memory for x's shape [B, H, S, d], laid out [S, B, H, d]."""
+    batch, heads, tokens, head_dim = x.shape
+    return x.new_empty(tokens, batch, heads, head_dim).permute(1, 2, 0, 3)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, copied where its last dimension is not contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _bound(x: Tensor) -> tuple[int, int, int, int]:
+    """A tensor [B, H, S, d] as the kernels take it."""
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    q, k, v, mask_H, first_BS, out, lse = ctx.saved_tensors
+    dq, dk, dv, dmask = masked_attention_backward(dout, q, k, v, mask_H, first_BS, out, lse)
+    return dq, dk, dv, None if mask_H is None else dmask, None
+
+
+masked_attention.register_autograd(_backward, setup_context=_save)
