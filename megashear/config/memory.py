@@ -74,14 +74,14 @@ def layer_activations(shape: ModelShape, parallel: ParallelConfig, work: Work) -
     """Bytes that one layer keeps for the backward of one micro-batch, without recomputation, with the compiled kernels.
 
     Elements per token: input and output of both norms 4d, with masks both branches' outputs 2d more, which are divided
-    only under sequence parallelism; over tensor-parallel ranks q, k and v before and after rotation and attention's
-    output twice (4H + 3G) head_dim, gate, up and their product 3I. Attention keeps 4 bytes a head in place of its
-    scores, with masks its output in fp32 besides.
+    only under sequence parallelism; over tensor-parallel ranks q, k and v (H + 2G) head_dim, attention's output, with
+    masks also as it was before its mask, gate, up and their product 3I. Attention keeps 4 bytes a head in place of its
+    scores.
     """
     heads, groups = shape.num_heads, shape.num_query_groups
     replicated = _element(work) * (6 if work.masked else 4) * shape.hidden_size
-    split = _element(work) * ((4 * heads + 3 * groups) * shape.head_dim + 3 * shape.intermediate_size)
-    split += 4 * heads * (1 + shape.head_dim if work.masked else 1)
+    outputs = 2 * heads if work.masked else heads
+    split = _element(work) * ((heads + 2 * groups + outputs) * shape.head_dim + 3 * shape.intermediate_size) + 4 * heads
     per_token = replicated // _sequence_split(parallel) + split // parallel.tensor
     return per_token * work.micro_batch * work.sequence_length
 
@@ -108,8 +108,8 @@ def _memory(shape: ModelShape, parallel: ParallelConfig, work: Work, stage: int)
         optimizer //= work.data_parallel
     flying = layers_in_flight(shape, parallel, work, stage)
     layer = layer_activations(shape, parallel, work)
-    if parallel.recompute == "full":  # the input of every layer, and one layer in full while its backward runs
-        inputs = shape.hidden_size * tokens * _element(work) // _sequence_split(parallel)
+    if parallel.recompute == "full":  # every layer's stream and what is to be added to it, and one layer in full
+        inputs = 2 * shape.hidden_size * tokens * _element(work) // _sequence_split(parallel)
         activations = flying * inputs + layer
     else:
         activations = flying * layer

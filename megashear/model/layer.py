@@ -6,6 +6,8 @@ outside products too. The fused products keep these row orders: q, k, v by group
 Where masks have zeros, D, H, G and F are what is live of them (`live.py`). Read next: `live_linear.py`, `placement.py`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,25 @@ from megashear.model.live_linear import live_product
 from megashear.model.masking import LayerMasks
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream between two layers: x + branch * mask, which the next norm adds up as it reads.
+
+    x, branch: [S, B, D]; mask: [D], None for ones; no branch: x alone.
+    """
+
+    x_SBD: Tensor
+    branch_SBD: Tensor | None = None
+    mask_D: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum [S, B, D], rounded once to x's dtype."""
+        if self.branch_SBD is None:
+            return self.x_SBD
+        added = self.branch_SBD if self.mask_D is None else self.branch_SBD * self.mask_D
+        return (self.x_SBD + added).to(self.x_SBD.dtype)
+
+
 class Norm(nn.Module):
     """RMSNorm over the kept hidden dimensions; the weight [D] is the same on every tensor-parallel rank."""
 
@@ -33,13 +54,15 @@ class Norm(nn.Module):
         self.eps = eps
         mark_sequence_parallel(self.weight, config)
 
-    def forward(self, x_SBD: Tensor, mask_D: Tensor | None, live_D: Tensor | None) -> Tensor:
-        """[S, B, D] to [S, B, D]; statistics in fp32 over dimensions whose mask is not 0.
+    def forward(self, stream: Stream, mask_D: Tensor | None, live_D: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream [S, B, D] added up, and its norm; statistics in fp32 over dimensions whose mask is not 0.
 
-        live_D: which of the norm's dimensions x and the mask have; None for all.
+        live_D: which of the norm's dimensions the stream and the mask have; None for all.
         """
         weight_D = self.weight if live_D is None else self.weight.index_select(0, live_D)
-        return ops.rms_norm(x_SBD, weight_D, self.eps, mask_D)
+        if stream.branch_SBD is None:
+            return stream.x_SBD, ops.rms_norm(stream.x_SBD, weight_D, self.eps, mask_D)
+        return ops.add_rms_norm(stream.x_SBD, stream.branch_SBD, stream.mask_D, weight_D, self.eps, mask_D)
 
 
 class Attention(nn.Module):
@@ -60,30 +83,22 @@ class Attention(nn.Module):
     def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
         """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2] in fp32."""
         live = masks.live
-        q_BHSd, k_BGSd, v_BGSd = self.split(live_product(self.qkv, x_SBD, live.qkv_rows, masks.live_hidden), live)
-        cos, sin = rope
-        q_BHSd, k_BGSd = ops.apply_rope(q_BHSd, cos, sin), ops.apply_rope(k_BGSd, cos, sin)
+        qkv_SBR = live_product(self.qkv, x_SBD, live.qkv_rows, masks.live_hidden)
+        groups, queries = live.groups, live.queries
+        if self.ranks_per_group > 1:
+            qkv_SBR, groups, queries = self._own_rows(qkv_SBR, live), 1, live.groups * live.queries
+        q_BHSd, k_BGSd, v_BGSd = ops.rope_qkv(qkv_SBR, groups, queries, self.head_dim, *rope)
         out_BHSd = ops.attention(q_BHSd, k_BGSd, v_BGSd, masks.head)
         return live_product(self.out, out_BHSd.permute(2, 0, 1, 3).flatten(2), masks.live_hidden, live.out_columns)
 
-    def split(self, qkv_SBR: Tensor, live: LiveLayer) -> tuple[Tensor, Tensor, Tensor]:
-        """The fused product's rows as queries [B, H, S, d], keys and values [B, G, S, d]."""
-        if self.ranks_per_group > 1:
-            return self._split_group(qkv_SBR, live.heads)
-        x_SBGrd = qkv_SBR.unflatten(2, (live.groups, live.queries + 2, self.head_dim))
-        q_SBGqd, k_SBGd, v_SBGd = x_SBGrd[..., :-2, :], x_SBGrd[..., -2, :], x_SBGrd[..., -1, :]
-        return q_SBGqd.flatten(2, 3).permute(1, 2, 0, 3), k_SBGd.permute(1, 2, 0, 3), v_SBGd.permute(1, 2, 0, 3)
-
-    def _split_group(self, qkv_SBR: Tensor, live_H: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same where several ranks share a group: gather all rows, take this rank's query heads and its group."""
+    def _own_rows(self, qkv_SBR: Tensor, live: LiveLayer) -> Tensor:
+        """Where several ranks share a group: of all rows those of this rank's query heads and its group's k and v."""
         x_SBGrd = gather_features(qkv_SBR).unflatten(2, (-1, self.queries + 2, self.head_dim))
         group = self.tensor_rank // self.ranks_per_group
         first = (self.tensor_rank % self.ranks_per_group) * self.heads
-        q_SBqd = x_SBGrd[:, :, group, first : first + self.heads]
-        if live_H is not None:
-            q_SBqd = q_SBqd.index_select(2, live_H)
-        k_SBGd, v_SBGd = x_SBGrd[:, :, group : group + 1, -2], x_SBGrd[:, :, group : group + 1, -1]
-        return q_SBqd.permute(1, 2, 0, 3), k_SBGd.permute(1, 2, 0, 3), v_SBGd.permute(1, 2, 0, 3)
+        heads_H = torch.arange(self.heads, device=qkv_SBR.device) if live.heads is None else live.heads
+        key_value = torch.arange(self.queries, self.queries + 2, device=qkv_SBR.device)
+        return x_SBGrd[:, :, group].index_select(2, torch.cat([first + heads_H, key_value])).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -111,15 +126,13 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(shape.hidden_size, shape.norm_eps, config, layout.device)
         self.mlp = Mlp(shape, config)
 
-    def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
-        """[S, B, D] to [S, B, D]."""
-        live, hidden = masks.live, (masks.hidden, masks.live_hidden)
-        if live.attention:
-            x_SBD = x_SBD + _masked(self.attention(self.attention_norm(x_SBD, *hidden), rope, masks), masks.branch)
-        if live.mlp:
-            x_SBD = x_SBD + _masked(self.mlp(self.mlp_norm(x_SBD, *hidden), masks), masks.branch)
-        return x_SBD
-
-
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+    def forward(self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Stream:
+        """The stream after this layer; the MLP's part is not added yet."""
+        hidden = masks.hidden, masks.live_hidden
+        if masks.live.attention:
+            x_SBD, normed_SBD = self.attention_norm(stream, *hidden)
+            stream = Stream(x_SBD, self.attention(normed_SBD, rope, masks), masks.branch)
+        if masks.live.mlp:
+            x_SBD, normed_SBD = self.mlp_norm(stream, *hidden)
+            stream = Stream(x_SBD, self.mlp(normed_SBD, masks), masks.branch)
+        return stream

@@ -16,7 +16,7 @@ from megashear.engine.layout import Layout
 from megashear.engine.module import StageModule
 from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, vocab_embedding
 from megashear.masks.masks import Masks
-from megashear.model.layer import Layer, Norm
+from megashear.model.layer import Layer, Norm, Stream
 from megashear.model.live import WHOLE, LivePattern, LivePlanner
 from megashear.model.live_linear import live_product
 from megashear.model.masking import StageMasks, stage_masks
@@ -88,16 +88,16 @@ class Llama(StageModule):
         live = self.planner(pattern or WHOLE)
         dtype = self.config.params_dtype
         stage = stage_masks(masks or Masks(), live, self.shape, self.layout, self.layer_range, dtype)
-        x_SBD = self.enter(tokens_BS, stage)
+        stream = Stream(self.enter(tokens_BS, stage))
         rope = self.rope(tokens_BS.shape[1])
         for layer, layer_masks in zip(self.layers.values(), stage.layers, strict=True):
             if self.recompute and self.training:
-                x_SBD = checkpoint(layer, x_SBD, rope, layer_masks, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(layer, stream, rope, layer_masks, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_SBD = layer(x_SBD, rope, layer_masks)
+                stream = layer(stream, rope, layer_masks)
         if not self.post_process:
-            return self.leave(x_SBD, stage)
-        logits_SBV = self.logits(self.norm(x_SBD, stage.hidden, stage.live_hidden), stage.live_hidden)
+            return self.leave(stream.total(), stage)
+        logits_SBV = self.logits(self.norm(stream, stage.hidden, stage.live_hidden)[1], stage.live_hidden)
         if labels_BS is None:
             return self.without_padding(logits_SBV)
         return self.losses(logits_SBV, labels_BS)

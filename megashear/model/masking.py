@@ -25,7 +25,7 @@ class LayerMasks:
     hidden: Tensor | None  # [D]
     head: Tensor | None  # [H / TP]
     intermediate: Tensor | None  # [F / TP]
-    branch: Tensor | None  # [D] or [1]: hidden * layer, on what a branch adds to the residual stream
+    branch: Tensor | None  # [D]: hidden * layer, on what a branch adds to the residual stream
     live: LiveLayer
     live_hidden: Tensor | None  # indices of the live hidden dimensions [D]; None for all
 
@@ -73,7 +73,9 @@ def stage_masks(
     columns = shape.intermediate_size // layout.tensor_size
     rows = []
     for index, units in zip(layers, live.layers, strict=True):
-        branch = hidden if layer_L is None else layer_L[index] * (1.0 if hidden is None else hidden)
+        branch = hidden
+        if layer_L is not None:
+            branch = layer_L[index].expand(shape.hidden_size) if hidden is None else layer_L[index] * hidden
         head = None if masks.head is None else _slice(masks.head[index], layout.tensor_rank, heads).to(dtype)
         middle = None if masks.intermediate is None else _slice(masks.intermediate[index], layout.tensor_rank, columns)
         rows.append(
@@ -81,7 +83,7 @@ def stage_masks(
                 hidden=hidden,
                 head=_pick(head, units.heads),
                 intermediate=_pick(middle, units.intermediate),
-                branch=None if branch is None else branch.to(dtype),
+                branch=branch,
                 live=units,
                 live_hidden=live.hidden,
             )

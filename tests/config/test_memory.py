@@ -17,8 +17,10 @@ from megashear.config.schema import ParallelConfig, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import distributed, stage_layers
 from megashear.engine.parallel import transformer_config
+from megashear.masks.masks import Masks
 from megashear.masks.state import MaskState
-from megashear.model.layer import Layer
+from megashear.model.layer import Layer, Stream
+from megashear.model.live import WHOLE, LivePlanner
 from megashear.model.masking import stage_masks
 
 TINY = ModelShape(128, 7, 4, 2, 32, 352, 512)
@@ -96,15 +98,17 @@ def test_activations_are_what_autograd_keeps(precision: str, masked: bool) -> No
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        masks = None
+        masks = Masks()
         if masked:
             target = ModelShape(64, 7, 2, 1, 32, 176, 512)
             masks = MaskState(TINY, target, PruneConfig(), seed=1).sample(1, 0, 0)
-        layer_masks = stage_masks(masks, TINY, layout, range(7), dtype).layers[0]
+        live = LivePlanner(TINY, layout, range(7))(WHOLE)
+        layer_masks = stage_masks(masks, live, TINY, layout, range(7), dtype).layers[0]
         rope = ops.rope_tables(TINY.head_dim, 64, 10000.0, None, layout.device)
-        x_SBD = torch.randn(64, 2, 128, dtype=dtype, requires_grad=True)
+        x_SBD, branch_SBD = torch.randn(2, 64, 2, 128, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(x_SBD, rope, layer_masks)
+            # The stream as a layer within the stack receives it: the previous branch is not added yet.
+            layer(Stream(x_SBD, branch_SBD, layer_masks.branch), rope, layer_masks)
     estimate = layer_activations(TINY, ParallelConfig(), Work(2, 1, 64, 1, precision, masked))
     ratio = sum(kept.values()) / estimate
     if ops.backend("cpu")["swiglu"] == "reference":
