@@ -18,14 +18,28 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
+// 16 bytes go as one uint4, by an intrinsic where they are stored: else the compiler takes packs apart.
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load(const T* address) {
-  return *reinterpret_cast<const Pack<T, N>*>(address);
+  Pack<T, N> pack;
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(address);
+    memcpy(&pack, &bits, sizeof pack);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, N>*>(address);
+  }
+  return pack;
 }
 
 template <typename T, int N>
 __device__ __forceinline__ void store(T* address, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(address) = pack;
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof pack);
+    __stwb(reinterpret_cast<uint4*>(address), bits);
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(address) = pack;
+  }
 }
 
 // N floats, by 16 bytes where N allows; the address is then a multiple of 16.
@@ -37,6 +51,18 @@ __device__ __forceinline__ void load_floats(float (&values)[N], const float* add
     const Pack<float, width> pack = load<float, width>(address + n);
 #pragma unroll
     for (int i = 0; i < width; ++i) values[n + i] = pack.value[i];
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_floats(float* address, const float (&values)[N]) {
+  constexpr int width = N % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int n = 0; n < N; n += width) {
+    Pack<float, width> pack;
+#pragma unroll
+    for (int i = 0; i < width; ++i) pack.value[i] = values[n + i];
+    store<float, width>(address + n, pack);
   }
 }
 

@@ -19,7 +19,7 @@ __device__ __forceinline__ int64_t column_of(int pack, int width) {
 }
 
 template <typename T, int N, bool Add>
-__global__ void __launch_bounds__(kThreads) forward_kernel(NormForward norm, int64_t tokens, int64_t hidden) {
+__global__ void __launch_bounds__(kThreads, 3) forward_kernel(NormForward norm, int64_t tokens, int64_t hidden) {
   for (int64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
     const T* x = static_cast<const T*>(norm.x) + token * norm.x_row;
     const T* branch = static_cast<const T*>(norm.branch) + (Add ? token * norm.branch_row : 0);
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormForward norm, int
     for (int p = 0; p < kKept; ++p) {
       if (column_of(p, N) < hidden) kept[p] = take(column_of(p, N));
     }
+#pragma unroll 1
     for (int64_t j = column_of(kKept, N); j < hidden; j += kThreads * N) take(j);
     square = block_sum(square);
     live = block_sum(live);
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormForward norm, int
     for (int p = 0; p < kKept; ++p) {
       if (column_of(p, N) < hidden) give(column_of(p, N), kept[p]);
     }
+#pragma unroll 1
     for (int64_t j = column_of(kKept, N); j < hidden; j += kThreads * N) give(j, load<T, N>((Add ? sum : x) + j));
   }
 }
@@ -143,34 +145,35 @@ struct StripRows {
 };
 
 // `column` and `branch_column`: this strip's rows of the tables.
-template <int N, bool Branch, typename Copy>
-__device__ __forceinline__ void each_sum(ColumnSums<N, Branch>& sums, float* column, float* branch_column, int64_t j,
-                                         Copy copy) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) copy(sums.norm[i], column[j + i]);
-  if constexpr (Branch) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) copy(sums.branch[i], branch_column[j + i]);
-  }
+template <int N, bool Branch>
+__device__ __forceinline__ void read_sums(ColumnSums<N, Branch>& sums, const float* column, const float* branch_column,
+                                          int64_t j) {
+  load_floats<N>(sums.norm, column + j);
+  if constexpr (Branch) load_floats<N>(sums.branch, branch_column + j);
+}
+
+template <int N, bool Branch>
+__device__ __forceinline__ void write_sums(const ColumnSums<N, Branch>& sums, float* column, float* branch_column,
+                                           int64_t j) {
+  store_floats<N>(column + j, sums.norm);
+  if constexpr (Branch) store_floats<N>(branch_column + j, sums.branch);
 }
 
 template <typename T, int N, bool Branch>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(NormBackward norm, int64_t tokens, int64_t hidden, int64_t strip_size) {
   using Sums = ColumnSums<N, Branch>;
-  const auto read = [](float& sum, float& table) { sum = table; };
-  const auto write = [](float& sum, float& table) { table = sum; };
   float* column = norm.partial + blockIdx.x * hidden;
   float* branch_column = column + gridDim.x * hidden;
   Sums kept_sums[kKept] = {};
   float live = 0.0f;
+#pragma unroll 1
   for (int64_t j = column_of(0, N); j < hidden; j += kThreads * N) {
     float mask[N];
     load_mask<N>(mask, norm.mask, j);
 #pragma unroll
     for (int i = 0; i < N; ++i) live += mask[i] != 0.0f ? 1.0f : 0.0f;
-    Sums zero = {};
-    if (j >= column_of(kKept, N)) each_sum(zero, column, branch_column, j, write);
+    if (j >= column_of(kKept, N)) write_sums(Sums{}, column, branch_column, j);
   }
   live = fmaxf(block_sum(live), 1.0f);
   const int64_t begin = blockIdx.x * strip_size;
@@ -188,6 +191,7 @@ __global__ void __launch_bounds__(kThreads)
         dot += rows.dot(norm, j, upstream[p], value[p]);
       }
     }
+#pragma unroll 1
     for (int64_t j = column_of(kKept, N); j < hidden; j += kThreads * N) {
       dot += rows.dot(norm, j, load<T, N>(rows.dout + j), load<T, N>(rows.x + j));
     }
@@ -198,16 +202,17 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t j = column_of(p, N);
       if (j < hidden) rows.give(norm, j, upstream[p], value[p], r, pull, kept_sums[p]);
     }
+#pragma unroll 1
     for (int64_t j = column_of(kKept, N); j < hidden; j += kThreads * N) {
       Sums sums;
-      each_sum(sums, column, branch_column, j, read);
+      read_sums(sums, column, branch_column, j);
       rows.give(norm, j, load<T, N>(rows.dout + j), load<T, N>(rows.x + j), r, pull, sums);
-      each_sum(sums, column, branch_column, j, write);
+      write_sums(sums, column, branch_column, j);
     }
   }
 #pragma unroll
   for (int p = 0; p < kKept; ++p) {
-    if (column_of(p, N) < hidden) each_sum(kept_sums[p], column, branch_column, column_of(p, N), write);
+    if (column_of(p, N) < hidden) write_sums(kept_sums[p], column, branch_column, column_of(p, N));
   }
 }
 
@@ -235,7 +240,7 @@ template <typename T, bool Branch>
 void backward_any(const NormBackward& norm, int64_t tokens, int64_t hidden, cudaStream_t stream) {
   const bool fits = packs_fit<T>(hidden | norm.dout_row | norm.dsum_row | norm.x_row | norm.branch_row, norm.dout,
                                  norm.dsum, norm.x, norm.branch, norm.branch_mask, norm.weight, norm.mask, norm.dx,
-                                 norm.dbranch);
+                                 norm.dbranch, norm.partial);
   const auto kernel = fits ? backward_kernel<T, 16 / sizeof(T), Branch> : backward_kernel<T, 1, Branch>;
   kernel<<<blocks_for(strip_count(tokens), 1), kThreads, 0, stream>>>(norm, tokens, hidden, strip_tokens(tokens));
 }

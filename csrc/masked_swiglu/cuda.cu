@@ -63,9 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     store<T, N>(target, dgate);
     store<T, N>(target + features, dup);
   }
-  if (partial == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < N; ++i) partial[blockIdx.y * features + column + i] = dmask[i];
+  if (partial != nullptr) store_floats<N>(partial + blockIdx.y * features + column, dmask);
 }
 
 __global__ void mask_gradient_kernel(const float* partial, float* dmask, int64_t strips, int64_t features) {
@@ -92,7 +90,7 @@ template <typename T>
 void backward_any(const void* dout, int64_t dout_row, const void* gate_up, int64_t gate_up_row, const float* mask,
                   void* dgate_up, float* partial, int64_t tokens, int64_t features, cudaStream_t stream) {
   constexpr int wide = 16 / sizeof(T);
-  const bool fits = packs_fit<T>(features | gate_up_row | dout_row, dout, gate_up, mask, dgate_up);
+  const bool fits = packs_fit<T>(features | gate_up_row | dout_row, dout, gate_up, mask, dgate_up, partial);
   const auto kernel = fits ? backward_kernel<T, wide> : backward_kernel<T, 1>;
   const dim3 grid(blocks_for(features, kThreads * (fits ? wide : 1)), static_cast<unsigned>(strip_count(tokens)));
   kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(dout), dout_row, static_cast<const T*>(gate_up),

@@ -1,8 +1,10 @@
-"""The kernel sources compile without a warning, for every device, and know no torch."""
+"""What the compilers say of the kernel sources: no warning, no spilled register, 16 bytes at a time; and no torch."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -11,30 +13,65 @@ CUDA_SOURCES = sorted(CSRC.glob("**/*.cu"))
 CPU_SOURCES = sorted(path for path in CSRC.glob("**/*.cpp") if path.name != "bindings.cpp")
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++") or shutil.which("clang++")
+WIDE = re.compile(r"(?:fLi4|Float16ELi8)E")  # in a kernel's mangled name: packs of 16 bytes
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+class Compiled(NamedTuple):
+    """One CUDA source for all architectures: what ptxas printed, and the PTX of each architecture."""
+
+    log: str
+    ptx: list[str]
 
 
 def _name(path: Path) -> str:
     return str(path.relative_to(CSRC))
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
-@pytest.mark.parametrize("source", CUDA_SOURCES, ids=_name)
-def test_cuda_compiles_without_a_warning(source, tmp_path):
-    architectures = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
-    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", *architectures]
-    _compile([NVCC, *flags, "-c", str(source), "-o", str(tmp_path / "object.o")])
+@pytest.fixture(scope="session", params=CUDA_SOURCES, ids=_name)
+def compiled(request, tmp_path_factory) -> Compiled:
+    if NVCC is None:
+        pytest.skip("nvcc is not here")
+    folder = tmp_path_factory.mktemp("nvcc")
+    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
+    flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a", "--threads=0"]
+    command = [NVCC, *flags, "--keep", f"--keep-dir={folder}", "-c", str(request.param), "-o", str(folder / "object.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Compiled(done.stdout + done.stderr, [path.read_text() for path in sorted(folder.glob("*.ptx"))])
+
+
+def test_cuda_compiles_without_a_warning_for_both_architectures(compiled):
+    assert "warning" not in compiled.log
+    assert len(compiled.ptx) == 2 and "sm_80" in compiled.log and "sm_90a" in compiled.log
+
+
+def test_no_register_is_spilled(compiled):
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.log)
+    assert len(spills) == compiled.log.count("Compiling entry function") > 0
+    assert set(spills) == {("0", "0", "0")}
+
+
+def test_kernels_of_packs_move_16_bytes_at_a_time(compiled, request):
+    reading, storing = 0, 0
+    for ptx in compiled.ptx:
+        for kernel in re.split(r"(?=\.entry )", ptx)[1:]:
+            if WIDE.search(kernel.partition("(")[0]) is None:
+                continue
+            accesses = re.findall(r"\b(ld|st)\.global[.\w]*?(\.v4)?\.[bfu](16|32)\b", kernel)
+            assert ("ld", ".v4", "32") in accesses
+            assert all(bits == "32" for _, _, bits in accesses), "an element of 2 bytes is moved on its own"
+            reading, storing = reading + 1, storing + (("st", ".v4", "32") in accesses)
+    folder = request.node.callspec.params["compiled"].parent.name
+    assert (reading > 0) == (folder in ("masked_rms_norm", "masked_swiglu", "rope", "cross_entropy"))
+    assert storing == reading or folder == "cross_entropy"  # whose forward pass writes two numbers a row
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")
 @pytest.mark.parametrize("source", CPU_SOURCES, ids=_name)
 def test_cpu_compiles_without_a_warning(source, tmp_path):
     flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
-    _compile([CXX, *flags, "-c", str(source), "-o", str(tmp_path / "object.o")])
+    done = subprocess.run([CXX, *flags, "-c", str(source), "-o", tmp_path / "object.o"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
 
 
 def test_sources_know_no_torch_and_every_op_has_its_parts():
