@@ -52,18 +52,18 @@ def test_no_register_is_spilled(compiled):
 
 
 def test_kernels_of_packs_move_16_bytes_at_a_time(compiled, request):
-    reading, storing = 0, 0
+    folder, reading, storing = request.node.callspec.params["compiled"].parent.name, 0, 0
     for ptx in compiled.ptx:
         for kernel in re.split(r"(?=\.entry )", ptx)[1:]:
             if WIDE.search(kernel.partition("(")[0]) is None:
                 continue
             accesses = re.findall(r"\b(ld|st)\.global[.\w]*?(\.v4)?\.[bfu](16|32)\b", kernel)
             assert ("ld", ".v4", "32") in accesses
-            assert all(bits == "32" for _, _, bits in accesses), "an element of 2 bytes is moved on its own"
+            single = [verb for verb, _, bits in accesses if bits == "16"]
+            assert len(single) <= (folder == "cross_entropy"), "an element of 2 bytes is moved on its own"
             reading, storing = reading + 1, storing + (("st", ".v4", "32") in accesses)
-    folder = request.node.callspec.params["compiled"].parent.name
     assert (reading > 0) == (folder in ("masked_rms_norm", "masked_swiglu", "rope", "cross_entropy"))
-    assert storing == reading or folder == "cross_entropy"  # whose forward pass writes two numbers a row
+    assert storing == reading or folder == "cross_entropy"  # which picks the label's logit, and writes two numbers a row
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")
