@@ -8,7 +8,6 @@ import hashlib
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megashear import ops
@@ -23,6 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mask: Tensor | None = None) 
     return out if mask is None else out * mask
 
 
+def add_rms_norm(
+    x: Tensor, branch: Tensor, branch_mask: Tensor | None, weight: Tensor, eps: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    total = x + (branch if branch_mask is None else branch * branch_mask)
+    return total, rms_norm(total, weight, eps, mask)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Multi-head only."""
     score = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -30,11 +36,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     share = score.masked_fill(future, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
     out = share @ v
     return out if mask is None else out * mask[:, None, None]
-
-
-def cross_entropy(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-    """In float64, where megatron-core's is float32."""
-    return F.cross_entropy(logits_SBV.permute(0, 2, 1), labels_SB, reduction="none")
 
 
 def noise(uniform: Tensor) -> Tensor:
@@ -54,5 +55,5 @@ def same_bits() -> bool:
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rms_norm", rms_norm)
+    monkeypatch.setattr(ops, "add_rms_norm", add_rms_norm)
     monkeypatch.setattr(ops, "attention", attention)
-    monkeypatch.setattr("megashear.model.llama.cross_entropy", cross_entropy)
