@@ -63,7 +63,7 @@ def test_kernels_of_packs_move_16_bytes_at_a_time(compiled, request):
             assert len(single) <= (folder == "cross_entropy"), "an element of 2 bytes is moved on its own"
             reading, storing = reading + 1, storing + (("st", ".v4", "32") in accesses)
     assert (reading > 0) == (folder in ("masked_rms_norm", "masked_swiglu", "rope", "cross_entropy"))
-    assert storing == reading or folder == "cross_entropy"  # which picks the label's logit, and writes two numbers a row
+    assert storing == reading or folder == "cross_entropy"  # picks the label's logit, writes two numbers a row
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")
