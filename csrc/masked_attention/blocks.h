@@ -49,13 +49,13 @@ class Scratch {
 // Which keys the queries of one block see: from `first` to themselves. Lanes beyond the last token see some keys too,
 // nothing of theirs is kept.
 struct Queries {
-  int32_t first[kBlock], last[kBlock];
+  int32_t begin, first[kBlock], more[kBlock];
   int32_t least_first, greatest_first;
 
-  Queries(const int32_t* first_of_token, int64_t begin, int64_t tokens) {
-    for (int64_t i = 0; i < kBlock; ++i) {
-      last[i] = static_cast<int32_t>(begin + i);
-      first[i] = first_of_token == nullptr || i >= tokens ? 0 : std::min(first_of_token[begin + i], last[i]);
+  Queries(const int32_t* first_of_token, int64_t begin_, int64_t tokens) : begin(static_cast<int32_t>(begin_)) {
+    for (int32_t i = 0; i < kBlock; ++i) {
+      first[i] = first_of_token == nullptr || i >= tokens ? 0 : std::clamp(first_of_token[begin + i], 0, begin + i);
+      more[i] = begin + i - first[i];
     }
     least_first = *std::min_element(first, first + tokens);
     greatest_first = *std::max_element(first, first + tokens);
@@ -65,7 +65,7 @@ struct Queries {
 
   // Of the block of `keys` keys from `key`, for lanes from `lane`.
   Window window(int64_t key, int64_t keys, int64_t lane) const {
-    return {first, last, static_cast<int32_t>(key), key + keys - 1 > last[lane] || greatest_first > key};
+    return {first, more, static_cast<int32_t>(key), key + keys - 1 > begin + lane || greatest_first > key};
   }
 };
 

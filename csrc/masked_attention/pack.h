@@ -7,6 +7,8 @@
 //   turned   [padded, kBlock / pair]   the same, transposed
 #pragma once
 
+#include <type_traits>
+
 #include "masked_attention.h"
 #include "tiles.h"
 
@@ -16,14 +18,28 @@ inline int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 
 
 // ---- loops over the elements of a block -----------------------------------------------------------------------------
 
+// Asks for the row some tokens ahead: rows are far apart where tokens come first, so no hardware foresees them.
+template <typename T>
+MEGASHEAR_ROW void prefetch_ahead(const T* row, int64_t stride, int64_t width, int64_t left) {
+  constexpr int64_t kAhead = 6;
+  if (left <= kAhead) return;
+  const char* ahead = reinterpret_cast<const char*>(row + kAhead * stride);
+  for (int64_t byte = 0; byte < width * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte);
+}
+
 template <typename T, typename Element>
 MEGASHEAR_ROW void copy_in(const T* from, int64_t stride, Element* to, int64_t padded, int64_t tokens, int64_t width,
                            float factor) {
   for (int64_t t = 0; t < kBlock; ++t, to += padded) {
     const int64_t filled = t < tokens ? width : 0;
     const T* row = from + t * stride;
+    prefetch_ahead(row, stride, filled, tokens - t);
+    if (std::is_same<T, Element>::value && factor == 1.0f) {
+      std::memcpy(to, row, static_cast<size_t>(filled) * sizeof(T));
+    } else {
 #pragma omp simd
-    for (int64_t c = 0; c < filled; ++c) to[c] = narrow<Element>(widen(row[c]) * factor);
+      for (int64_t c = 0; c < filled; ++c) to[c] = narrow<Element>(widen(row[c]) * factor);
+    }
     if (filled < padded) std::memset(to + filled, 0, static_cast<size_t>(padded - filled) * sizeof(Element));
   }
 }
@@ -71,6 +87,8 @@ MEGASHEAR_ROW void dot_rows(const T* left, int64_t left_stride, const T* right, 
                             int64_t tokens, int64_t width) {
   for (int64_t t = 0; t < tokens; ++t) {
     float sum = 0.0f;
+    prefetch_ahead(left + t * left_stride, left_stride, width, tokens - t);
+    prefetch_ahead(right + t * right_stride, right_stride, width, tokens - t);
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < width; ++c) sum += widen(left[t * left_stride + c]) * widen(right[t * right_stride + c]);
     dot[t] = sum;

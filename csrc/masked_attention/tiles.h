@@ -23,9 +23,10 @@ struct Product {
   bool add;  // to what C holds
 };
 
-// Which queries of a block see which keys: query `lane` those from first[lane] to last[lane]. `partial`: not all do.
+// Which queries of a block see which keys: query `lane` sees first[lane] and the more[lane] next ones. `partial`: not all
+// see all.
 struct Window {
-  const int32_t *first, *last;
+  const int32_t *first, *more;
   int32_t key;  // of the block's first row
   bool partial;
 };
@@ -59,12 +60,16 @@ struct Tiles {
   void (*transpose)(const Word* from, int64_t from_stride, Word* to, int64_t to_stride, int64_t rows, int64_t columns);
 };
 
-// Whether each lane's query sees `key`, as all ones or zeros.
+// Puts `hidden` where a lane's query does not see `key`: one unsigned comparison, since GCC 12 takes the conjunction of
+// two comparisons of vectors apart, lane by lane.
 template <int W>
-MEGASHEAR_ROW void visible(typename Lanes<W>::Integer& seen, const Window& window, int32_t key, int64_t lane) {
-  using IntegerAt = typename Lanes<W>::IntegerAt;
-  seen = (*reinterpret_cast<const IntegerAt*>(window.first + lane) <= key) &
-         (*reinterpret_cast<const IntegerAt*>(window.last + lane) >= key);
+MEGASHEAR_ROW void hide(typename Lanes<W>::Float& lanes, float hidden, const Window& window, int32_t key,
+                        int64_t lane) {
+  using BitsAt = typename Lanes<W>::BitsAt;
+  const typename Lanes<W>::Float instead = typename Lanes<W>::Float{} + hidden;
+  const typename Lanes<W>::Bits after_first =
+      static_cast<uint32_t>(key) - *reinterpret_cast<const BitsAt*>(window.first + lane);
+  lanes = after_first > *reinterpret_cast<const BitsAt*>(window.more + lane) ? instead : lanes;
 }
 
 template <int W>
@@ -80,9 +85,7 @@ MEGASHEAR_ROW void mask_and_maximum(const SoftmaxBlock& block, int64_t lane, typ
       Float score;
       load<W>(score, row);
       if (block.window.partial) {
-        typename Lanes<W>::Integer seen;
-        visible<W>(seen, block.window, block.window.key + static_cast<int32_t>(k + i), lane);
-        score = seen ? score : Float{} + 2.0f * kLowest;
+        hide<W>(score, 2.0f * kLowest, block.window, block.window.key + static_cast<int32_t>(k + i), lane);
         store<W>(row, score);
       }
       top[i] = top[i] > score ? top[i] : score;
@@ -155,9 +158,7 @@ MEGASHEAR_ROW void gradient_block(const GradientBlock& block) {
         p[i] = p[i] * block.scale - lse;
         power_of_two<W>(p[i]);
         if (block.window.partial) {
-          typename Lanes<W>::Integer seen;
-          visible<W>(seen, block.window, block.window.key + static_cast<int32_t>(k + i), lane);
-          p[i] = seen ? p[i] : Float{};
+          hide<W>(p[i], 0.0f, block.window, block.window.key + static_cast<int32_t>(k + i), lane);
         }
         ds[i] = p[i] * (ds[i] - delta);
       }

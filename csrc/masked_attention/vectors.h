@@ -16,11 +16,9 @@ template <int W>
 struct Lanes {
   typedef float Float __attribute__((vector_size(W * 4)));
   typedef uint32_t Bits __attribute__((vector_size(W * 4)));
-  typedef int32_t Integer __attribute__((vector_size(W * 4)));
   typedef uint16_t Half __attribute__((vector_size(W * 2)));
   // The same in memory, at any address and beside any other type.
   typedef float FloatAt __attribute__((vector_size(W * 4), aligned(4), may_alias));
-  typedef int32_t IntegerAt __attribute__((vector_size(W * 4), aligned(4), may_alias));
   typedef uint32_t BitsAt __attribute__((vector_size(W * 4), aligned(4), may_alias));
   typedef uint16_t HalfAt __attribute__((vector_size(W * 2), aligned(2), may_alias));
 };
