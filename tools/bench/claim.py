@@ -56,6 +56,7 @@ class Trial:
     global_batch: int = 8
     micro_batch: int = 8
     sequence_length: int = 256
+    eval_interval: int = 100
     eval_sequences: int = 64
 
 
@@ -91,12 +92,13 @@ TRIALS = {
             "num_query_groups": 2,
             "intermediate_size": 1024,
         },
-        prune_steps=60,
-        pretrain_steps=180,
+        prune_steps=30,
+        pretrain_steps=90,
         rate=1.2e-3,
         global_batch=4,
-        micro_batch=2,
-        eval_sequences=16,
+        micro_batch=4,
+        eval_interval=30,
+        eval_sequences=8,
     ),
 }
 STEPS = ("source_steps", "prune_steps", "pretrain_steps")
@@ -147,7 +149,7 @@ class RunFiles:
             "steps": steps,
             "global_batch": trial.global_batch,
             "micro_batch": trial.micro_batch,
-            "eval_interval": max(1, min(steps, self.trial.prune_steps) // 2),
+            "eval_interval": min(steps, trial.eval_interval),
             "eval_sequences": trial.eval_sequences,
         }
         return {"batch": batch, "optimizer": {"learning_rate": trial.rate * share, "weight_decay": 0.1}}
