@@ -67,14 +67,15 @@ MEGASHEAR_ROW void gradient_row(const BackwardRow<T>& row, const Vectors& v, flo
   const float *__restrict weight = v.weight, *__restrict mask = v.mask, *__restrict branch_mask = v.branch_mask;
   T *__restrict dx = row.dx, *__restrict dbranch = row.dbranch;
   float *__restrict column = row.column, *__restrict branch_column = row.branch_column;
+  const float r = row.r;
 #pragma omp simd
   for (int64_t j = 0; j < v.hidden; ++j) {
     const float upstream = widen(dout[j]), value = widen(x[j]);
-    column[j] += upstream * normalised<T>(value, row.r);
-    float d = masked_rms_norm_dx(upstream, value, weight[j], mask[j], row.r, pull);
-    if (HasSum) d += widen(dsum[j]);
+    column[j] += upstream * normalised<T>(value, r);
+    float d = masked_rms_norm_dx(upstream, value, weight[j], mask[j], r, pull);
+    if constexpr (HasSum) d += widen(dsum[j]);
     dx[j] = narrow<T>(d);
-    if (HasBranchMask) {
+    if constexpr (HasBranchMask) {
       dbranch[j] = narrow<T>(d * branch_mask[j]);
       branch_column[j] += d * widen(branch[j]);
     }

@@ -24,7 +24,8 @@ MEGASHEAR_INLINE float masked_rms_norm(float h, float weight, float mask) { retu
 
 // `pull` is r^3 / n * sum of dh x, one value per token.
 MEGASHEAR_INLINE float masked_rms_norm_dx(float dout, float x, float weight, float mask, float r, float pull) {
-  return dout * weight * mask * r - live_or_zero(x, mask) * pull;
+  const float direct = dout * weight * mask * r, pulled = direct - x * pull;
+  return mask != 0.0f ? pulled : direct;
 }
 
 // Matrices are [tokens, hidden] of one dtype; those that are read have contiguous rows `*_row` elements apart, those

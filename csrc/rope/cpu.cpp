@@ -20,10 +20,10 @@ MEGASHEAR_ROW void turn(const T* __restrict from, T* __restrict to, const float*
                         const float* __restrict sin, int64_t half) {
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
-    const Pair x = {widen(from[i]), widen(from[half + i])};
-    const Pair y = turned(x, cos[i], Forward ? sin[i] : -sin[i]);
-    to[i] = narrow<T>(y.first);
-    to[half + i] = narrow<T>(y.second);
+    const float first = widen(from[i]), second = widen(from[half + i]);
+    const float c = cos[i], s = Forward ? sin[i] : -sin[i];
+    to[i] = narrow<T>(turned_first(first, second, c, s));
+    to[half + i] = narrow<T>(turned_second(first, second, c, s));
   }
 }
 

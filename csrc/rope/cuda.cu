@@ -36,14 +36,14 @@ __global__ void __launch_bounds__(kThreads)
       T* to = Forward ? apart : fused;
       Pack<T, N> first = load<T, N>(from), second = load<T, N>(from + sizes.half);
       if (h <= queries) {
-        float c[N], d[N];
-        load_floats<N>(c, cos + s * sizes.half + i);
-        load_floats<N>(d, sin + s * sizes.half + i);
+        float cosine[N], sine[N];
+        load_floats<N>(cosine, cos + s * sizes.half + i);
+        load_floats<N>(sine, sin + s * sizes.half + i);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-          const Pair y = turned({widen(first.value[n]), widen(second.value[n])}, c[n], Forward ? d[n] : -d[n]);
-          first.value[n] = narrow<T>(y.first);
-          second.value[n] = narrow<T>(y.second);
+          const float x = widen(first.value[n]), y = widen(second.value[n]), turn = Forward ? sine[n] : -sine[n];
+          first.value[n] = narrow<T>(turned_first(x, y, cosine[n], turn));
+          second.value[n] = narrow<T>(turned_second(x, y, cosine[n], turn));
         }
       }
       store<T, N>(to, first);

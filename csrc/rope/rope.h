@@ -11,12 +11,12 @@
 
 namespace megashear {
 
-struct Pair {
-  float first, second;
-};
+MEGASHEAR_INLINE float turned_first(float first, float second, float cos, float sin) {
+  return first * cos - second * sin;
+}
 
-MEGASHEAR_INLINE Pair turned(Pair x, float cos, float sin) {
-  return {x.first * cos - x.second * sin, x.second * cos + x.first * sin};
+MEGASHEAR_INLINE float turned_second(float first, float second, float cos, float sin) {
+  return second * cos + first * sin;
 }
 
 struct RopeSizes {
