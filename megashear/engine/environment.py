@@ -13,7 +13,7 @@ import platform
 from types import ModuleType
 
 import torch
-from megatron.core.optimizer import Adam, clip_grads
+from megatron.core.optimizer import Adam
 
 import megashear
 from megashear.engine.device import backend, uses_cuda
@@ -73,7 +73,7 @@ def roles() -> list[tuple[str, str]]:
     return [
         ("parallel linears", "megatron-core"),
         ("Adam", served_by(Adam.__module__)),
-        ("clipping", served_by(clip_grads.l2_norm_impl.__module__)),
+        ("clipping", "torch"),
         ("gradient accumulation fusion", "Apex" if fusion else "none"),
         ("attention", "torch, scaled_dot_product_attention"),
     ]

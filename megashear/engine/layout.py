@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megashear.config.schema import ParallelConfig
-from megashear.engine.device import backend, present_cpu, rank_device, uses_cuda
+from megashear.engine.device import backend, keep_freed_memory, present_cpu, rank_device, uses_cuda
 from megashear.errors import ConfigError
 
 
@@ -57,6 +57,7 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
     Runs under torchrun, or alone as a world of one. Raises ConfigError where the world does not fit the layout.
     """
     present_cpu()
+    keep_freed_memory()
     if uses_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():

@@ -9,6 +9,7 @@ torch's. Read next: `sharded.py`.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -16,11 +17,11 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
 
 from megashear.config.schema import OptimizerConfig
-from megashear.engine.repairs import repair, use_fused_adam
+from megashear.engine.device import rank_device
+from megashear.engine.repairs import repair, skip_collectives_of_one, use_fused_adam
 
 
 class WeightOptimizer:
@@ -59,6 +60,8 @@ class WeightOptimizer:
         for part in self.parts:
             repair(part)
             use_fused_adam(part)
+        for chunk in self.chunks:
+            skip_collectives_of_one(chunk)
         # megatron-core shares one config among chunks; each chunk's gradient hooks read it.
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
@@ -74,17 +77,31 @@ class WeightOptimizer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def prepare(self) -> float:
-        """Take over the reduced gradients; returns their global L2 norm (every weight counted once over all ranks)."""
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+    @torch.no_grad()
+    def prepare(self) -> torch.Tensor:
+        """Take over the reduced gradients; returns the square of their global L2 norm, fp64 [], every weight counted
+        once over all ranks.
 
+        megatron-core's own norm waits for the device once for every parameter.
+        """
+        self.optimizer.prepare_grads()
+        total = torch.zeros((), dtype=torch.float64, device=rank_device())
+        for part in self.parts:
+            norms = torch._foreach_norm(part.get_main_grads_for_grad_norm())
+            square = torch.stack(norms).double().square().sum() if norms else torch.zeros_like(total)
+            dist.all_reduce(square, group=part.get_grad_stats_parallel_group())
+            total += square
+        return total
+
+    @torch.no_grad()
     def scale(self, norm: float, limit: float) -> float:
         """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor.
         """
-        for part in self.parts:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm)
-        return min(1.0, limit / (norm + 1e-6))
+        factor = min(1.0, limit / (norm + 1e-6))
+        if factor < 1.0:
+            gradients = [one.grad for part in self.parts for one in part.get_parameters() if one.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+        return factor
 
     def step(self, learning_rate: float) -> None:
         """One Adam step at a learning rate, and the new weights on every rank."""

@@ -1,5 +1,5 @@
 """Faults of megatron-core 0.16 mended around its methods: three in saving and loading the distributed optimizer, and
-an Adam in many passes.
+two that cost time.
 
 1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count
 there which the checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is
@@ -11,6 +11,8 @@ with more than one bucket (a tied embedding has its own) the state of other para
 padding is put back.
 4. Without Transformer Engine or Apex, torch's Adam is made in its default form, a dozen passes over memory; it has
 one that takes a single pass.
+5. With a single data-parallel rank, gradients and weights are still sent through a collective of one, in which gloo
+copies them.
 `tests/parallel/test_checkpoint.py` fails without each of the first three. Read next: `sharded.py`.
 """
 
@@ -71,3 +73,18 @@ def use_fused_adam(part: Any) -> None:
         group["foreach"], group["fused"] = None, True
     for parameter, state in adam.state.items():
         state["step"] = state["step"].to(parameter.device)
+
+
+def skip_collectives_of_one(chunk: Any) -> None:
+    """Mend 5 in a model chunk inside gradient buffers; to be called once, when it is made."""
+    for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+        sharded = chunk.ddp_config.use_distributed_optimizer
+        ranks = group.intra_distributed_optimizer_instance_size if sharded else group.data_parallel_group.size()
+        if ranks > 1 or any(bucket.gradient_scaling_factor != 1.0 for bucket in group.buckets):
+            continue
+        group.start_grad_sync = _do_nothing
+        group.start_param_sync = _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a collective of one rank."""

@@ -16,6 +16,7 @@ from megashear.engine.layout import Layout
 from megashear.engine.module import StageModule
 from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, vocab_embedding
 from megashear.masks.masks import Masks
+from megashear.model.accumulate import accumulate_in_one_pass
 from megashear.model.layer import Layer, Norm, Stream
 from megashear.model.live import WHOLE, LivePattern, LivePlanner
 from megashear.model.live_linear import live_product
@@ -56,6 +57,7 @@ class Llama(StageModule):
             # group.
             self.output = output_layer(shape.hidden_size, rows, config, own_weight=not (self.tied and pre_process))
         self._mark_tied_weights()
+        accumulate_in_one_pass(self)
 
     def _mark_tied_weights(self) -> None:
         """Have megatron-core sum the gradients of the copies on two stages, and count the weight once in the norm."""

@@ -81,8 +81,8 @@ class Stepper:
         self.clip_norm, self.clip_jointly = clip_norm, clip_jointly
         self._live_flops: float | None = None
 
-    def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
-        """Accumulate and reduce the gradients of one global batch; returns its mean loss, the same on every rank."""
+    def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
+        """Accumulate and reduce the gradients of one global batch; returns its mean loss, fp64 [], on every rank."""
 
         patterns = self._live_patterns([batch.index for batch in batches], step)
         length = batches[0].tokens_BS.shape[1]
@@ -115,34 +115,41 @@ class Stepper:
             return None
         return sum(flops_share(one, self.masks.source, length) for one in patterns) / len(patterns)
 
-    def _mean_over_world(self, losses: list[Tensor], count: int) -> float:
-        total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
+    def _mean_over_world(self, losses: list[Tensor], count: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         if losses and self.layout.tensor_rank == 0:
             total += torch.stack(losses).double().sum() / (count * self.layout.data_size)
-        return float(sum_over_world(total))
+        return sum_over_world(total)
 
     def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
-        """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights."""
+        """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights.
+
+        The host waits for the device once, for four numbers that say whether and how far to step.
+        """
         started = time.monotonic()
-        loss = self.forward_backward(batches, step)
-        lagrangian, sparsity = None, None
-        norm = self.weights.prepare()
-        total = norm
+        numbers = [self.forward_backward(batches, step), self.weights.prepare()]
+        sparsity = None
         if self.masks is not None:
             value, sparsity = self.masks.add_lagrangian_gradients(step)
-            lagrangian = float(value)
-            total = math.sqrt(norm**2 + float(self.masks.grad_norm_squared()))
-        clipped = total if self.clip_jointly else norm
+            numbers += [self.masks.grad_norm_squared().double(), value.double()]
+        loss, square, *rest = torch.stack(numbers).tolist()
+        mask_square, lagrangian = rest or (0.0, None)
+        total = math.sqrt(square + mask_square)
+        clipped = total if self.clip_jointly else math.sqrt(square)
         skipped = not (math.isfinite(loss) and math.isfinite(total))
         if not skipped:
-            scale = self.weights.scale(clipped, self.clip_norm)
-            if self.masks is not None and self.clip_jointly:
-                self.masks.scale_gradients(scale)
-            self.weights.step(learning_rate)
-            if self.masks is not None:
-                self.masks.step(factor)
+            self._update(clipped, factor, learning_rate)
         seconds = time.monotonic() - started
         return StepResult(loss, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
+
+    def _update(self, norm: float, factor: float, learning_rate: float) -> None:
+        """Clip by the norm and move weights, masks and multipliers."""
+        scale = self.weights.scale(norm, self.clip_norm)
+        if self.masks is not None and self.clip_jointly:
+            self.masks.scale_gradients(scale)
+        self.weights.step(learning_rate)
+        if self.masks is not None:
+            self.masks.step(factor)
 
 
 def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:

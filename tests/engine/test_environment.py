@@ -35,7 +35,7 @@ def test_the_cpu_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_roles_name_what_megatron_core_chose() -> None:
     told = dict(environment.roles())
     if environment.importable("transformer_engine") is None and environment.importable("apex.optimizers") is None:
-        assert (told["Adam"], told["clipping"]) == ("torch", "megatron-core")
+        assert told["Adam"] == "torch"
     else:
         assert told["Adam"] in ("Transformer Engine", "Apex")
 

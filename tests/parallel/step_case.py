@@ -30,7 +30,7 @@ class Recorder(Stepper):
     gradients: dict[str, Tensor]
     mask_gradients: Tensor
 
-    def forward_backward(self, batches: list[MicroBatch], step: int) -> float:
+    def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
         loss = super().forward_backward(batches, step)
         self.mask_gradients = self.masks.gradients_flat().clone()
         shards = self.weights.parts[0].config.use_distributed_optimizer

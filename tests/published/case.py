@@ -4,7 +4,6 @@ The fixture already carries this package's names (`group` is the published head)
 Read next: `rounding.py` (what the published code computes in float32), then the tests.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,8 @@ class Float64Adam:
     def zero_gradients(self) -> None:
         self.adam.zero_grad(set_to_none=False)
 
-    def prepare(self) -> float:
-        return math.sqrt(sum(float(p.grad.square().sum()) for p in self.chunks[0].parameters()))
+    def prepare(self) -> torch.Tensor:
+        return torch.stack([p.grad.double().square().sum() for p in self.chunks[0].parameters()]).sum()
 
     def scale(self, norm: float, limit: float) -> float:
         factor = min(1.0, limit / (norm + 1e-6))

@@ -52,7 +52,8 @@ def test_samples_of_the_published_logit(arrays, layout, prune):
 def test_losses_and_all_gradients(arrays, layout, prune, state, dtype):
     module = build_model(layout, SOURCE, arrays.group("weights"), prune, dtype)
     stepper = build_stepper(layout, module, state, prune, dtype)
-    loss = stepper.forward_backward(micro_batches(arrays["tokens"], layout, ROWS, layout.device), STEP_OF_B)
+    batches = micro_batches(arrays["tokens"], layout, ROWS, layout.device)
+    loss = float(stepper.forward_backward(batches, STEP_OF_B))
     lagrangian, info = state.add_lagrangian_gradients(STEP_OF_B)
     cross_entropy, theirs, total = arrays["B/losses"].tolist()
     assert loss == pytest.approx(cross_entropy, rel=TOLERANCE)
