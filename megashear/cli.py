@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys to override, such as run.seed=1")
         if name == "check":
             one.add_argument("--presets", action="store_true", help="list the shapes that have a name")
+        if name in ("run", "prune", "pretrain"):
+            one.add_argument("--profile", action="store_true", help="trace steps 3 to 5 (logging.profile_steps=3)")
     one = verb("export", "write a Hugging Face folder from a model folder or a run, and load it back")
     one.add_argument("model", type=Path, help="model folder, or run folder")
     one.add_argument("output", type=Path, help="folder to write")
@@ -187,7 +189,8 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
     from megashear.config.check import check
     from megashear.config.load import load_config
 
-    config = load_config(options.file, options.overrides)
+    profile = ["logging.profile_steps=3"] if getattr(options, "profile", False) else []
+    config = load_config(options.file, [*profile, *options.overrides])
     for stage in stages or []:
         if stage not in config.run.stages:
             raise ConfigError(f"run.stages: it does not name {stage}; add it to the run file")

@@ -27,6 +27,7 @@ def _conclude(context: Context) -> None:
     parameters = {name: shape.parameters() for name, shape in shapes.items()}
     tokens = {name: records[name]["tokens"] for name in TRAINING if name in records}
     seconds = {name: records[name]["seconds"] for name in TRAINING if name in records}
+    evaluation = {name: records[name].get("evaluation_seconds", 0.0) for name in seconds}
     export = records.get("export", {}).get("folder")
     write_json(
         context.folder / "summary.json",
@@ -36,12 +37,13 @@ def _conclude(context: Context) -> None:
             "parameters": parameters,
             "tokens": tokens,
             "seconds": seconds,
+            "evaluation_seconds": evaluation,
             "export": export,
         },
     )
     if losses:
         print(loss_table(losses))
-    print(outcome_table(parameters, tokens, seconds))
+    print(outcome_table(parameters, tokens, seconds, evaluation))
     try:
         pictures = plot_run(context.folder)
         print(f"pictures: {pictures[0].parent}" if pictures else "pictures: none")

@@ -30,6 +30,7 @@ from megashear.run.context import Context, read_record
 from megashear.train.evaluate import Losses, evaluate, from_json, to_json
 from megashear.train.loop import Counters, Stage, train
 from megashear.train.metrics import Metrics
+from megashear.train.profile import traced
 from megashear.train.progress import Progress
 from megashear.train.step import Stepper
 
@@ -56,8 +57,10 @@ def run_training(context: Context, name: str) -> None:
         context.folder.name,
         enabled=context.layout.is_main,
     )
-    with metrics:
+    traces = config.logging.profile_steps if context.layout.is_main else 0
+    with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
         stage = build_stage(context, name, section, shape, weights, masks, metrics)
+        stage.tick = tick
         losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
@@ -71,7 +74,8 @@ def run_training(context: Context, name: str) -> None:
         context.companions(),
         context.provenance([*earlier_records(context, name), record]),
     )
-    context.finish(name, record | {"seconds": stage.counters.seconds})
+    times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
+    context.finish(name, record | times)
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:

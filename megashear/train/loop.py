@@ -21,6 +21,7 @@ from megashear.engine.layout import Layout
 from megashear.errors import Interrupted, TrainingError
 from megashear.train.evaluate import Losses, evaluate
 from megashear.train.metrics import Metrics
+from megashear.train.profile import Tick
 from megashear.train.progress import Progress
 from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
 from megashear.train.signals import StopRequest
@@ -35,6 +36,8 @@ class Counters:
 
     step: int = 0
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    """Of `seconds`, those that held-out evaluations took."""
     skipped: int = 0
     skipped_in_a_row: int = 0
 
@@ -56,6 +59,8 @@ class Stage:
     metrics: Metrics
     progress: Progress
     counters: Counters = field(default_factory=Counters)
+    tick: Tick = lambda: None
+    """Called after every step; a profiler counts by it."""
     losses: Losses | None = None
     """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
 
@@ -90,12 +95,14 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
                 "run the same command to go on"
             )
         result = train_step(stage)
+        stage.tick()
         counters.step += 1
         counters.seconds = time.monotonic() - started
         report_step(stage, result)
         finished = counters.step == steps
         if finished or counters.step % stage.batch.eval_interval == 0:
             evaluate_and_reweight(stage, update=not finished)
+            counters.seconds = time.monotonic() - started
         if finished or counters.step % save_interval == 0:
             save()
             saved = counters.step
@@ -136,11 +143,13 @@ def _sample_names(stage: Stage, plan: BatchPlan) -> str:
 
 def evaluate_and_reweight(stage: Stage, update: bool) -> None:
     """Take the held-out losses; with `update`, the next domain weights from them. Writes the record and the masks."""
+    started = time.monotonic()
     masks = stage.stepper.masks
     deterministic = None if masks is None else masks.deterministic("expected")
     chunks = stage.stepper.weights.chunks
     losses = evaluate(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
     stage.losses = losses
+    stage.counters.evaluation_seconds += time.monotonic() - started
     if update:
         for warning in stage.mixture.update({name: loss for name, (loss, _) in losses.items()}, stage.counters.step):
             logger.warning("%s: %s", stage.name, warning)
@@ -182,6 +191,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
             "tokens_per_second": stage.progress.tokens_per_second,
             "step_seconds": result.seconds,
             "seconds": counters.seconds,
+            "evaluation_seconds": counters.evaluation_seconds,
             "domain_tokens": stage.stream.tokens(),
             "skipped": counters.skipped,
         }

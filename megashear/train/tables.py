@@ -145,11 +145,21 @@ def loss_cells(loss: tuple[float, float] | None) -> list[str]:
     return [f"{loss[0]:.4f} +- {loss[1]:.4f}", f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}"]
 
 
-def outcome_table(parameters: Mapping[str, int], tokens: Mapping[str, int], seconds: Mapping[str, float]) -> str:
-    """Parameters of each model, tokens and wall time of each stage, at the end of a run."""
+def outcome_table(
+    parameters: Mapping[str, int],
+    tokens: Mapping[str, int],
+    seconds: Mapping[str, float],
+    evaluation: Mapping[str, float],
+) -> str:
+    """Parameters of each model, tokens and wall time of each stage, and the share of held-out evaluation in it.
+
+    evaluation: seconds of `seconds`, by stage.
+    """
     rows = [[f"parameters, {name}", f"{number:,}"] for name, number in parameters.items()]
     rows += [[f"tokens, {stage}", f"{number:,}"] for stage, number in tokens.items()]
     rows += [[f"time (h:mm), {stage}", duration(value)] for stage, value in seconds.items()]
     if len(seconds) > 1:
         rows.append(["time (h:mm), all", duration(sum(seconds.values()))])
+    shares = {stage: evaluation[stage] / value for stage, value in seconds.items() if stage in evaluation and value > 0}
+    rows += [[f"of it held-out evaluation, {stage}", f"{share:.1%}"] for stage, share in shares.items()]
     return table("Run", ["", ""], rows)

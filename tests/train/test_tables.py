@@ -97,7 +97,8 @@ def test_losses_perplexity_and_their_mean() -> None:
 
 def test_outcome() -> None:
     text = tables.outcome_table(
-        {"source": 10, "target": 5000}, {"prune": 419430400}, {"prune": 3600, "pretrain": 11220}
+        {"source": 10, "target": 5000}, {"prune": 419430400}, {"prune": 3600, "pretrain": 11220}, {"prune": 180}
     )
     assert cells(text, "parameters, target") == ["5,000"] and cells(text, "tokens, prune") == ["419,430,400"]
     assert cells(text, "time (h:mm), all") == ["4:07"]
+    assert cells(text, "of it held-out evaluation, prune") == ["5.0%"] and "evaluation, pretrain" not in text
