@@ -25,13 +25,14 @@ std::vector<const Tiles*> tiles_for(Dtype dtype) {
   __builtin_cpu_init();
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(MEGASHEAR_COMPILES_AVX512_BF16)
   const bool bf16 = dtype == Dtype::BFloat16;
   if (wide && bf16 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::tiles);
+#endif
   if (wide) found.push_back(&avx512::tiles);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::tiles);
-#else
-  (void)dtype;
 #endif
+  (void)dtype;
   found.push_back(&portable::tiles);
   return found;
 }

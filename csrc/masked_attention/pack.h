@@ -5,6 +5,7 @@
 //   columns  [padded / pair, kBlock]   the same, transposed
 //   pairs    [kBlock / pair, padded]   words along the tokens
 //   turned   [padded, kBlock / pair]   the same, transposed
+// To be included once, by cpu.cpp.
 #pragma once
 
 #include <type_traits>
@@ -141,8 +142,11 @@ inline void read_rows(const Rows& from, const Tiles& tiles, float factor, Word* 
 inline void rearrange(const Word* rows, int64_t padded, const Tiles& tiles, Word* columns, Word* pairs, Word* turned) {
   const int64_t row_words = padded / tiles.pair, pair_rows = kBlock / tiles.pair;
   if (columns != nullptr) tiles.transpose(rows, row_words, columns, kBlock, kBlock, row_words);
-  if (pairs != nullptr && tiles.pair == 2) interleave(reinterpret_cast<const uint16_t*>(rows), pairs, padded);
-  if (pairs != nullptr && tiles.pair == 1) std::memcpy(pairs, rows, static_cast<size_t>(kBlock * padded) * sizeof(Word));
+  if (pairs != nullptr && tiles.pair == 2) {
+    interleave(reinterpret_cast<const uint16_t*>(rows), pairs, padded);
+  } else if (pairs != nullptr) {
+    std::memcpy(pairs, rows, static_cast<size_t>(kBlock * padded) * sizeof(Word));
+  }
   if (turned != nullptr) tiles.transpose(pairs, padded, turned, pair_rows, pair_rows, padded);
 }
 

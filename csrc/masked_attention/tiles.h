@@ -23,8 +23,8 @@ struct Product {
   bool add;  // to what C holds
 };
 
-// Which queries of a block see which keys: query `lane` sees first[lane] and the more[lane] next ones. `partial`: not all
-// see all.
+// Which keys the queries of a block see: query `lane` sees key first[lane] and the more[lane] next ones. `partial`: not
+// every query sees every key of the block.
 struct Window {
   const int32_t *first, *more;
   int32_t key;  // of the block's first row

@@ -14,7 +14,6 @@
 #include "tiles_portable.h"
 
 #define MEGASHEAR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define MEGASHEAR_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
 
 namespace megashear {
 
@@ -40,7 +39,8 @@ MEGASHEAR_AVX512 inline void transpose_16(const Word* from, int64_t from_stride,
   // x[4 g + c] holds, in its four quarters q, columns 4 q + c of rows 4 g to 4 g + 3.
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88), high = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
+    const __m512i low = _mm512_shuffle_i32x4(x[c], x[4 + c], 0x88);
+    const __m512i high = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0x88);
     const __m512i low_odd = _mm512_shuffle_i32x4(x[c], x[4 + c], 0xdd);
     const __m512i high_odd = _mm512_shuffle_i32x4(x[8 + c], x[12 + c], 0xdd);
     y[c] = _mm512_shuffle_i32x4(low, high, 0x88);
@@ -69,6 +69,10 @@ MEGASHEAR_AVX512 inline void transpose(const Word* from, int64_t from_stride, Wo
 }
 constexpr Tiles tiles = {"avx512", 1, product, softmax, gradient, transpose};
 }  // namespace avx512
+
+#if defined(__clang__) || __GNUC__ >= 11
+#define MEGASHEAR_COMPILES_AVX512_BF16
+#define MEGASHEAR_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
 
 namespace avx512_bf16 {
 
@@ -117,6 +121,8 @@ MEGASHEAR_AVX512_BF16 inline void gradient(const GradientBlock& block) { gradien
 constexpr Tiles tiles = {"avx512_bf16", 2, product, softmax, gradient, avx512::transpose};
 
 }  // namespace avx512_bf16
+#endif
+
 }  // namespace megashear
 
 #pragma GCC diagnostic pop
