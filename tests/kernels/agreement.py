@@ -13,6 +13,7 @@ SMALL = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**-25}
 
 DTYPES = list(UNIT)
 GUARD = 64
+NAN = float("nan")
 
 
 def assert_within(actual: Tensor, exact: Tensor, bound: Tensor) -> None:
@@ -49,10 +50,18 @@ def assert_repeats(run: Callable[[], Sequence[Tensor]], runs: int = 100) -> None
 
 def poisoned(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory full of NaN for so many elements and a guard behind them."""
-    return torch.full((elements + GUARD,), float("nan"), dtype=dtype, device=device)
+    return torch.full((elements + GUARD,), NAN, dtype=dtype, device=device)
 
 
 def assert_filled(*buffers: Tensor) -> None:
     """Every element was written, and nothing behind them."""
     for buffer in buffers:
         assert buffer[:-GUARD].isfinite().all() and buffer[-GUARD:].isnan().all()
+
+
+def cut_rows(x: Tensor, before: int, after: int, swap: bool) -> Tensor:
+    """x [A, B, width] as part of wider rows full of NaN, the two leading dimensions exchanged in memory if `swap`."""
+    first, second, width = x.shape
+    room = x.new_full((second, first, before + width + after) if swap else (first, second, before + width + after), NAN)
+    view = room[..., before : before + width]
+    return (view.transpose(0, 1) if swap else view).copy_(x)

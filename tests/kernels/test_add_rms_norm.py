@@ -11,7 +11,7 @@ from megashear.ops import reference
 from megashear.ops.kernels.library import dtype_code, launching, matrix
 from megashear.ops.kernels.rms_norm import add_rms_norm
 
-from .agreement import DTYPES, SMALL, UNIT, assert_filled, assert_repeats, assert_within, leaf, poisoned, wide
+from .agreement import DTYPES, SMALL, UNIT, assert_filled, assert_repeats, assert_within, cut_rows, leaf, poisoned, wide
 from .norm_bounds import EPS, norm_bounds
 
 MASKS = [(True, True), (True, False), (False, True), (False, False)]
@@ -134,11 +134,7 @@ def test_takes_any_strides(device, before, after, dtype, swap):
     inputs, upstream = _case(24, 8, dtype, device)
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        shape = (6, 4, 8 + before + after) if swap else (4, 6, 8 + before + after)
-        room = torch.full(shape, float("nan"), dtype=x.dtype, device=device)
-        view = room[..., before : before + 8]
-        view = view.transpose(0, 1) if swap else view
-        return view.copy_(x.view(4, 6, 8))
+        return cut_rows(x.view(4, 6, 8), before, after, swap)
 
     straight, strided = _leaves(inputs), _leaves(inputs)
     for i in (0, 1):

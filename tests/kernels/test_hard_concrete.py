@@ -11,7 +11,7 @@ from megashear.ops import reference
 from megashear.ops.kernels import hard_concrete as kernel
 from megashear.ops.kernels.library import launching
 
-from .agreement import leaf, wide
+from .agreement import assert_filled, assert_repeats, leaf, poisoned, wide
 
 indices = st.integers(0, 2**32 - 1)
 
@@ -85,15 +85,39 @@ def test_strided_log_alpha_counts_units_in_row_major_order(device):
 
 
 def test_writes_every_element_and_no_other(device):
-    units, guard = 1029, 64
+    units = 1029
     log_alpha = torch.randn(units, device=device)
-    z, slope, noise = (torch.full((units + guard,), float("nan"), device=device) for _ in range(3))
+    z, slope, noise = (poisoned(units, torch.float32, device) for _ in range(3))
     with launching(log_alpha) as (library, executor):
         library.hard_concrete_noise(1, 2, 3, 4, noise.data_ptr(), units, executor)
         addresses = (z.data_ptr(), slope.data_ptr())
         library.hard_concrete_sample(log_alpha.data_ptr(), 0, 1, 2, 3, 4, *addresses, units, executor)
-    for buffer in (z, slope, noise):
-        assert buffer[:units].isfinite().all() and buffer[units:].isnan().all()
+    assert_filled(z, slope, noise)
+
+
+def test_repeats_bit_for_bit_on_any_number_of_threads(device):
+    log_alpha = torch.randn(30_000, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def run():
+        x = leaf(log_alpha)
+        z = ops.sample_hard_concrete(x, 5, 6, 7, 8)
+        z.sum().backward()
+        return z.detach(), x.grad
+
+    assert_repeats(run)
+
+
+@pytest.mark.parametrize("form", [ops.sample_hard_concrete, ops.hard_concrete])
+def test_compiles_into_one_graph(form, device):
+    log_alpha = torch.randn(12, generator=torch.Generator().manual_seed(0)).to(device)
+    rest = (5, 6, 7, 8) if form is ops.sample_hard_concrete else (torch.full((12,), 0.4, device=device),)
+    results = []
+    for op in (form, torch.compile(form, backend="aot_eager", fullgraph=True)):
+        x = leaf(log_alpha)
+        z = op(x, *rest)
+        z.sum().backward()
+        results.append((z, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_are_proper_torch_ops(device):

@@ -11,7 +11,7 @@ from megashear.ops import reference
 from megashear.ops.kernels.library import dtype_code, launching, matrix
 from megashear.ops.kernels.rms_norm import masked_rms_norm
 
-from .agreement import DTYPES, assert_filled, assert_repeats, assert_within, leaf, poisoned, wide
+from .agreement import DTYPES, assert_filled, assert_repeats, assert_within, cut_rows, leaf, poisoned, wide
 from .norm_bounds import EPS, norm_bounds
 
 
@@ -144,3 +144,27 @@ def test_refuses_vectors_of_another_length(device):
         ops.rms_norm(x, torch.ones(7, device=device), EPS)
     with pytest.raises(ValueError, match="mask must be"):
         ops.rms_norm(x, torch.ones(8, device=device), EPS, torch.ones(9, device=device))
+
+
+def test_compiles_into_one_graph(device):
+    x, weight, mask, dout = _case(6, 8, torch.float32, device)
+    results = []
+    for op in (ops.rms_norm, torch.compile(ops.rms_norm, backend="aot_eager", fullgraph=True)):
+        leaves = [leaf(x), leaf(weight), leaf(mask)]
+        out = op(leaves[0], leaves[1], EPS, leaves[2])
+        out.backward(dout)
+        results.append([out, *(y.grad for y in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 9), st.integers(0, 9), st.sampled_from(DTYPES), st.booleans())
+def test_takes_rows_cut_from_wider_ones(device, before, after, dtype, swap):
+    x, weight, mask, dout = _case(24, 8, dtype, device)
+    results = []
+    for form in (lambda y: y.view(4, 6, 8), lambda y: cut_rows(y.view(4, 6, 8), before, after, swap)):
+        leaves = [form(x).detach().requires_grad_(), leaf(weight), leaf(mask)]
+        out = ops.rms_norm(leaves[0], leaves[1], EPS, leaves[2])
+        out.backward(form(dout))
+        results.append([out, *(y.grad for y in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -11,7 +11,7 @@ from megashear.ops import reference
 from megashear.ops.kernels.library import dtype_code, launching, matrix
 from megashear.ops.kernels.swiglu import masked_swiglu
 
-from .agreement import DTYPES, SMALL, UNIT, assert_filled, assert_repeats, assert_within, leaf, poisoned, wide
+from .agreement import DTYPES, SMALL, UNIT, assert_filled, assert_repeats, assert_within, cut_rows, leaf, poisoned, wide
 
 
 def _case(tokens: int, features: int, dtype: torch.dtype, device: torch.device, seed: int = 0):
@@ -135,3 +135,16 @@ def test_compiles_into_one_graph(device):
 def test_refuses_shapes_that_do_not_fit(shape, mask, device):
     with pytest.raises(ValueError, match="must be"):
         ops.swiglu(torch.zeros(shape, device=device), None if mask is None else torch.ones(mask, device=device))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 9), st.integers(0, 9), st.sampled_from(DTYPES), st.booleans())
+def test_takes_rows_cut_from_wider_ones(device, before, after, dtype, swap):
+    gate_up, mask, dout = _case(24, 8, dtype, device)
+    results = []
+    for form in (lambda y: y.view(4, 6, -1), lambda y: cut_rows(y.view(4, 6, -1), before, after, swap)):
+        x, m = form(gate_up).detach().requires_grad_(), leaf(mask)
+        out = ops.swiglu(x, m)
+        out.backward(form(dout))
+        results.append([out, x.grad, m.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -69,6 +69,7 @@ def _(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: in
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the slope
     ctx.save_for_backward(output[1])
 
 

@@ -163,6 +163,7 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
     x, weight_D, mask_D, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for 1 / rms
     ctx.save_for_backward(x, weight_D, mask_D, output[1])
 
 
