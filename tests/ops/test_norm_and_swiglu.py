@@ -69,6 +69,32 @@ def test_norm_gradient_reaches_the_mask_only_through_the_product():
     torch.testing.assert_close(mask.grad, (upstream * w * x * scale).sum(0), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_residual_addition_is_the_sum_rounded_once_and_its_norm(dtype):
+    torch.manual_seed(7)
+    x, branch = torch.randn(5, 12).to(dtype), torch.randn(5, 12).to(dtype)
+    weight, factor, mask = torch.randn(12), torch.rand(12), torch.tensor([0.0, 1, 0.5] * 4)
+    total, out = reference.add_rms_norm(x, branch, factor, weight, 1e-5, mask)
+    exact = x.double() + branch.double() * factor.double()
+    unit = torch.finfo(dtype).eps / 2
+    assert ((total.double() - exact).abs() <= unit * exact.abs() + 2.0**-22).all()
+    assert torch.equal(out, reference.rms_norm(total, weight, 1e-5, mask))
+    assert total.dtype == out.dtype == dtype
+    assert torch.equal(reference.add_rms_norm(x, branch, None, weight, 1e-5)[0], x + branch)
+
+
+def test_residual_addition_gradients():
+    torch.manual_seed(8)
+    matrices = [torch.randn(3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    vectors = [torch.rand(6, dtype=torch.float64).add(0.1).requires_grad_() for _ in range(3)]
+
+    def form(x, branch, factor, weight, mask):
+        return reference.add_rms_norm(x, branch, factor, weight, 1e-5, mask)
+
+    assert torch.autograd.gradcheck(form, (*matrices, *vectors))
+    assert torch.autograd.gradcheck(form, (*matrices, None, vectors[1], None))
+
+
 def test_swiglu_is_silu_times_up_times_mask():
     torch.manual_seed(4)
     gate, up = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)

@@ -59,6 +59,29 @@ def test_rotation_is_hugging_faces():
     torch.testing.assert_close(reference.apply_rope(k, *tables), expected_k, rtol=1e-6, atol=1e-6)
 
 
+def test_split_takes_each_groups_queries_key_and_value_and_turns_as_hugging_face_does():
+    torch.manual_seed(4)
+    positions, batch, groups, queries, head_dim = 9, 2, 3, 2, 16
+    q, k, v = torch.randn(batch, 6, 9, 16), torch.randn(batch, 3, 9, 16), torch.randn(batch, 3, 9, 16)
+    rows = []  # of one position and sequence, by hand
+    for g in range(groups):
+        rows += [q[:, queries * g + i] for i in range(queries)] + [k[:, g], v[:, g]]
+    qkv = torch.stack(rows, dim=2).permute(1, 0, 2, 3).reshape(positions, batch, -1)
+    tables = reference.rope_tables(head_dim, positions, 10000.0)
+    turned_q, turned_k, same_v = reference.rope_qkv(qkv, groups, queries, head_dim, *tables)
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, *_hugging_face(head_dim, positions, 10000.0, None))
+    torch.testing.assert_close(turned_q, expected_q, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(turned_k, expected_k, rtol=1e-6, atol=1e-6)
+    assert torch.equal(same_v, v)
+
+
+def test_split_gradients():
+    torch.manual_seed(5)
+    tables = reference.rope_tables(4, 3, 10000.0)
+    qkv = torch.randn(3, 2, 2 * 3 * 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference.rope_qkv(x, 2, 1, 4, *tables), (qkv,))
+
+
 def test_rotation_keeps_dtype_norm_and_gradients():
     torch.manual_seed(1)
     tables = reference.rope_tables(6, 5, 10000.0)
