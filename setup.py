@@ -131,12 +131,15 @@ class BuildKernels(build_ext):
         self.left_out.append(extension)
 
     def copy_extensions_to_source(self) -> None:
-        """Place the libraries beside the sources (editable installs), as new files: a running process keeps its own."""
-        build_py = self.get_finalized_command("build_py")
-        for extension in [*self.extensions, *self.left_out]:
-            package = build_py.get_package_dir("megashear")
-            (ROOT / package / Path(self.get_ext_filename(extension.name)).name).unlink(missing_ok=True)
-        super().copy_extensions_to_source()
+        """Place the libraries beside the sources (editable installs) whole: others may be loading them."""
+        folder = ROOT / self.get_finalized_command("build_py").get_package_dir("megashear")
+        for extension in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(extension.name))
+            fresh = folder / f"{built.name}.new"
+            shutil.copy2(built, fresh)
+            fresh.replace(folder / built.name)
+        for extension in self.left_out:
+            (folder / Path(self.get_ext_filename(extension.name)).name).unlink(missing_ok=True)
 
 
 def check_switches() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -44,6 +45,29 @@ def test_cuda_library_is_built_for_the_asked_architecture_and_loads_without_a_gp
     assert "code=sm_90" in done.stdout and "sm_80" not in done.stdout
     (library,) = files
     subprocess.run([sys.executable, "-c", LOAD, "_csrc_cuda", library], check=True)
+
+
+def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_out(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
+    compiler.chmod(0o755)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("csrc", "megashear"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    cpu, cuda = (tree / "megashear" / f"{name}{suffix}" for name in ("_csrc", "_csrc_cuda"))
+    cpu.write_text("in use")
+    cuda.write_text("of an earlier build")
+    environment = os.environ | {"CXX": str(compiler), "MEGASHEAR_CPU": "1", "MEGASHEAR_CUDA": "0"}
+    with cpu.open() as used:  # as a process that has loaded it
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+        assert used.read() == "in use"
+    assert cpu.read_text() == "compiled\n" and not cuda.exists()
+    assert [path.name for path in cpu.parent.glob("_csrc*")] == [cpu.name]
 
 
 def test_without_tools_both_are_left_out_and_the_build_goes_on(tmp_path):

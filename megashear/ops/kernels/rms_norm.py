@@ -39,7 +39,7 @@ def _forward(
     """Sum (empty without a branch), norm, and 1 / rms."""
     tokens, hidden = _sizes(x, branch_mask_D, weight_D, mask_D)
     x, branch = rows(x), None if branch is None else rows(branch)
-    branch_mask_D, weight_D, mask_D = map(_contiguous, (branch_mask_D, weight_D, mask_D))
+    branch_mask_D, weight_D, mask_D = _contiguous(branch_mask_D), weight_D.contiguous(), _contiguous(mask_D)
     total, out = x.new_empty(0 if branch is None else x.shape), x.new_empty(x.shape)
     r = x.new_empty(x.shape[:-1], dtype=torch.float32)
     with launching(x) as (library, executor):
@@ -92,7 +92,7 @@ def masked_rms_norm_backward(
     tokens, hidden = _sizes(x, branch_mask_D, weight_D, mask_D)
     dout, x = rows(dout), rows(x)
     dtotal, branch = None if dtotal is None else rows(dtotal), None if branch is None else rows(branch)
-    branch_mask_D, weight_D, mask_D = map(_contiguous, (branch_mask_D, weight_D, mask_D))
+    branch_mask_D, weight_D, mask_D = _contiguous(branch_mask_D), weight_D.contiguous(), _contiguous(mask_D)
     dx, dbranch, dweight_D, dmask_D, dbranch_mask_D = _gradients(x, branch, branch_mask_D, weight_D, mask_D)
     with launching(x) as (library, executor):
         partial = weight_D.new_empty(1 if branch is None else 2, library.strip_count(tokens), hidden)
