@@ -4,7 +4,9 @@ import json
 import math
 
 import numpy as np
+import pytest
 
+from megashear.config.schema import PretrainConfig, PruneConfig
 from megashear.train.evaluate import _mean_and_error, from_json, to_json
 
 
@@ -20,3 +22,10 @@ def test_the_error_is_that_of_the_mean() -> None:
     means, errors = zip(*(_mean_and_error(row) for row in draws), strict=True)
     assert math.isclose(np.sqrt(np.mean(np.square(errors))), np.std(means), rel_tol=0.02)
     assert math.isnan(_mean_and_error(np.array([1.0]))[1])
+
+
+@pytest.mark.parametrize("section", [PruneConfig(), PretrainConfig()])
+def test_evaluation_costs_a_twentieth_by_default(section: PruneConfig | PretrainConfig) -> None:
+    """A forward pass is a third of a training pass; the published data has 7 domains."""
+    batch = section.batch
+    assert 7 * batch.eval_sequences / 3 <= 0.05 * batch.eval_interval * batch.global_batch
