@@ -1,8 +1,8 @@
 // bindings.cpp: the kernels as Python functions of integer addresses and sizes, so that building needs no torch.
 //
 // Compiled once per device: megashear._csrc with the CPU sources and, with MEGASHEAR_CUDA defined, megashear._csrc_cuda
-// with the CUDA sources. Addresses are of memory on that device, 0 for null; `executor` is the number of threads, or the
-// CUDA stream. Every op's folder binds itself in its bindings.h; sizes and meanings stand in its header. Nothing is
+// with the CUDA sources. Addresses are of memory on that device, 0 for null; `executor` is the number of threads, or
+// the CUDA stream. Every op's folder binds itself in its bindings.h; sizes and meanings stand in its header. Nothing is
 // checked here: megashear/ops/kernels does that.
 #include <pybind11/pybind11.h>
 

@@ -1,8 +1,8 @@
 // cuda.cu: masked RMSNorm on CUDA.
 //
 // Forward: one block per token, which adds the branch and counts the live dimensions while it sums the squares.
-// Backward: one block per strip of tokens. A thread owns packs of columns: of the first kKept, the token's values and the
-// strip's column sums stay in registers; of the rest, values are read again and sums stand in the strip's row of
+// Backward: one block per strip of tokens. A thread owns packs of columns: of the first kKept, the token's values and
+// the strip's column sums stay in registers; of the rest, values are read again and sums stand in the strip's row of
 // `partial`. A second kernel adds the strips in order and makes the gradients of weight and masks.
 #include "../cuda_launch.cuh"
 #include "masked_rms_norm.h"
@@ -217,13 +217,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void column_gradient_kernel(NormBackward norm, int64_t strips, int64_t hidden) {
+  const bool branch = norm.dbranch_mask != nullptr;
   const float sum = strip_sum(norm.partial, strips, hidden);
-  const float branch_sum = norm.dbranch_mask == nullptr ? 0.0f : strip_sum(norm.partial + strips * hidden, strips, hidden);
+  const float branch_sum = branch ? strip_sum(norm.partial + strips * hidden, strips, hidden) : 0.0f;
   const int64_t j = strip_sum_column();
   if (j >= hidden || !gives_strip_sum()) return;
   norm.dweight[j] = norm.mask == nullptr ? sum : sum * norm.mask[j];
   if (norm.mask != nullptr) norm.dmask[j] = sum * norm.weight[j];
-  if (norm.dbranch_mask != nullptr) norm.dbranch_mask[j] = branch_sum;
+  if (branch) norm.dbranch_mask[j] = branch_sum;
 }
 
 // ---- launchers of one type ------------------------------------------------------------------------------------------
