@@ -158,8 +158,8 @@ def build_stage(
         mixture,
         metrics,
         progress,
-        counters,
-        losses,
+        counters=counters,
+        losses=losses,
     )
 
 

@@ -16,7 +16,6 @@ import argparse
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -148,7 +147,8 @@ def write_peer(folder: Path) -> None:
         intermediate_size=SHAPE.intermediate_size,
         rms_norm_eps=SHAPE.norm_eps,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)  # transformers wraps `to` so that its types are lost
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
@@ -260,4 +260,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
