@@ -29,6 +29,7 @@ PAPER: dict[str, Any] = {
     "log_alpha_init": 5.0,
     "log_alpha_limit": math.log(100.0),
     "lambda2_cap": None,
+    "live_units": True,  # the published code computes everything; what differs is rounding alone
     "clip": "joint",
     "masking": "published",
 }
