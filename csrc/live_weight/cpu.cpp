@@ -23,6 +23,22 @@ void gather(const void* weight, const int64_t* rows, const int64_t* columns, voi
 }
 
 template <typename T>
+MEGASHEAR_ROW void add_row(const T* __restrict from, float* __restrict to, int64_t column_count) {
+#pragma omp simd
+  for (int64_t j = 0; j < column_count; ++j) to[j] += widen(from[j]);
+}
+
+MEGASHEAR_MULTIVERSION void add_one(const float* from, float* to, int64_t column_count) {
+  add_row(from, to, column_count);
+}
+MEGASHEAR_MULTIVERSION void add_one(const BFloat16* from, float* to, int64_t column_count) {
+  add_row(from, to, column_count);
+}
+MEGASHEAR_MULTIVERSION void add_one(const Float16* from, float* to, int64_t column_count) {
+  add_row(from, to, column_count);
+}
+
+template <typename T>
 void add(const void* dlive, const int64_t* rows, const int64_t* columns, float* total, int64_t row_count,
          int64_t column_count, int64_t stride, intptr_t executor) {
   const T* source = static_cast<const T*>(dlive);
@@ -31,8 +47,7 @@ void add(const void* dlive, const int64_t* rows, const int64_t* columns, float* 
     const T* __restrict from = source + i * column_count;
     float* __restrict to = total + (rows == nullptr ? i : rows[i]) * stride;
     if (columns == nullptr) {
-#pragma omp simd
-      for (int64_t j = 0; j < column_count; ++j) to[j] += widen(from[j]);
+      add_one(from, to, column_count);
     } else {
       for (int64_t j = 0; j < column_count; ++j) to[columns[j]] += widen(from[j]);
     }
