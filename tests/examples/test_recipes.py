@@ -100,6 +100,8 @@ def test_a_signal_to_the_torchrun_script_reaches_the_ranks_and_ends_in_75(tmp_pa
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # A shell starts its background jobs with SIGINT ignored, and they hand that on: not what is tested here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     lines = sorted(process.stdout.readline() for _ in range(2))
