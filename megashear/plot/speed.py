@@ -33,7 +33,7 @@ def draw_speed(stages: Sequence[Stage]) -> Figure | None:
     over_steps.set_ylabel("share of the largest")
     over_steps.set_ylim(0, 1.05)
     over_steps.yaxis.set_major_formatter(FuncFormatter(per_cent))
-    over_steps.legend(frameon=False, loc="lower left")
+    over_steps.legend(frameon=False, loc="upper right")
     step_axis(over_steps, stage.last_step(), 4.4)
     against = panel(figure, 6.0, 0.5, 3.0, 2.3)
     against.plot(share, seconds, ".", color=PALETTE[1], alpha=0.6, markersize=4)
