@@ -77,7 +77,8 @@ def test_scripts_parse_and_say_how_they_are_used(path: Path) -> None:
 STAND_IN = """
 import os, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-print("ready", os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:], flush=True)
+line = " ".join(["ready", os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]])
+os.write(1, (line + chr(10)).encode())  # in one piece: two ranks share the pipe
 time.sleep(60)
 """
 
