@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Make a dataset folder from shards of text: `python tools/preprocess_data.py INPUT... --tokenizer T --output FOLDER`.
 
-Reads .jsonl, .jsonl.gz and .jsonl.zst; writes a pair of Megatron files per domain and split, and a manifest. A run that
-was killed goes on with the shards that are missing when it is started again. The work is done by
-megashear/data/preprocess.py.
+Reads .jsonl, .jsonl.gz, .jsonl.zst and (with pyarrow) .parquet; writes a pair of Megatron files per domain and split,
+and a manifest. A run that was killed goes on with the shards that are missing when it is started again. The work is
+done by megashear/data/preprocess.py.
 """
 
 import argparse
@@ -22,7 +22,9 @@ from megashear.errors import ConfigError, MegashearError
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    made.add_argument("inputs", nargs="+", metavar="INPUT", help="shards: files, folders or quoted globs")
+    made.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders, quoted globs, or @FILE with one of these a line"
+    )
     made.add_argument(
         "--tokenizer", required=True, type=Path, help="tokenizer.model, tokenizer.json, or a folder with one"
     )

@@ -63,7 +63,7 @@ class PartWriter:
 
     def write(self, on_progress: Callable[[int, int, int], None]) -> None:
         """Read the whole shard. on_progress is called per line with bytes read, documents and tokens so far."""
-        reader = ShardReader(self.shard, self.settings.text_key)
+        reader = ShardReader(self.shard, self.settings.text_key, (self.settings.rule.key,))
         with open(self.folder / "tokens.bin", "wb") as tokens, open(self.folder / "bad_lines.jsonl", "wb") as bad:
             for entry in reader:
                 self.lines = entry.line

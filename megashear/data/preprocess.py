@@ -6,7 +6,6 @@ kept in `<output>.parts/` until the dataset is whole, and only missing ones are 
 `merge.py`.
 """
 
-import glob
 import multiprocessing
 import os
 import shutil
@@ -21,10 +20,10 @@ from typing import Any
 
 from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
+from megashear.data.inputs import find_shards
 from megashear.data.merge import Counts, merge_parts, write_bad_lines
 from megashear.data.parts import Part, PartSettings, part_name, write_part
 from megashear.data.progress import Progress
-from megashear.data.shards import SUFFIXES
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_file, atomic_folder
@@ -54,24 +53,6 @@ class Summary:
     bad: int
     shards: int
     kept: int
-
-
-def find_shards(inputs: list[str]) -> list[Path]:
-    """Shards of files, folders (searched to the bottom) and globs, each once, sorted; raises DataError."""
-    found: set[Path] = set()
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
-        else:
-            files = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(given, recursive=True))]
-        if not files:
-            raise DataError(f"{given}: no shard there; give files, folders or globs of {', '.join(SUFFIXES)}")
-        found.update(files)
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: not a shard that can be read; its name must end in {', '.join(SUFFIXES)}")
-    return sorted(found)
 
 
 def preprocess(job: Preprocessing) -> Summary:

@@ -1,12 +1,12 @@
-"""Reading shards of JSON lines, plain, gzip or zstd: every line is a document or a bad line with its reason.
+"""Reading shards of JSON lines (plain, gzip, zstd) or parquet: every line is a document or a bad line with its reason.
 
 Key properties: streaming, a bounded amount of memory whatever the file holds; a compressed file that ends early is an
 error, never a shorter shard (zstandard's own stream reader returns what it has without a word). Read next:
-`domains.py`, `parts.py`.
+`parquet.py`, `domains.py`, `parts.py`.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import zstandard
 
 from megashear.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET = ".parquet"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", PARQUET)
 CHUNK = 1 << 18
 LONGEST_LINE = 1 << 28
 EXCERPT = 200
@@ -24,7 +25,7 @@ EXCERPT = 200
 
 @dataclass(frozen=True)
 class Document:
-    """A good line: its number from 1, its text, and the whole JSON object."""
+    """A good line (a row of parquet): its number from 1, its text, the whole object (parquet: columns asked for)."""
 
     line: int
     text: str
@@ -43,20 +44,30 @@ class BadLine:
 class ShardReader:
     """Iterates over the lines of a shard. `bytes_read` is how much of the file has been taken so far."""
 
-    def __init__(self, path: Path, text_key: str = "text") -> None:
-        """path: ends in one of SUFFIXES; text_key: the key of the objects that holds the text. Raises DataError."""
-        self.path, self.text_key = Path(path), text_key
+    def __init__(self, path: Path, text_key: str = "text", keys: Sequence[str] = ()) -> None:
+        """path: ends in one of SUFFIXES; text_key: the key of the objects that holds the text; keys: further columns to
+        read of a parquet file. Raises DataError.
+        """
+        self.path, self.text_key, self.keys = Path(path), text_key, keys
         self.bytes_read = 0
         if not self.path.name.endswith(SUFFIXES):
             raise DataError(f"{path}: not a shard that can be read; its name must end in {', '.join(SUFFIXES)}")
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         """Yield every line; raises DataError where the file cannot be read, is truncated or is damaged."""
+        if self.path.name.endswith(PARQUET):
+            from megashear.data.parquet import parquet_rows
+
+            yield from parquet_rows(self.path, self.text_key, self.keys, self._have_read)
+            return
         for number, line in enumerate(split_lines(self._text_chunks()), start=1):
             if line is None:
                 yield BadLine(number, f"longer than {LONGEST_LINE} bytes", "")
             else:
                 yield parse_line(number, line, self.text_key)
+
+    def _have_read(self, size: int) -> None:
+        self.bytes_read = size
 
     def _text_chunks(self) -> Iterator[bytes]:
         """Decompressed pieces of the file."""

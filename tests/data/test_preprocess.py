@@ -9,7 +9,7 @@ from megashear.data.domains import DomainRule
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import Dataset
 from megashear.data.parts import PartSettings
-from megashear.data.preprocess import Preprocessing, find_shards, preprocess, table
+from megashear.data.preprocess import Preprocessing, preprocess, table
 from megashear.errors import BusyError, DataError, StorageError
 from megashear.files.lock import run_lock
 
@@ -128,21 +128,6 @@ def test_an_output_that_is_there_is_left_alone(tmp_path, shards, sentencepiece_m
     (tmp_path / "dataset").mkdir()
     with pytest.raises(DataError, match="already there"):
         preprocess(job(shards, sentencepiece_model, tmp_path / "dataset"))
-
-
-def test_inputs(tmp_path, shards):
-    everything = find_shards([str(shards)])
-    assert len(everything) == 9
-    assert find_shards([str(shards / "web_*"), str(everything[0])]) == sorted(
-        {everything[0], *(p for p in everything if p.name.startswith("web"))}
-    )
-    assert find_shards([str(shards.parent / "**" / "*.gz")]) == [p for p in everything if p.suffix == ".gz"]
-    for wrong in ("none", "*.parquet"):
-        with pytest.raises(DataError, match="no shard there"):
-            find_shards([str(tmp_path / wrong)])
-    (tmp_path / "text.csv").write_text("a")
-    with pytest.raises(DataError, match=r"text\.csv: not a shard"):
-        find_shards([str(tmp_path / "text.csv")])
 
 
 def test_two_runs_into_one_output(tmp_path, shards, sentencepiece_model):
