@@ -1,0 +1,69 @@
+"""csrc/'s CUDA kernels as a library for the CPU: their very sources, compiled by g++ against the headers beside this.
+
+The launch syntax and __shared__ are rewritten, and csrc/mma.cuh (all inline PTX) gives way to `mma.cuh` here; nothing
+else differs from what nvcc sees, down to the bindings. Read next: machine.h (how threads run, what is checked).
+"""
+
+import ctypes
+import re
+import subprocess
+import sysconfig
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+
+LAUNCH = re.compile(r"(\b[A-Za-z_]\w*(?:<[^;{}<]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
+DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(16\) )?([\w ]+) (\w+)\[\];")
+STATIC = re.compile(r"__shared__ ([\w<>, ]+?) (\w+)((?:\[[^\]]*\])*);")
+
+
+def rewritten(source: str) -> str:
+    """CUDA C++ as C++ for `cuda_runtime.h` beside this."""
+    source = LAUNCH.sub(r"emulation::launch([&](auto... arguments) { \1(arguments...); }, \2)(", source)
+    source = DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(emulation::machine.dynamic_shared());", source)
+    return STATIC.sub(r"static \1 \2\3; emulation::machine.shared(&\2, sizeof \2);", source)
+
+
+def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
+    """The module `_csrc_cuda` of `csrc`, for addresses of the CPU's memory; an AssertionError where g++ refuses it."""
+    sources = [csrc / "bindings.cpp", *csrc.glob("*.cu"), *csrc.glob("*/cuda.cu")]
+    for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), csrc / "bindings.cpp"]:
+        target = folder / path.relative_to(csrc)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text((HERE / path.name if path.name == "mma.cuh" else path).read_text())
+        if path.suffix in (".cu", ".cuh") and path.name != "mma.cuh":
+            target.write_text(rewritten(path.read_text()))
+    library = folder / "_csrc_cuda.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
+    includes = [HERE, folder, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    names = [str(folder / path.relative_to(csrc)) for path in sources]
+    command = ["g++", *flags, "-DMEGASHEAR_CUDA", *(f"-I{path}" for path in includes), "-x", "c++", *names]
+    done = subprocess.run([*command, str(HERE / "controls.cpp"), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loader = ExtensionFileLoader("_csrc_cuda", str(library))
+    spec = spec_from_file_location("_csrc_cuda", library, loader=loader)
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+class Controls:
+    """What tests ask of the machine that runs a built library."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._library = ctypes.CDLL(module.__file__)
+        self._library.emulation_bank_conflicts.restype = ctypes.c_uint64
+
+    def descend(self, wanted: bool) -> None:
+        """Whether threads, warps and blocks run from the last to the first."""
+        self._library.emulation_descend(int(wanted))
+
+    def bank_conflicts(self) -> int:
+        """Times so far that two rows that one ldmatrix reads at once lay in the same banks of shared memory."""
+        return self._library.emulation_bank_conflicts()
