@@ -9,13 +9,16 @@ done by megashear/data/preprocess.py.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.data.domains import DEFAULT_KEY, DomainRule, parse_domain_map
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import check_domain_name
+from megashear.data.merge import Merging
 from megashear.data.parts import PartSettings
 from megashear.data.preprocess import Preprocessing, preprocess, table
+from megashear.data.report import DomainReport
 from megashear.errors import ConfigError, MegashearError
 
 
@@ -70,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         default=0.001,
         help="share of bad lines above which the run fails (default: 0.001)",
     )
+    made.add_argument(
+        "--drop-duplicates", action="store_true", help="leave out documents whose text stood earlier in the input"
+    )
     made.add_argument("--seed", type=int, default=0, help="seed of the documents' order (default: 0)")
     return made
 
@@ -100,12 +106,19 @@ def job_of(options: argparse.Namespace) -> Preprocessing:
         inputs=options.inputs,
         tokenizer=options.tokenizer,
         output=options.output,
+        merging=Merging(heldout, options.seed, options.drop_duplicates, draw),
         part=PartSettings(options.text_key, rule),
-        heldout=heldout,
         max_bad_fraction=options.max_bad_fraction,
-        seed=options.seed,
         workers=options.workers,
     )
+
+
+def draw(reports: Sequence[DomainReport], folder: Path) -> None:
+    """Add the picture of the lengths to a dataset folder."""
+    from megashear.plot.lengths import draw_lengths  # matplotlib: no worker process needs it
+    from megashear.plot.style import save
+
+    save(draw_lengths(reports), folder / "report.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         job = job_of(options)
-        print(table(preprocess(job), job.heldout))
+        print(table(preprocess(job), job.merging.heldout))
     except MegashearError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return error.exit_code

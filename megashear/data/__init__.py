@@ -1,6 +1,7 @@
 """From shards of text to batches of tokens, on a mixture that follows the losses. Knows nothing of models.
 
-Preprocessing, in the order the text walks: `shards.py`, `domains.py`, `tokenizer.py`, `preprocess.py`, `merge.py`.
+Preprocessing, in the order the text walks: `inputs.py`, `shards.py`, `parquet.py`, `domains.py`,
+`tokenizer.py`, `parts.py`, `duplicates.py`, `heldout.py`, `merge.py`, `report.py`; `preprocess.py` leads through them.
 On disk: `indexed.py` (one pair of files), `manifest.py` (the dataset folder).
 Training: `samples.py`, `blend.py`, `loader.py`, and the weights: `references.py`, `mixture.py`, `published.py`.
 """

@@ -141,19 +141,21 @@ class IndexedWriter:
         assert self._file is not None
         self._file.close()
         if kind is None:
-            self._write_index()
+            length_N = np.frombuffer(self.lengths, dtype=np.intc) if self.lengths else np.empty(0, np.intc)
+            write_index(self.idx_path, self.dtype, length_N)
 
-    def _write_index(self) -> None:
-        """Write the index in pieces, so that it needs no second copy of the lengths."""
-        count = len(self.lengths)
-        length_N = np.frombuffer(self.lengths, dtype=np.intc) if count else np.empty(0, np.intc)
-        with open(self.idx_path, "wb") as file:
-            file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], count, count + 1))
-            file.write(length_N.astype("<i4").data)
-            end = 0
-            for start in range(0, count, CHUNK):
-                ends = end + np.cumsum(length_N[start : start + CHUNK].astype(np.int64) * self.dtype.itemsize)
-                file.write(np.concatenate([[end], ends[:-1]]).astype("<i8").data)
-                end = int(ends[-1])
-            for start in range(0, count + 1, CHUNK):
-                file.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8").data)
+
+def write_index(path: Path, dtype: np.dtype, length_N: np.ndarray) -> None:
+    """Write the `.idx` of documents of these lengths in tokens, int32 [documents], in pieces: memory does not grow."""
+    count, size = len(length_N), np.dtype(dtype).itemsize
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(dtype)], count, count + 1))
+        for start in range(0, count, CHUNK):
+            file.write(length_N[start : start + CHUNK].astype("<i4", copy=False).data)
+        end = 0
+        for start in range(0, count, CHUNK):
+            end_N = end + np.cumsum(length_N[start : start + CHUNK], dtype=np.int64) * size
+            file.write(np.concatenate([[end], end_N[:-1]]).astype("<i8", copy=False).data)
+            end = int(end_N[-1])
+        for start in range(0, count + 1, CHUNK):
+            file.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8").data)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megashear.data.shards import EXCERPT, BadLine, Document
+from megashear.data.shards import EXCERPT, LONGEST_LINE, BadLine, Document
 from megashear.errors import DataError
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def batch_rows(batch: "pyarrow.RecordBatch", before: int, text_key: str) -> Iter
         number, problem, text = before + row + 1, "", ""
         if raw is None:
             problem = f"field {text_key!r} is null"
+        elif len(raw) > LONGEST_LINE:
+            problem = f"longer than {LONGEST_LINE} bytes"
         else:
             text, problem = decode(raw)
         record: dict[str, Any] = {text_key: text}

@@ -1,9 +1,9 @@
 """One shard, tokenised: a part folder that is whole or absent, so that a run that was killed goes on shard by shard.
 
 A part holds `tokens.bin` (ids of all documents back to back, each ended by the end-of-sequence token), `documents.bin`
-(per document: hash of its text, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all that
-its bytes depend on: the shard's path, size and time, the tokenizer and the settings. Read next: `preprocess.py` (all
-shards), `merge.py`.
+(per document: digest of its text, size, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all
+that its bytes depend on: the shard's path, size and time, the tokenizer and the settings. Read next: `preprocess.py`
+(all shards), `merge.py`.
 """
 
 import hashlib
@@ -24,8 +24,10 @@ from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_folder, write_json
 
-# hash: blake2b of the text, 64 bits; domain: index into the part's domains; length: tokens, end included.
-DOCUMENT = np.dtype([("hash", "<u8"), ("domain", "<u4"), ("length", "<i4")])
+FORMAT = 2  # of a part; parts of another are made again
+# hash, check: blake2b of the text, 128 bits (`hash` decides on the held-out side, both on what is a duplicate);
+# bytes: of the text; domain: index into the part's domains; length: tokens, end included.
+DOCUMENT = np.dtype([("hash", "<u8"), ("check", "<u8"), ("bytes", "<u4"), ("domain", "<u4"), ("length", "<i4")])
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ def part_name(shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> str:
         status = os.stat(shard)
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror}); check the path") from error
-    identity = [str(shard), status.st_size, status.st_mtime_ns, tokenizer.digest, tokenizer.eos_id, repr(settings)]
+    shard_identity = [str(shard), status.st_size, status.st_mtime_ns]
+    identity = [FORMAT, *shard_identity, tokenizer.digest, tokenizer.eos_id, repr(settings)]
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
 
-def text_hash(text: str) -> int:
-    """64 bits of blake2b of the text: decides on which side of the held-out split a document stands."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+def text_digest(text: bytes) -> bytes:
+    """128 bits of blake2b of a text in UTF-8; the first half is `hash`, the second `check` of its document."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 class PartWriter:
@@ -58,7 +61,8 @@ class PartWriter:
         self.folder, self.shard, self.tokenizer, self.settings = folder, shard, tokenizer, settings
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.domains: dict[str, int] = {}
-        self.hashes, self.indices, self.lengths = array("Q"), array("I"), array("i")
+        self.digests, self.sizes = bytearray(), array("I")
+        self.indices, self.lengths = array("I"), array("i")
         self.lines = self.bad = self.tokens = 0
 
     def write(self, on_progress: Callable[[int, int, int], None]) -> None:
@@ -82,7 +86,9 @@ class PartWriter:
             return BadLine(document.line, str(error), document.text[:200])
         ids = self.tokenizer.encode(document.text)
         tokens.write(np.append(ids, self.tokenizer.eos_id).astype(self.dtype.newbyteorder("<")).data)
-        self.hashes.append(text_hash(document.text))
+        raw = document.text.encode("utf-8")
+        self.digests += text_digest(raw)
+        self.sizes.append(len(raw))
         self.indices.append(self.domains.setdefault(domain, len(self.domains)))
         self.lengths.append(len(ids) + 1)
         self.tokens += len(ids) + 1
@@ -94,7 +100,8 @@ class PartWriter:
 
     def _write_documents(self) -> None:
         table = np.empty(len(self.lengths), DOCUMENT)
-        for column, values in (("hash", self.hashes), ("domain", self.indices), ("length", self.lengths)):
+        table["hash"], table["check"] = np.frombuffer(self.digests, "<u8").reshape(-1, 2).T
+        for column, values in (("bytes", self.sizes), ("domain", self.indices), ("length", self.lengths)):
             table[column] = values
         (self.folder / "documents.bin").write_bytes(table.tobytes())
         counts = {"lines": self.lines, "bad": self.bad, "documents": len(table), "tokens": self.tokens}
@@ -119,7 +126,7 @@ def write_part(
 
 
 class Part:
-    """A finished part, opened: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens` [tokens]."""
+    """A finished part: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens` in all, `tokens_path`."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         """Raises DataError where the part is damaged."""
@@ -129,12 +136,10 @@ class Part:
             self.domains: list[str] = described["domains"]
             self.lines, self.bad = int(described["lines"]), int(described["bad"])
             self.table = np.fromfile(folder / "documents.bin", dtype=DOCUMENT)
-            total = (folder / "tokens.bin").stat().st_size // dtype.itemsize
+            self.tokens_path = folder / "tokens.bin"
+            total = self.tokens_path.stat().st_size // dtype.itemsize
             if int(self.table["length"].sum(dtype=np.int64)) != total:
                 raise ValueError("the lengths of the documents are not those of the tokens")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder}: a damaged part ({error}); remove it and run again") from error
-        empty = np.empty(0, dtype)
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r", shape=(total,)) if total else empty
-        ends = np.cumsum(self.table["length"], dtype=np.int64)
-        self.starts = ends - self.table["length"]
+        self.tokens = total

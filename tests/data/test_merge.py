@@ -2,34 +2,36 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megashear.data.domains import DomainRule
 from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
 from megashear.data.manifest import SPLITS, Dataset
-from megashear.data.merge import merge_parts
-from megashear.data.parts import Part, PartSettings, part_name, text_hash, write_part
+from megashear.data.merge import Merging, merge_parts
+from megashear.data.parts import Part, PartSettings, part_name, text_digest, write_part
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
 RULE = HeldOutRule(0.05, 10, 32)
 
 
-def make_parts(folder, shards: dict[str, list[dict]], tokenizer, settings=None) -> list[Part]:
+def make_parts(folder, shards: dict[str, list[dict]], tokenizer, part_settings=None) -> list[Part]:
     """Shards written as JSON lines and made into parts, in order of their names."""
-    settings = settings or PartSettings(rule=DomainRule(key="domain"))
+    part_settings = part_settings or PartSettings(rule=DomainRule(key="domain"))
     parts = []
     for name in sorted(shards):
         path = folder / name
         path.write_text("".join(json.dumps(entry) + "\n" for entry in shards[name]))
-        write_part(folder / f"{name}.part", path, tokenizer, settings, lambda *_: None)
+        write_part(folder / f"{name}.part", path, tokenizer, part_settings, lambda *_: None)
         parts.append(Part(folder / f"{name}.part", token_dtype(tokenizer.vocab_size)))
     return parts
 
 
-def merge(folder, parts, tokenizer, rule=RULE, seed=0) -> Dataset:
+def merge(folder, parts, tokenizer, rule=RULE, seed=0, drop=False) -> Dataset:
     folder.mkdir()
-    merge_parts(folder, parts, tokenizer, rule, seed, {}, lambda _: None)
+    merge_parts(folder, parts, tokenizer, Merging(rule, seed, drop), {})
     return Dataset.open(folder)
 
 
@@ -84,11 +86,64 @@ def test_equal_texts_stand_on_one_side_also_across_domains(tmp_path, tokenizer, 
 
 
 def test_a_domain_that_would_be_held_out_whole(tmp_path, tokenizer, texts):
-    by_hash = sorted(texts[:50], key=text_hash)
+    by_hash = sorted(texts[:50], key=lambda text: int.from_bytes(text_digest(text.encode())[:8], "little"))
     entries = [{"text": text, "domain": "web"} for text in by_hash]
     parts = make_parts(tmp_path, {"a.jsonl": [*entries, {"text": by_hash[0], "domain": "one"}]}, tokenizer)
     with pytest.raises(DataError, match="'one': every one of its 1 documents"):
         merge(tmp_path / "dataset", parts, tokenizer, HeldOutRule(0.01, 1, 32, limit=1.0))
+
+
+def test_duplicates_are_counted_and_dropped_on_request(tmp_path, tokenizer, texts):
+    """The first copy in the order of shards and lines stays, whatever its domain."""
+    first = [{"text": text, "domain": "web"} for text in texts[:60]]
+    again = [{"text": text, "domain": "code"} for text in texts[50:90]] + first[:5]
+    parts = make_parts(tmp_path, {"a.jsonl": [*first, first[7]], "b.jsonl": again}, tokenizer)
+    kept = merge(tmp_path / "kept", parts, tokenizer)
+    dropped = merge(tmp_path / "dropped", parts, tokenizer, drop=True)
+    for dataset, drop in ((kept, False), (dropped, True)):
+        assert dataset.manifest["duplicates"] == {"found": {"code": 10, "web": 6}, "dropped": drop}
+    found = {domain: [t for s in SPLITS for t in documents(dropped, domain, s)] for domain in dropped.domains}
+    assert sorted(found["web"]) == sorted(texts[:60]) and sorted(found["code"]) == sorted(texts[60:90])
+    assert len([t for d in kept.domains for s in SPLITS for t in documents(kept, d, s)]) == 106
+    assert "10" in (kept.folder / "report.txt").read_text()
+
+
+def test_a_domain_of_duplicates_alone(tmp_path, tokenizer, texts):
+    entries = [{"text": text, "domain": domain} for domain in ("web", "copy") for text in texts[:30]]
+    parts = make_parts(tmp_path, {"a.jsonl": entries}, tokenizer)
+    with pytest.raises(DataError, match="'copy': every one of its 30 documents stood earlier"):
+        merge(tmp_path / "dataset", parts, tokenizer, drop=True)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["web", "code", "rare"])), min_size=40, max_size=120),
+    st.floats(0.0, 0.3),
+    st.booleans(),
+)
+def test_no_document_stands_on_both_sides(tmp_path_factory, sentencepiece_model, entries, fraction, drop):
+    """R4: any mix of duplicates within and across domains and shards, duplicates dropped or not."""
+    tokenizer, folder = load_tokenizer(sentencepiece_model), tmp_path_factory.mktemp("both")
+    lines = [{"text": f"text {n}", "domain": domain} for n, domain in entries]
+    parts = make_parts(folder, {"a.jsonl": lines[:20], "b.jsonl": lines[20:]}, tokenizer)
+    try:
+        dataset = merge(folder / "d", parts, tokenizer, HeldOutRule(fraction, 3, 4, 0.3), drop=drop)
+    except DataError as error:
+        assert "every one of its" in str(error)
+        return
+    sides = {s: [t for d in dataset.domains for t in documents(dataset, d, s)] for s in SPLITS}
+    assert not set(sides["train"]) & set(sides["heldout"])
+    together = sorted(sides["train"] + sides["heldout"])
+    assert together == sorted({line["text"] for line in lines} if drop else [line["text"] for line in lines])
+
+
+def test_a_piece_is_any_number_of_documents(tmp_path, tokenizer, shards, monkeypatch):
+    parts = make_parts(tmp_path, shards, tokenizer)
+    whole = merge(tmp_path / "whole", parts, tokenizer)
+    monkeypatch.setattr("megashear.data.merge.PIECE", 100)
+    pieces = merge(tmp_path / "pieces", parts, tokenizer)
+    for path in whole.folder.glob("*.*"):
+        assert path.read_bytes() == (pieces.folder / path.name).read_bytes()
 
 
 def test_no_document_at_all(tmp_path, tokenizer):

@@ -95,6 +95,12 @@ def test_domains_from_structs_and_from_json(tmp_path, sentencepiece_model):
         assert [part.domains[i] for i in part.table["domain"]] == ["RedPajamaC4", "RedPajamaBook", form]
 
 
+def test_a_huge_row_is_a_bad_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("megashear.data.parquet.LONGEST_LINE", 50)
+    first, second = ShardReader(write(tmp_path / "web.parquet", ["x" * 51, "x" * 50]))
+    assert first.reason == "longer than 50 bytes" and second.text == "x" * 50
+
+
 def test_a_row_group_is_not_held_in_memory(tmp_path):
     """32 MiB of text in one row group; pyarrow's own count of what it holds stays below a quarter."""
     texts = [random.Random(n).randbytes(1 << 11).hex() for n in range(1 << 13)]

@@ -8,6 +8,7 @@ import zstandard
 from megashear.data.domains import DomainRule
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import Dataset
+from megashear.data.merge import Merging
 from megashear.data.parts import PartSettings
 from megashear.data.preprocess import Preprocessing, preprocess, table
 from megashear.errors import BusyError, DataError, StorageError
@@ -30,7 +31,7 @@ def write_shards(folder: Path, texts: list[str], bad_lines: list[bytes] = ()) ->
 
 def job(shards: Path, tokenizer: Path, output: Path, **changed) -> Preprocessing:
     return Preprocessing(
-        **{"inputs": [str(shards)], "tokenizer": tokenizer, "output": output, "heldout": HELDOUT, **changed}
+        **{"inputs": [str(shards)], "tokenizer": tokenizer, "output": output, "merging": Merging(HELDOUT), **changed}
     )
 
 
@@ -120,7 +121,7 @@ def test_one_domain_for_all_and_a_tokenizer_json(tmp_path, shards, tokenizer_jso
 
 def test_a_domain_with_little_text_is_told(tmp_path, shards, sentencepiece_model):
     rule = HeldOutRule(0.02, 10**6, 32)
-    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", heldout=rule))
+    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "dataset", merging=Merging(rule)))
     assert table(summary, rule).count("fewer than 1000000") == 3
 
 

@@ -75,6 +75,8 @@ def unbroken(tmp_path_factory, shards, model) -> Path:
 def test_the_dataset(unbroken):
     dataset = Dataset.open(unbroken)
     dataset.verify()
+    assert "RedPajamaC4" in (unbroken / "report.txt").read_text()
+    assert (unbroken / "report.png").read_bytes().startswith(b"\x89PNG")
     assert dataset.domains == ["RedPajamaC4", "code"]
     for domain in dataset.domains:
         assert len(dataset.stream(domain, "heldout")) >= 20 * 65
@@ -139,6 +141,18 @@ def test_errors_are_one_message_and_their_exit_code(tmp_path, shards, model):
         assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
         assert message in done.stderr.splitlines()[-1] and done.stderr.count("preprocess_data: ") == 1
         assert not (tmp_path / "d").exists()
+
+
+def test_duplicates_are_left_out_on_request(tmp_path, shards, model):
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a_0.jsonl", "b_0.jsonl"):
+        (twice / name).write_bytes((shards / "part_00000.jsonl").read_bytes())
+    done = run(twice, model, tmp_path / "d", "--drop-duplicates", "--domain", "all", "--heldout-sequences", "0")
+    assert done.returncode == 0, done.stderr
+    assert "300 duplicates, dropped" in done.stdout and "600 lines" in done.stdout
+    dataset = Dataset.open(tmp_path / "d")
+    assert sum(split["documents"] for split in dataset.counts["all"].values()) == 300
 
 
 def test_a_full_disk(tmp_path, shards, model):

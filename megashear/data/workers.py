@@ -1,0 +1,126 @@
+"""The worker processes of a preprocessing run: they tokenise shards and copy pieces, and end with their parent.
+
+Key properties: a run that is killed leaves no process behind; a shard that fails stops the others at their next line.
+Read next: `preprocess.py`.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megashear.data.parts import PartSettings, write_part
+from megashear.data.progress import Progress
+from megashear.data.tokenizer import load_tokenizer
+from megashear.errors import DataError
+
+AHEAD = 4  # tasks a worker that wait in the queue
+
+
+class Worker:
+    """What a worker process holds: tokenizer (loaded when needed), settings, counters of all workers, the stop sign."""
+
+    current: "Worker"
+
+    def __init__(self, tokenizer: Path, settings: PartSettings, counters: Any, stop: Any) -> None:
+        self.path, self.settings, self.counters, self.stop = tokenizer, settings, counters, stop
+        self.tokenizer: Any = None
+        self.reported = (0, 0)
+        self.last = 0.0
+
+    def on_progress(self, bytes_read: int, documents: int, tokens: int) -> None:
+        """Add what is new since the last report to the shared counters, ten times a second."""
+        if (now := time.monotonic()) - self.last >= 0.1:
+            self.last = now
+            self.report(bytes_read, tokens)
+            if self.stop.is_set():
+                raise DataError("stopped because another shard failed")
+
+    def report(self, bytes_read: int, tokens: int) -> None:
+        """Add to the shared counters."""
+        with self.counters.get_lock():
+            self.counters[0] += bytes_read - self.reported[0]
+            self.counters[1] += tokens - self.reported[1]
+        self.reported = (bytes_read, tokens)
+
+
+def end_with(parent: Any) -> None:
+    """End this process when its parent has ended, however that came: a killed run leaves no worker behind."""
+    parent.join()
+    os._exit(1)
+
+
+def start_worker(tokenizer: Path, settings: PartSettings, counters: Any, stop: Any) -> None:
+    """Prepare a worker process: it ends with its parent, and leaves interrupts to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    Worker.current = Worker(tokenizer, settings, counters, stop)
+
+
+def make_part(shard: Path, folder: Path) -> None:
+    """Tokenise one shard in a worker process."""
+    worker = Worker.current
+    worker.tokenizer = worker.tokenizer or load_tokenizer(worker.path)
+    worker.reported = (0, 0)
+    tokens = write_part(folder, shard, worker.tokenizer, worker.settings, worker.on_progress)
+    worker.report(shard.stat().st_size, tokens)
+
+
+class Workers:
+    """A pool of worker processes."""
+
+    def __init__(self, pool: ProcessPoolExecutor, count: int, counters: Any) -> None:
+        self.pool, self.count, self.counters = pool, count, counters
+
+    def tokenise(self, missing: list[tuple[Path, Path]]) -> None:
+        """Make parts, (shard, folder) each; raises the first error as soon as it comes."""
+        if not missing:
+            return
+        # Long shards first, so that no worker is left with one at the end.
+        sizes = {shard: shard.stat().st_size for shard, _ in missing}
+        progress = Progress("tokenise", sum(sizes.values()), len(missing))
+        jobs = sorted(missing, key=lambda pair: -sizes[pair[0]])
+        waiting = {self.pool.submit(make_part, shard, folder) for shard, folder in jobs}
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            progress.update(self.counters[0], self.counters[1], len(missing) - len(waiting))
+        progress.finish(self.counters[1])
+
+    def each(self, task: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
+        """`map` over the processes, in order; inputs are taken as they are needed."""
+        running: list[Future[Any]] = []
+        for given in inputs:
+            running.append(self.pool.submit(task, given))
+            if len(running) >= AHEAD * self.count:
+                yield running.pop(0).result()
+        while running:
+            yield running.pop(0).result()
+
+
+@contextmanager
+def start_workers(count: int, tokenizer: Path, settings: PartSettings) -> Iterator[Workers]:
+    """`count` processes; on leaving, what they have not begun is dropped. Raises DataError where one of them dies."""
+    spawn = multiprocessing.get_context("spawn")
+    counters, stop = spawn.Array("q", 2), spawn.Event()
+    pool = ProcessPoolExecutor(count, spawn, start_worker, (tokenizer, settings, counters, stop))
+    try:
+        yield Workers(pool, count, counters)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died (out of memory, or killed); run again with fewer --workers, finished shards are kept"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
