@@ -10,6 +10,7 @@
 #include "device.h"
 #include "hard_concrete/bindings.h"
 #include "live_weight/bindings.h"
+#include "masked_attention/bindings.h"
 #include "masked_rms_norm/bindings.h"
 #include "masked_swiglu/bindings.h"
 #include "number.h"
@@ -19,7 +20,6 @@
 #define MEGASHEAR_MODULE _csrc_cuda
 #else
 #define MEGASHEAR_MODULE _csrc
-#include "masked_attention/bindings.h"  // no CUDA source
 #endif
 
 PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
@@ -36,7 +36,5 @@ PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
   bind_masked_swiglu(module);
   bind_masked_rms_norm(module);
   bind_rope(module);
-#ifndef MEGASHEAR_CUDA
   bind_masked_attention(module);
-#endif
 }

@@ -59,7 +59,7 @@ class BackwardGroup {
       for (int64_t block = 0; block < plan_.blocks; ++block) dz += query_block(b, h, block, z);
       dz /= static_cast<double>(z);
     }
-    if (pass_.partial != nullptr) pass_.partial[b * forward_.sizes.heads + h] = static_cast<float>(dz);
+    if (pass_.scratch != nullptr) pass_.scratch[b * forward_.sizes.heads + h] = static_cast<float>(dz);
   }
 
   // Returns the sum of delta over the block's queries.

@@ -74,6 +74,10 @@ std::string masked_attention_tiles(Dtype dtype) {
   return names;
 }
 
+bool masked_attention_takes(int64_t) { return true; }
+
+int64_t masked_attention_scratch(const AttentionSizes& sizes) { return sizes.batch * sizes.heads; }
+
 void masked_attention_forward(const AttentionForward& pass, const char* tiles, intptr_t executor) {
   const AttentionSizes& sizes = pass.sizes;
   if (sizes.batch * sizes.heads * sizes.tokens * sizes.head_dim == 0) return;
@@ -84,10 +88,10 @@ void masked_attention_backward(const AttentionBackward& pass, const char* tiles,
   const AttentionSizes& sizes = pass.forward.sizes;
   if (sizes.batch * sizes.heads * sizes.tokens * sizes.head_dim != 0) {
     share<BackwardGroup>(pass, choose(pass.forward.dtype, tiles), sizes.batch, sizes.groups, executor);
-  } else if (pass.partial != nullptr) {
-    std::fill_n(pass.partial, sizes.batch * sizes.heads, 0.0f);
+  } else if (pass.scratch != nullptr) {
+    std::fill_n(pass.scratch, sizes.batch * sizes.heads, 0.0f);
   }
-  if (pass.dmask != nullptr) sum_strips(pass.partial, pass.dmask, sizes.batch, sizes.heads, 1);
+  if (pass.dmask != nullptr) sum_strips(pass.scratch, pass.dmask, sizes.batch, sizes.heads, 1);
 }
 
 }  // namespace megashear

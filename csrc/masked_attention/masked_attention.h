@@ -26,9 +26,9 @@ struct AttentionTensor {
   int64_t batch, head, token;
 };
 
-// All tensors are of `dtype`, fp32 or bf16; mask and dmask: fp32 [heads]; first: int32 [batch, tokens]; lse: fp32
+// All tensors are of `dtype`, on the CPU fp32 or bf16; mask and dmask: fp32 [heads]; first: int32 [batch, tokens]; lse: fp32
 // [batch, heads, tokens], natural logarithm. A null mask stands for ones, and then there is no dmask; a null first for
-// zeros. In the backward pass partial is scratch, fp32 [batch, heads].
+// zeros. In the backward pass scratch is fp32 [masked_attention_scratch(sizes)]; on the CPU null where there is no mask.
 struct AttentionForward {
   AttentionSizes sizes;
   Dtype dtype;
@@ -41,15 +41,21 @@ struct AttentionForward {
 struct AttentionBackward {
   AttentionForward forward;
   AttentionTensor dout, dq, dk, dv;
-  float *dmask, *partial;
+  float *dmask, *scratch;
 };
 
-// The instruction sets that this processor has and that `dtype` can use, best first, separated by spaces: avx512_bf16,
-// avx512, avx2, portable. avx512_bf16 multiplies bf16 and adds in fp32; the others widen to fp32 when they read.
+// Whether heads of this size can be computed.
+bool masked_attention_takes(int64_t head_dim);
+
+int64_t masked_attention_scratch(const AttentionSizes& sizes);
+
+// The instruction sets that this processor has and that `dtype` can use, best first, separated by spaces. On the CPU:
+// avx512_bf16, avx512, avx2, portable; avx512_bf16 multiplies bf16 and adds in fp32, the others widen to fp32 when they
+// read. On CUDA: tensor_cores, which multiply bf16 or fp16 and add in fp32, and plain, which widens to fp32.
 std::string masked_attention_tiles(Dtype dtype);
 
-// `tiles` is one of these names, or empty for the best; another name counts as portable. `executor` is the number of
-// threads.
+// `tiles` is one of these names, or empty for the best; another name counts as portable. On the CPU and on CUDA by the
+// file that is linked; `executor` is the number of threads or the stream.
 void masked_attention_forward(const AttentionForward& pass, const char* tiles, intptr_t executor);
 void masked_attention_backward(const AttentionBackward& pass, const char* tiles, intptr_t executor);
 

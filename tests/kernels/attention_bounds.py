@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .agreement import UNIT
+from .agreement import SMALL, UNIT
 
 MORE = 1.05  # for products of errors
 
@@ -26,13 +26,14 @@ class Case:
 
 
 def bounds(case: Case, exact_out: Tensor, pair: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Largest errors of out, dq, dk, dv and dmask; `pair`: P, dS and E are rounded to bf16 for their products."""
+    """Largest errors of out, dq, dk, dv and dmask; `pair`: P, dS and E are rounded to the dtype for products."""
     q, dout = case.q.double(), case.dout.double()
     queries, tokens, head_dim = q.shape[1] // case.k.shape[1], q.shape[2], q.shape[3]
     k, v = (x.double().repeat_interleave(queries, dim=1) for x in (case.k, case.v))
     z = torch.ones(q.shape[1], dtype=torch.float64) if case.mask is None else case.mask.double()
     z = z[:, None, None]
-    unit, fp32, operand = UNIT[case.q.dtype], UNIT[torch.float32], UNIT[torch.bfloat16] if pair else 0.0
+    unit, fp32, operand = UNIT[case.q.dtype], UNIT[torch.float32], UNIT[case.q.dtype] if pair else 0.0
+    small = SMALL[case.q.dtype]
     scale = head_dim**-0.5
     p, lse = _probabilities(case, q, k, scale)
     # relative error of P: rounded for products; its score, summed over the head size, and logarithm are in fp32
@@ -40,7 +41,9 @@ def bounds(case: Case, exact_out: Tensor, pair: bool) -> tuple[Tensor, Tensor, T
     largest = torch.where(p > 0, scores, 0.0).amax(-1, keepdim=True)
     of_p = operand + fp32 * (2 * (head_dim + 8) * largest + 4 * lse.abs() + tokens + 20)
     of_out = of_p * z.abs() * (p @ v.abs())
-    out = MORE * of_out + unit * exact_out.abs()
+    if pair:
+        of_out = of_out + small * z.abs() * v.abs().sum(-2, keepdim=True)
+    out = MORE * of_out + unit * exact_out.abs() + small
 
     e, sums = z * dout, fp32 * (tokens + 8)
     de = operand + fp32
@@ -50,8 +53,8 @@ def bounds(case: Case, exact_out: Tensor, pair: bool) -> tuple[Tensor, Tensor, T
     dp = e @ v.mT
     of_dp = (de + fp32 * (head_dim + 4)) * (e.abs() @ v.abs().mT)
     ds = p * (dp - delta)
-    of_ds = p * (of_p * (dp.abs() + delta.abs()) + of_dp + of_delta) + (operand + sums) * ds.abs()
-    dv = ((of_p + de + sums) * p).mT @ e.abs()
+    of_ds = p * (of_p * (dp.abs() + delta.abs()) + of_dp + of_delta) + (operand + sums) * ds.abs() + small * pair
+    dv = ((of_p + de + sums) * p).mT @ e.abs() + small * pair * dout.abs().sum(-2, keepdim=True)
     dk, dq = scale * of_ds.mT @ q.abs(), scale * of_ds @ k.abs()
     exact = scale * ds @ k, scale * ds.mT @ q, p.mT @ e
     # errors of out are independent roundings: six times their root sum of squares
@@ -60,9 +63,9 @@ def bounds(case: Case, exact_out: Tensor, pair: bool) -> tuple[Tensor, Tensor, T
     grouped = [_of_groups(x, queries) for x in (dk, dv, exact[1].abs(), exact[2].abs())]
     return (
         out,
-        MORE * dq + unit * exact[0].abs(),
-        MORE * grouped[0] + unit * grouped[2],
-        MORE * grouped[1] + unit * grouped[3],
+        MORE * dq + unit * exact[0].abs() + small,
+        MORE * grouped[0] + unit * grouped[2] + small,
+        MORE * grouped[1] + unit * grouped[3] + small,
         MORE * of_mask * (z.flatten() != 0),
     )
 

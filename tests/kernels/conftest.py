@@ -1,11 +1,18 @@
-"""Where kernels are tested: the CPU always, a GPU where there is one. The kernels must have been built."""
+"""Where kernels are tested: the CPU, a GPU where there is one, and CUDA sources run on the CPU without any."""
 
 import shutil
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
+from megashear.ops.kernels import library
 from megashear.ops.kernels.library import compiled_for
+
+from .cuda_emulation import Controls, build
+
+CPU = torch.device("cpu")
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -19,3 +26,21 @@ def device(request) -> torch.device:
             pytest.fail("the kernels are not built: run `pip install -e .` or `python setup.py build_ext --inplace`")
         pytest.skip(f"none of {tools} is here to build the kernels")
     return device
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory) -> ModuleType:
+    if shutil.which("g++") is None:
+        pytest.skip("g++, which compiles the CUDA kernels for the CPU, is not here")
+    return build(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture
+def emulated(cuda_library, monkeypatch) -> Iterator[Controls]:
+    """Tensors on the CPU meet the CUDA kernels."""
+    monkeypatch.setitem(library._LIBRARIES, "cpu", cuda_library)
+    monkeypatch.setitem(library._RUNS_ON, CPU, True)
+    controls = Controls(cuda_library)
+    controls.descend(False)
+    yield controls
+    controls.descend(False)

@@ -87,8 +87,8 @@ def masked_attention_backward(
     mask, first, lse = _contiguous(mask_H), _contiguous(first_BS), lse.contiguous()
     dq, dk, dv = map(_tokens_first, (q, k, v))
     dmask = None if mask is None else torch.empty_like(mask)
-    partial = None if mask is None else lse.new_empty(sizes[:2])
     with launching(q) as (library, executor):
+        scratch = lse.new_empty(library.masked_attention_scratch(sizes))
         library.masked_attention_backward(
             _bound(dout),
             _bound(q),
@@ -102,7 +102,7 @@ def masked_attention_backward(
             _bound(dk),
             _bound(dv),
             address(dmask),
-            address(partial),
+            address(scratch),
             sizes,
             dtype_code(q),
             TILES,

@@ -1,0 +1,212 @@
+// backward.cuh: the backward pass by tensor cores: one kernel over tiles of queries for dq, one over tiles of keys for
+// dk and dv. Both make the probabilities again, so every sum has one owner and one order, and nothing is added atomically.
+//
+// With z the head's mask, dS = P (z (dout . v) - delta); dq sums scale dS k, dk scale dS q, dv z P dout. The kernel of
+// keys makes scores with the keys as rows, so that each product's weights are in registers; a warp owns 16 keys, and
+// the block walks over the heads of its group and their queries. The next tiles are copied while these are worked on.
+#pragma once
+
+#include "tile.cuh"
+
+namespace megashear {
+
+template <int D>
+struct BackwardShape {
+  static constexpr int own = 64, others = D <= 64 ? 64 : 32, N = others / 8;  // rows that a block owns, walks over
+  static constexpr int bytes = 2 * kRow<D> * (2 * own + 4 * others) + 4 * 4 * others;
+};
+
+// Scores in place of P, and dout . v in place of dS, for one row's or column's logarithm and delta.
+__device__ __forceinline__ void to_gradient(float& score, float& slope, float scale, float lse2, float delta, float z) {
+  score = exp2_fast(fmaf(score, scale, -lse2));
+  slope = score * fmaf(z, slope, -delta);
+}
+
+// ---- queries --------------------------------------------------------------------------------------------------------
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kTileThreads)
+    query_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+  using Shape = BackwardShape<D>;
+  constexpr int tile = Shape::others * kRow<D>, N = Shape::N;
+  extern __shared__ uint4 memory[];
+  T* q_tile = reinterpret_cast<T*>(memory);
+  T* dout_tile = q_tile + Shape::own * kRow<D>;
+  T* k_tiles = dout_tile + Shape::own * kRow<D>;
+  T* v_tiles = k_tiles + 2 * tile;
+  const AttentionForward& forward = pass.forward;
+  const AttentionSizes& sizes = forward.sizes;
+  const int tokens = static_cast<int>(sizes.tokens), blocks = (tokens + Shape::own - 1) / Shape::own;
+  const int64_t heads = sizes.batch * sizes.heads, head = blockIdx.x % heads, b = head / sizes.heads;
+  const int64_t h = head % sizes.heads, group = h * sizes.groups / sizes.heads;
+  const int begin = (blocks - 1 - static_cast<int>(blockIdx.x / heads)) * Shape::own;  // the longest first
+  const int end = min(begin + Shape::own, tokens);
+  const Head<T> dq(pass.dq, sizes, b, h);
+  const float z = forward.mask == nullptr ? 1.0f : forward.mask[h];
+  if (z == 0.0f) return write_zeros(dq, begin, end);
+  const Head<T> k(forward.k, sizes, b, group), v(forward.v, sizes, b, group);
+  const int32_t* first = forward.first == nullptr ? nullptr : forward.first + b * tokens;
+  const FirstKeys range = first_keys(first, begin, end);
+  int key = range.least / Shape::others * Shape::others, stage = 0;
+  fill_tile<Shape::own, D>(q_tile, Head<T>(forward.q, sizes, b, h), begin, wide);
+  fill_tile<Shape::own, D>(dout_tile, Head<T>(pass.dout, sizes, b, h), begin, wide);
+  fill_tile<Shape::others, D>(k_tiles, k, key, wide);
+  fill_tile<Shape::others, D>(v_tiles, v, key, wide);
+  commit_copies();
+  const int warp_row = own_warp() * 16, row = begin + warp_row + own_lane() / 4;
+  float lse2[2], of_row[2], sums[1][D / 8][4];
+  int first_of[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool here = row + 8 * r < tokens;
+    lse2[r] = here ? forward.lse[head * tokens + row + 8 * r] * kLog2e : 0.0f;
+    of_row[r] = here ? delta[head * tokens + row + 8 * r] : 0.0f;
+    first_of[r] = here ? first_key(first, row + 8 * r) : 0;
+  }
+  clear(sums);
+  for (; key < end; key += Shape::others, stage ^= 1) {
+    wait_copies<0>();
+    __syncthreads();  // these tiles are here, and nobody reads the others any more
+    if (key + Shape::others < end) {
+      fill_tile<Shape::others, D>(k_tiles + (stage ^ 1) * tile, k, key + Shape::others, wide);
+      fill_tile<Shape::others, D>(v_tiles + (stage ^ 1) * tile, v, key + Shape::others, wide);
+      commit_copies();
+    }
+    if (key >= begin + warp_row + 16) continue;  // above the diagonal
+    float p[1][N][4], ds[1][N][4];
+    clear(p);
+    clear(ds);
+    multiply_rows<T, D>(p, q_tile + warp_row * kRow<D>, k_tiles + stage * tile);
+    multiply_rows<T, D>(ds, dout_tile + warp_row * kRow<D>, v_tiles + stage * tile);
+    const bool some_hidden = key + Shape::others - 1 > begin + warp_row || range.greatest > key;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = key + 8 * n + own_lane() % 4 * 2 + i % 2;
+        if (some_hidden && (column > row + i / 2 * 8 || column < first_of[i / 2])) p[0][n][i] = -kInfinity;
+        to_gradient(p[0][n][i], ds[0][n][i], scale * kLog2e, lse2[i / 2], of_row[i / 2], z);
+      }
+    }
+    add_weighted_rows<T, D>(sums, ds, k_tiles + stage * tile);
+  }
+  const float factor[1][2] = {{scale, scale}};
+  write_rows<T, D, 1>(sums, factor, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
+}
+
+// ---- keys -----------------------------------------------------------------------------------------------------------
+
+// The tiles of queries that see a tile of keys: head after head of a group, those with a mask of 0 left out.
+template <int Queries>
+struct QueryTiles {
+  const float* mask;
+  const int32_t* first;
+  int64_t head, end_head;
+  int query, key, key_end, tokens;
+  FirstKeys range;
+
+  __device__ __forceinline__ bool more() const { return head < end_head; }
+
+  // To the first tile from here on that sees a key.
+  __device__ __forceinline__ void find() {
+    for (; head < end_head; ++head, query = key / Queries * Queries) {
+      if (mask != nullptr && mask[head] == 0.0f) continue;
+      for (; query < tokens; query += Queries) {
+        range = first_keys(first, query, min(query + Queries, tokens));
+        if (range.least < key_end) return;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void advance() {
+    query += Queries;
+    find();
+  }
+};
+
+// Logarithms and deltas of a tile's queries, in shared memory; one more thread a number.
+template <int Queries>
+__device__ __forceinline__ void fill_rows(float* lse2, const float* lse, const float* delta, int query, int tokens) {
+  static_assert(2 * Queries <= kTileThreads);
+  const int i = threadIdx.x % Queries;
+  const bool here = query + i < tokens;
+  if (threadIdx.x < Queries) lse2[i] = here ? lse[query + i] * kLog2e : 0.0f;
+  if (threadIdx.x / Queries == 1) lse2[Queries + i] = here ? delta[query + i] : 0.0f;
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kTileThreads)
+    key_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+  using Shape = BackwardShape<D>;
+  constexpr int Q = Shape::others, tile = Q * kRow<D>, N = Shape::N;
+  extern __shared__ uint4 memory[];
+  T* k_tile = reinterpret_cast<T*>(memory);
+  T* v_tile = k_tile + Shape::own * kRow<D>;
+  T* q_tiles = v_tile + Shape::own * kRow<D>;
+  T* dout_tiles = q_tiles + 2 * tile;
+  float* row_tiles = reinterpret_cast<float*>(dout_tiles + 2 * tile);
+  const AttentionForward& forward = pass.forward;
+  const AttentionSizes& sizes = forward.sizes;
+  const int tokens = static_cast<int>(sizes.tokens);
+  const int64_t groups = sizes.batch * sizes.groups, b = blockIdx.x % groups / sizes.groups;
+  const int64_t group = blockIdx.x % groups % sizes.groups, queries = sizes.heads / sizes.groups;
+  const int begin = static_cast<int>(blockIdx.x / groups) * Shape::own;  // the longest first
+  const int warp_row = own_warp() * 16, row = begin + warp_row + own_lane() / 4;
+  const auto fill = [&](const QueryTiles<Q>& at, int stage) {
+    const int64_t rows = (b * sizes.heads + at.head) * tokens;
+    fill_tile<Q, D>(q_tiles + stage * tile, Head<T>(forward.q, sizes, b, at.head), at.query, wide);
+    fill_tile<Q, D>(dout_tiles + stage * tile, Head<T>(pass.dout, sizes, b, at.head), at.query, wide);
+    fill_rows<Q>(row_tiles + stage * 2 * Q, forward.lse + rows, delta + rows, at.query, tokens);
+    commit_copies();
+  };
+  const int32_t* first = forward.first == nullptr ? nullptr : forward.first + b * tokens;
+  QueryTiles<Q> next = {forward.mask, first, group * queries, (group + 1) * queries, begin / Q * Q, begin,
+                        begin + Shape::own, tokens, {}};
+  fill_tile<Shape::own, D>(k_tile, Head<T>(forward.k, sizes, b, group), begin, wide);
+  fill_tile<Shape::own, D>(v_tile, Head<T>(forward.v, sizes, b, group), begin, wide);
+  next.find();
+  if (next.more()) fill(next, 0);
+  float dk[1][D / 8][4], dv[1][D / 8][4];
+  clear(dk);
+  clear(dv);
+  for (int stage = 0; next.more(); stage ^= 1) {
+    const QueryTiles<Q> at = next;
+    wait_copies<0>();
+    __syncthreads();  // these tiles are here, and nobody reads the others any more
+    next.advance();
+    if (next.more()) fill(next, stage ^ 1);
+    if (begin + warp_row >= at.query + Q) continue;  // above the diagonal
+    const T *q = q_tiles + stage * tile, *dout = dout_tiles + stage * tile;
+    const float z = forward.mask == nullptr ? 1.0f : forward.mask[at.head];
+    float p[1][N][4], ds[1][N][4];
+    clear(p);
+    clear(ds);
+    multiply_rows<T, D>(p, k_tile + warp_row * kRow<D>, q);
+    multiply_rows<T, D>(ds, v_tile + warp_row * kRow<D>, dout);
+    const bool some_hidden = begin + warp_row + 15 > at.query || at.range.greatest > begin;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * n + own_lane() % 4 * 2 + i % 2, query = at.query + column, key = row + i / 2 * 8;
+        const float* numbers = row_tiles + stage * 2 * Q + column;
+        if (some_hidden && (key > query || (first != nullptr && query < tokens && key < first_key(first, query)))) {
+          p[0][n][i] = -kInfinity;
+        }
+        to_gradient(p[0][n][i], ds[0][n][i], scale * kLog2e, numbers[0], numbers[Q], z);
+        p[0][n][i] *= z;
+      }
+    }
+    add_weighted_rows<T, D>(dv, p, dout);
+    add_weighted_rows<T, D>(dk, ds, q);
+  }
+  const float of_dk[1][2] = {{scale, scale}}, of_dv[1][2] = {{1.0f, 1.0f}};
+  commit_copies();
+  wait_copies<0>();  // of the keys, where no query was live
+  __syncthreads();
+  T* rows = k_tile + warp_row * kRow<D>;
+  write_rows<T, D, 1>(dk, of_dk, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
+  write_rows<T, D, 1>(dv, of_dv, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
+}
+
+}  // namespace megashear
