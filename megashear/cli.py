@@ -130,6 +130,9 @@ def _eval_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("data", type=Path, nargs="?", help="dataset folder, whose held-out text is used")
     one.add_argument("--sequence-length", type=_count, default=4096, help="tokens of a sequence (default: 4096)")
     one.add_argument("--sequences", type=_count, default=64, help="sequences of each domain (default: 64)")
+    one.add_argument(
+        "--separate-documents", action="store_true", help="attention inside documents, as data.separate_documents"
+    )
     one.add_argument("--tensor", type=_count, default=1, help="tensor parallel size under torchrun (default: 1)")
     one.add_argument("--pipeline", type=_count, default=1, help="pipeline parallel size under torchrun (default: 1)")
     one.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness instead of a dataset")
@@ -235,10 +238,11 @@ def _eval(options: argparse.Namespace) -> None:
 
         evaluate_tasks(options.model, options.tasks.split(","), options.json, options.limit, options.include)
         return
-    from megashear.run.evaluate import evaluate_model
+    from megashear.run.evaluate import HeldOutChoice, evaluate_model
 
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
-    evaluate_model(options.model, options.data, options.sequence_length, options.sequences, parallel, options.json)
+    heldout = HeldOutChoice(options.sequence_length, options.sequences, options.separate_documents)
+    evaluate_model(options.model, options.data, heldout, parallel, options.json)
 
 
 def _env(options: argparse.Namespace) -> None:

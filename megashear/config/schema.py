@@ -77,6 +77,12 @@ class DataConfig:
         "a domain that runs out: repeats, is shared among the others, or stops the run",
         ("repeat", "renormalise", "stop"),
     )
+    separate_documents: bool = key(
+        False,
+        "attention stays inside documents, which end in EOS; their positions then start at 0 as well, since rotary "
+        "attention knows distances alone",
+    )
+    prefetch: int = key(2, "batches read ahead of the step by threads; their order is the same; 0: none", low=0)
     max_epochs: float = key(4.0, "warn at the start when planned weights need more epochs of a domain than this", low=0)
 
 

@@ -45,6 +45,11 @@ class BatchPlan:
     def __len__(self) -> int:
         return len(self.domain_B)
 
+    def same(self, other: "BatchPlan") -> bool:
+        """Whether both name the same samples in the same places."""
+        equal = np.array_equal(self.domain_B, other.domain_B) and np.array_equal(self.sample_B, other.sample_B)
+        return self.first == other.first and equal
+
 
 def sources(dataset: Dataset, sequence_length: int) -> list[DomainSource]:
     """The training splits of a dataset; raises DataError for a domain too short for one sample."""

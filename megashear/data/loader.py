@@ -1,7 +1,8 @@
 """Tokens of a planned batch, and of the held-out windows that the mixture is steered by.
 
-Key properties: a rank reads its own rows of the global batch and nothing else; both read memory-mapped files, so there
-is no worker and no state. Read next: `blend.py` (the plan), `manifest.py` (the files).
+Key properties: a rank reads its own rows of the global batch and nothing else, in the dtype of the files, two bytes a
+token for most vocabularies; both read memory-mapped files, so there is no worker and no state. Read next: `blend.py`
+(the plan), `batches.py` (reading ahead), `manifest.py` (the files).
 
 Legend: N rows read, T tokens of a row (S + 1).
 """
@@ -18,19 +19,27 @@ from megashear.errors import DataError
 
 
 class Loader:
-    """Reads rows of planned batches from a dataset."""
+    """Reads rows of planned batches from a dataset.
 
-    def __init__(self, dataset: Dataset, stream: BlendedStream, sequence_length: int) -> None:
+    Attributes: `stream`, `sequence_length`, and `separator`, the token at which attention starts anew, if it does.
+    """
+
+    def __init__(
+        self, dataset: Dataset, stream: BlendedStream, sequence_length: int, separate_documents: bool = False
+    ) -> None:
         """stream: the plan's domains must be the dataset's, by name; its order of domains numbers the rows' domains."""
         assert set(stream.names) <= set(dataset.domains)
         self.stream, self.sequence_length = stream, sequence_length
+        self.separator = dataset.eos_id if separate_documents else None
         self._tokens = [dataset.stream(name, "train") for name in stream.names]
 
     def read(self, plan: BatchPlan, rows: slice | Sequence[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [N, S+1] and domain indices int64 [N] of these rows of the global batch, on the CPU."""
+        """Tokens [N, S+1] in the files' dtype (uint16 or int32) and domain indices int64 [N] of these rows of the
+        global batch, on the CPU.
+        """
         index = rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         domain_N, sample_N = plan.domain_B[index], plan.sample_B[index]
-        token_NT = np.empty((len(domain_N), self.sequence_length + 1), dtype=np.int64)
+        token_NT = np.empty((len(domain_N), self.sequence_length + 1), dtype=self._tokens[0].dtype)
         for row, (domain, sample) in enumerate(zip(domain_N, sample_N, strict=True)):
             token_NT[row] = read_sample(self._tokens[domain], int(sample), self.sequence_length)
         return torch.from_numpy(token_NT), torch.from_numpy(np.array(domain_N, dtype=np.int64))
@@ -39,12 +48,16 @@ class Loader:
 class HeldOut:
     """The first non-overlapping windows of S+1 tokens of each domain's held-out split, always the same ones.
 
-    Attributes: `names` of the domains; `rows`, a list of (domain index, window) in order of domains; `sequence_length`.
+    Attributes: `names` of the domains; `rows`, a list of (domain index, window) in order of domains; `sequence_length`;
+    `separator`, the token at which attention starts anew, if it does.
     """
 
-    def __init__(self, dataset: Dataset, sequence_length: int, sequences_per_domain: int) -> None:
+    def __init__(
+        self, dataset: Dataset, sequence_length: int, sequences_per_domain: int, separate_documents: bool = False
+    ) -> None:
         """sequences_per_domain: windows wanted; a domain with fewer gives what it has, DataError where that is none."""
         self.names, self.sequence_length = dataset.domains, sequence_length
+        self.separator = dataset.eos_id if separate_documents else None
         self._tokens = [dataset.stream(name, "heldout") for name in self.names]
         self.rows: list[tuple[int, int]] = []
         for index, (name, stream) in enumerate(zip(self.names, self._tokens, strict=True)):
@@ -58,10 +71,10 @@ class HeldOut:
             self.rows += [(index, window) for window in range(windows)]
 
     def read(self, rows: Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [N, S+1] and domain indices int64 [N] of these entries of `rows`, on the CPU."""
+        """Tokens [N, S+1] in the files' dtype and domain indices int64 [N] of these entries of `rows`, on the CPU."""
         chosen = self.rows[rows] if isinstance(rows, slice) else [self.rows[i] for i in rows]
         width = self.sequence_length + 1
-        token_NT = np.empty((len(chosen), width), dtype=np.int64)
+        token_NT = np.empty((len(chosen), width), dtype=self._tokens[0].dtype)
         for row, (domain, window) in enumerate(chosen):
             token_NT[row] = self._tokens[domain][window * width : (window + 1) * width]
         return torch.from_numpy(token_NT), torch.tensor([domain for domain, _ in chosen], dtype=torch.int64)

@@ -80,15 +80,19 @@ class Attention(nn.Module):
         self.qkv = column_parallel(shape.hidden_size, rows, config)
         self.out = row_parallel(shape.num_heads * shape.head_dim, shape.hidden_size, config)
 
-    def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Tensor:
-        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2] in fp32."""
+    def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None) -> Tensor:
+        """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2] in fp32.
+
+        first_BS: the first position that each token attends to. Rotary scores know distances alone, so positions that
+        start again with each document would change nothing.
+        """
         live = masks.live
         qkv_SBR = live_product(self.qkv, x_SBD, live.qkv_rows, masks.live_hidden)
         groups, queries = live.groups, live.queries
         if self.ranks_per_group > 1:
             qkv_SBR, groups, queries = self._own_rows(qkv_SBR, live), 1, live.groups * live.queries
         q_BHSd, k_BGSd, v_BGSd = ops.rope_qkv(qkv_SBR, groups, queries, self.head_dim, *rope)
-        out_BHSd = ops.attention(q_BHSd, k_BGSd, v_BGSd, masks.head)
+        out_BHSd = ops.attention(q_BHSd, k_BGSd, v_BGSd, masks.head, first_BS)
         return live_product(self.out, out_BHSd.permute(2, 0, 1, 3).flatten(2), masks.live_hidden, live.out_columns)
 
     def _own_rows(self, qkv_SBR: Tensor, live: LiveLayer) -> Tensor:
@@ -126,12 +130,14 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(shape.hidden_size, shape.norm_eps, config, layout.device)
         self.mlp = Mlp(shape, config)
 
-    def forward(self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks) -> Stream:
+    def forward(
+        self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None = None
+    ) -> Stream:
         """The stream after this layer; the MLP's part is not added yet."""
         hidden = masks.hidden, masks.live_hidden
         if masks.live.attention:
             x_SBD, normed_SBD = self.attention_norm(stream, *hidden)
-            stream = Stream(x_SBD, self.attention(normed_SBD, rope, masks), masks.branch)
+            stream = Stream(x_SBD, self.attention(normed_SBD, rope, masks, first_BS), masks.branch)
         if masks.live.mlp:
             x_SBD, normed_SBD = self.mlp_norm(stream, *hidden)
             stream = Stream(x_SBD, self.mlp(normed_SBD, masks), masks.branch)

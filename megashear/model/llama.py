@@ -81,11 +81,13 @@ class Llama(StageModule):
         labels_BS: Tensor | None = None,
         masks: Masks | None = None,
         pattern: LivePattern | None = None,
+        first_BS: Tensor | None = None,
     ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
         the last stage.
 
-        pattern: the zeros of `masks`, of which nothing is computed then; None computes everything.
+        pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32 [B, S],
+        the first position that each token attends to, that of its document; None: 0.
         """
         live = self.planner(pattern or WHOLE)
         dtype = self.config.params_dtype
@@ -94,9 +96,11 @@ class Llama(StageModule):
         rope = self.rope(tokens_BS.shape[1])
         for layer, layer_masks in zip(self.layers.values(), stage.layers, strict=True):
             if self.recompute and self.training:
-                stream = checkpoint(layer, stream, rope, layer_masks, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(
+                    layer, stream, rope, layer_masks, first_BS, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                stream = layer(stream, rope, layer_masks)
+                stream = layer(stream, rope, layer_masks, first_BS)
         if not self.post_process:
             return self.leave(stream.total(), stage)
         logits_SBV = self.logits(self.norm(stream, stage.hidden, stage.live_hidden)[1], stage.live_hidden)

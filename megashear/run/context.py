@@ -26,6 +26,7 @@ from megashear.weights.folder import ModelFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
+FREE_KEYS = (("data", "folder"), ("data", "prefetch"), ("data", "max_epochs"), ("source", "folder"))
 IDENTITY, DONE = "identity.json", "done.json"
 
 
@@ -126,13 +127,9 @@ def claim(context: Context) -> None:
     A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
     was damaged on the disk or on the way is refused before a number is computed from it. Raises DataError, ModelError.
     """
-    config = to_dict(context.config)
-    own = {name: value for name, value in config.items() if name not in FREE_SECTIONS}
-    own["run"] = {"seed": config["run"]["seed"]}
+    own = identity(context.config)
     own["data_digest"] = context.dataset.digest()
     own["source_digest"] = None if context.source is None else context.source.digest()
-    own["data"].pop("folder"), own["source"].pop("folder")
-    own = json.loads(json.dumps(own))
     path = context.folder / IDENTITY
     there = read_record(path)
     if there is None:
@@ -141,12 +138,22 @@ def claim(context: Context) -> None:
             check_files(context.source.path, context.source.manifest, ModelError)
         write_json(path, own)
         return
-    changed = [line for line in differences(there, own, "")]
+    changed = differences(there, own, identity(Config()), "")
     if changed:
         raise CheckpointError(
             f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
             "Change it back, or choose another run.folder"
         )
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
+    values = to_dict(config)
+    own = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
+    own["run"] = {"seed": values["run"]["seed"]}
+    for section, free in FREE_KEYS:
+        own[section].pop(free)
+    return json.loads(json.dumps(own))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -162,11 +169,17 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def differences(there: Any, here: Any, name: str) -> list[str]:
-    """Keys whose values differ, as `a.b: old -> new`."""
+def differences(there: Any, here: Any, default: Any, name: str) -> list[str]:
+    """Keys whose values differ, as `a.b: old -> new`.
+
+    default: the same of a config with nothing set, a dict for a section. A section's key that the record lacks is
+    younger than the run and has its default there; one that only the record has may change freely by now.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for key in sorted(there.keys() | here.keys()):
-            found += differences(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+        section = isinstance(default, dict)
+        found, defaults = [], default if section else {}
+        for key in sorted(here if section else there | here):
+            known = there.get(key, defaults.get(key))
+            found += differences(known, here.get(key), defaults.get(key), f"{name}.{key}" if name else key)
         return found
     return [] if there == here else [f"{name}: {there} -> {here}"]

@@ -5,6 +5,7 @@ tokenizer is refused. Read next: `train/evaluate.py`, `tasks.py` (lm-evaluation-
 """
 
 import math
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,15 @@ FINISHED = ("final", "pruned")
 """Models of a run folder, the one that was trained last first."""
 
 
+@dataclass(frozen=True)
+class HeldOutChoice:
+    """Which held-out text is evaluated: sequences of each domain, of so many tokens, attention inside documents or not."""
+
+    sequence_length: int = 4096
+    sequences: int = 64
+    separate_documents: bool = False
+
+
 def find_model(path: Path) -> Path:
     """The model folder at `path`, or the last model of the run folder at `path`. Raises ModelError for neither."""
     for candidate in (path, *(path / name for name in FINISHED)):
@@ -44,36 +54,30 @@ def find_model(path: Path) -> Path:
 
 
 def evaluate_model(
-    model: Path, data: Path, sequence_length: int, sequences: int, parallel: ParallelConfig, output: Path | None
+    model: Path, data: Path, heldout: HeldOutChoice, parallel: ParallelConfig, output: Path | None
 ) -> None:
     """Print the held-out losses of a model folder or a run folder, and write them to the JSON file `output`.
 
-    sequences: of each domain, of sequence_length tokens. Every rank calls it; runs alone or under torchrun. Raises
-    ConfigError, DataError, ModelError, StorageError.
+    Every rank calls it; runs alone or under torchrun. Raises ConfigError, DataError, ModelError, StorageError.
     """
     with distributed(parallel) as layout:
         path = find_model(model)
         on_main(layout, lambda: verify_model(path))
-        losses = model_losses(ModelFolder.open(path), Dataset.open(data), sequence_length, sequences, parallel, layout)
-        on_main(layout, lambda: _tell(path, data, sequence_length, losses, output))
+        losses = model_losses(ModelFolder.open(path), Dataset.open(data), heldout, parallel, layout)
+        on_main(layout, lambda: _tell(path, data, heldout, losses, output))
 
 
 def model_losses(
-    folder: ModelFolder,
-    dataset: Dataset,
-    sequence_length: int,
-    sequences: int,
-    parallel: ParallelConfig,
-    layout: Layout,
+    folder: ModelFolder, dataset: Dataset, heldout: HeldOutChoice, parallel: ParallelConfig, layout: Layout
 ) -> Losses:
     """Held-out losses in nats per token, and their errors, by domain; the same on every rank."""
     on_main(layout, lambda: check_tokenizer(dataset, folder))
     problems = shape_problems(folder.shape, None, parallel, layout.world_size)
     if problems:
         raise ConfigError(problems)
-    heldout = HeldOut(dataset, sequence_length, sequences)
+    sequences = HeldOut(dataset, *astuple(heldout))
     chunks = build_fp32(folder, parallel, layout)
-    return evaluate(heldout, layout, chunks, MICRO_BATCH)
+    return evaluate(sequences, layout, chunks, MICRO_BATCH)
 
 
 def build_fp32(
@@ -98,7 +102,7 @@ def verify_model(path: Path) -> None:
         ModelFolder.open(path, digests=True)
 
 
-def _tell(path: Path, data: Path, sequence_length: int, losses: Losses, output: Path | None) -> None:
+def _tell(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
     print(loss_table({path.name: losses}))
     if output is not None:
         write_json(
@@ -106,7 +110,8 @@ def _tell(path: Path, data: Path, sequence_length: int, losses: Losses, output: 
             {
                 "model": str(path),
                 "data": str(data),
-                "sequence_length": sequence_length,
+                "sequence_length": heldout.sequence_length,
+                "separate_documents": heldout.separate_documents,
                 "losses": {name: pair[0] for name, pair in to_json(losses).items()},
                 "errors": {name: pair[1] for name, pair in to_json(losses).items()},
                 "perplexities": {name: perplexity(loss) for name, (loss, _) in losses.items()},

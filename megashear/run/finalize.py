@@ -43,7 +43,8 @@ def run_finalize(context: Context) -> None:
     folder = context.model_folder("pruned")
     on_main(context.layout, lambda: fold_folder(context, masks))
     deterministic = masks.deterministic("target")
-    heldout = HeldOut(context.dataset, context.config.data.sequence_length, context.config.prune.batch.eval_sequences)
+    data, sequences = context.config.data, context.config.prune.batch.eval_sequences
+    heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
     assert context.target_shape is not None
     exact = context.config.prune.masking == "exact"
     masked = build_fp32(context.open_model("masked"), context.config.parallel, context.layout, exact)
@@ -119,9 +120,12 @@ def heldout_logits(
     samples, _ = heldout.read(rows)
 
     def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
-        return chunk(batch.tokens_BS, None, masks), lambda logits: (logits.sum(), gather_logits(logits))
+        return chunk(batch.tokens_BS, None, masks, None, batch.first_BS), lambda logits: (
+            logits.sum(),
+            gather_logits(logits),
+        )
 
-    batches = micro_batches(samples, layout, 1, layout.device)
+    batches = micro_batches(samples, layout, 1, layout.device, heldout.separator)
     with torch.no_grad():
         return run_micro_batches(forward, chunks, batches, samples.shape[1] - 1, 1, forward_only=True)
 

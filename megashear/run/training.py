@@ -4,6 +4,7 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 `train/loop.py`, `checkpoint/store.py`.
 """
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.schema import PretrainConfig, PruneConfig
 from megashear.config.shape import ModelShape
+from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
 from megashear.data.loader import HeldOut, Loader
 from megashear.data.mixture import Mixture
@@ -32,7 +34,7 @@ from megashear.train.loop import Counters, Stage, train
 from megashear.train.metrics import Metrics
 from megashear.train.profile import traced
 from megashear.train.progress import Progress
-from megashear.train.step import Stepper
+from megashear.train.step import Stepper, local_rows
 
 SOURCE_LOSSES = "source_losses.json"
 
@@ -61,7 +63,8 @@ def run_training(context: Context, name: str) -> None:
     with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
         stage = build_stage(context, name, section, shape, weights, masks, metrics)
         stage.tick = tick
-        losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
+        with closing(stage.batches):
+            losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     write_model(
@@ -120,7 +123,7 @@ def build_stage(
     """Put the stage together and fill in its newest checkpoint's state, if there is one."""
     config, layout, dataset = context.config, context.layout, context.dataset
     length, batch = config.data.sequence_length, section.batch
-    heldout = HeldOut(dataset, length, batch.eval_sequences)
+    heldout = HeldOut(dataset, length, batch.eval_sequences, config.data.separate_documents)
     checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
     references = reference_losses(
         config.mixture, dataset.domains, _means(source_losses(context, heldout, weights, batch.micro_batch, checkpoint))
@@ -141,7 +144,9 @@ def build_stage(
         if layout.is_main:
             print(f"{name}: going on from {checkpoint}", flush=True)
     metrics.resume(name, counters.step)
-    loader = Loader(dataset, stream, length)
+    loader = Loader(dataset, stream, length, config.data.separate_documents)
+    rows = local_rows(batch.global_batch, layout, batch.micro_batch).numpy()
+    batches = Batches(loader, rows, batch.global_batch, config.data.prefetch, layout.device.type == "cuda")
     done = counters.step * batch.global_batch * length
     flops = shape.flops_per_token(length)
     progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
@@ -153,7 +158,7 @@ def build_stage(
         layout,
         stepper,
         stream,
-        loader,
+        batches,
         heldout,
         mixture,
         metrics,

@@ -33,7 +33,11 @@ def evaluate(
     padded = -(-total // wave) * wave
     rows = local_rows(padded, layout, micro_batch)
     samples, _ = heldout.read([int(row) if row < total else 0 for row in rows])
-    losses = _sequence_losses(layout, chunks, samples, rows, padded, micro_batch, masks)[:total].cpu().numpy()
+    losses = (
+        _sequence_losses(layout, chunks, samples, rows, padded, micro_batch, masks, heldout.separator)[:total]
+        .cpu()
+        .numpy()
+    )
     domain_N = np.array([domain for domain, _ in heldout.rows])
     return {name: _mean_and_error(losses[domain_N == index]) for index, name in enumerate(heldout.names)}
 
@@ -65,16 +69,17 @@ def _sequence_losses(
     total: int,
     micro_batch: int,
     masks: Masks | None,
+    separator: int | None,
 ) -> Tensor:
     """Mean loss [total] in fp64 of every sequence; samples [n, S + 1] and their numbers rows [n] are this rank's."""
 
     pattern = None if masks is None else live_patterns([masks])[0]
 
     def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
-        losses_BS = chunk(batch.tokens_BS, batch.labels_BS, masks, pattern)
+        losses_BS = chunk(batch.tokens_BS, batch.labels_BS, masks, pattern, batch.first_BS)
         return losses_BS, lambda losses_BS: (losses_BS.mean(), losses_BS.mean(1))
 
-    batches = micro_batches(samples, layout, micro_batch, layout.device)
+    batches = micro_batches(samples, layout, micro_batch, layout.device, separator)
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():

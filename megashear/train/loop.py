@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
+from megashear.data.batches import Batches
 from megashear.data.blend import BatchPlan, BlendedStream
-from megashear.data.loader import HeldOut, Loader
+from megashear.data.loader import HeldOut
 from megashear.data.mixture import Mixture
 from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
@@ -25,7 +26,7 @@ from megashear.train.profile import Tick
 from megashear.train.progress import Progress
 from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
 from megashear.train.signals import StopRequest
-from megashear.train.step import Stepper, StepResult, local_rows, micro_batches
+from megashear.train.step import Stepper, StepResult, micro_batches
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Stage:
     layout: Layout
     stepper: Stepper
     stream: BlendedStream
-    loader: Loader
+    batches: Batches
     heldout: HeldOut
     mixture: Mixture
     metrics: Metrics
@@ -67,7 +68,7 @@ class Stage:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.counters.step * self.batch.global_batch * self.loader.sequence_length
+        return self.counters.step * self.batch.global_batch * self.batches.loader.sequence_length
 
     @property
     def warmup_share(self) -> float:
@@ -119,11 +120,10 @@ def stop_requested(stop: StopRequest, layout: Layout) -> bool:
 def train_step(stage: Stage) -> StepResult:
     """Draw the next global batch and run one optimizer step on this rank's part of it."""
     counters, batch = stage.counters, stage.batch
-    plan = stage.stream.next_batch(batch.global_batch)
-    rows = local_rows(batch.global_batch, stage.layout, batch.micro_batch).numpy()
-    samples, _ = stage.loader.read(plan, rows)
+    plan, samples = stage.batches.next()
     factor = learning_rate_factor(counters.step, batch.steps, stage.optimizer, stage.warmup_share)
-    batches = micro_batches(samples, stage.layout, batch.micro_batch, stage.layout.device)
+    separator = stage.batches.loader.separator
+    batches = micro_batches(samples, stage.layout, batch.micro_batch, stage.layout.device, separator)
     result = stage.stepper.run(batches, counters.step, factor, factor * stage.optimizer.learning_rate)
     counters.skipped += result.skipped
     counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if result.skipped else 0

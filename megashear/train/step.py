@@ -22,11 +22,15 @@ from megashear.model.live import LivePattern, flops_share, live_patterns
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass of one rank: tokens and next tokens [b, S], and its index within the global batch."""
+    """One forward pass of one rank: tokens and next tokens [b, S], and its index within the global batch.
+
+    first_BS: int32 [b, S], where the document of each token begins; None where attention crosses documents.
+    """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     index: int
+    first_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,29 @@ class StepResult:
     seconds: float
 
 
-def micro_batches(samples: Tensor, layout: Layout, micro_batch: int, device: torch.device) -> list[MicroBatch]:
-    """This rank's micro-batches from its samples [rows, S + 1]; rows are in the order of `local_rows`."""
-    parts = samples.to(device).split(micro_batch)
-    return [
-        MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), number * layout.data_size + layout.data_rank)
-        for number, part in enumerate(parts)
-    ]
+def micro_batches(
+    samples: Tensor, layout: Layout, micro_batch: int, device: torch.device, separator: int | None = None
+) -> list[MicroBatch]:
+    """This rank's micro-batches from its samples [rows, S + 1]; rows are in the order of `local_rows`.
+
+    samples: of any integer dtype; they travel as they are and are widened on the device. separator: the token that ends
+    documents, where attention is to stay inside of them.
+    """
+    batches = []
+    for number, part in enumerate(samples.to(device, non_blocking=True).long().split(micro_batch)):
+        tokens_BS = part[:, :-1].contiguous()
+        first_BS = None if separator is None else document_starts(tokens_BS, separator)
+        index = number * layout.data_size + layout.data_rank
+        batches.append(MicroBatch(tokens_BS, part[:, 1:].contiguous(), index, first_BS))
+    return batches
+
+
+def document_starts(tokens_BS: Tensor, separator: int) -> Tensor:
+    """Position at which the document of each token begins, int32 [B, S]; a document ends with its separator."""
+    position_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    begins_BS = torch.zeros_like(tokens_BS)
+    begins_BS[:, 1:] = torch.where(tokens_BS[:, :-1] == separator, position_S[1:], 0)
+    return begins_BS.cummax(1).values.int()
 
 
 def local_rows(global_batch: int, layout: Layout, micro_batch: int) -> Tensor:
@@ -90,7 +110,7 @@ class Stepper:
 
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
-            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index))
+            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS)
             return output, _mean_loss
 
         self.weights.zero_gradients()

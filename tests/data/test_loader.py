@@ -17,7 +17,7 @@ def loader(dataset):
 def test_rows_are_samples_of_their_domains(dataset, loader):
     plan = loader.stream.next_batch(20)
     tokens, domain = loader.read(plan, slice(None))
-    assert tokens.shape == (20, LENGTH + 1) and tokens.dtype == domain.dtype == torch.int64
+    assert tokens.shape == (20, LENGTH + 1) and (tokens.dtype, domain.dtype) == (torch.uint16, torch.int64)
     for row in range(20):
         stream = dataset.stream(dataset.domains[plan.domain_B[row]])
         start = plan.sample_B[row] * LENGTH

@@ -25,7 +25,7 @@ def oracle(tiny: Tiny, unbroken_folder: Path) -> dict[str, tuple[float, float]]:
     heldout = HeldOut(Dataset.open(tiny.data), LENGTH, SEQUENCES)
     losses: dict[str, list[float]] = {name: [] for name in heldout.names}
     for row, (domain, _) in enumerate(heldout.rows):
-        tokens = heldout.read([row])[0]
+        tokens = heldout.read([row])[0].long()
         with torch.no_grad():
             logits = model(tokens[:, :-1]).logits[0].double()
         losses[heldout.names[domain]].append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))

@@ -1,5 +1,6 @@
 """A run that was stopped or killed anywhere, and started again, has the bits and the records of the unbroken one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_records_that_are_damaged_or_gone(tiny: Tiny, tmp_path: Path, name: str)
         path.unlink()
         with pytest.raises(CheckpointError, match=f"{path}: missing"):
             finish(config)
+
+
+def test_a_run_of_an_older_version_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    """Its record lacks a key that is younger, which has its default; another value than the default is refused."""
+    config = tiny.config(tmp_path / "run")
+    assert break_off(config, ("prune", 3))
+    path = tmp_path / "run/identity.json"
+    record = json.loads(path.read_text())
+    del record["data"]["separate_documents"]
+    record["data"]["a_key_of_then"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"data\.separate_documents: False -> True"):
+        finish(tiny.config(tmp_path / "run", "data.separate_documents=true"))
+    assert break_off(config, ("prune", 6))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megashear.engine.layout import Layout
-from megashear.train.step import local_rows, micro_batches
+from megashear.train.step import document_starts, local_rows, micro_batches
 
 
 def layout(data_size: int, data_rank: int) -> Layout:
@@ -28,3 +28,11 @@ def test_micro_batches_are_the_same_on_every_layout(data_size: int, micro_batch:
     for index, one in found.items():
         part = samples[index * micro_batch : (index + 1) * micro_batch]
         assert torch.equal(one.tokens_BS, part[:, :-1]) and torch.equal(one.labels_BS, part[:, 1:])
+
+
+def test_documents_start_after_their_separator() -> None:
+    tokens = torch.tensor([[5, 6, 2, 7, 2, 2, 8], [2, 5, 6, 7, 8, 9, 2]])
+    assert document_starts(tokens, 2).tolist() == [[0, 0, 0, 3, 3, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
+    one = micro_batches(tokens.to(torch.uint16), layout(1, 0), 2, torch.device("cpu"), 2)[0]
+    assert one.tokens_BS.dtype == torch.int64 and one.first_BS is not None
+    assert one.first_BS.tolist() == [[0, 0, 0, 3, 3, 5], [0, 1, 1, 1, 1, 1]]
