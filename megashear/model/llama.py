@@ -86,8 +86,8 @@ class Llama(StageModule):
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
         the last stage.
 
-        pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32 [B, S],
-        the first position that each token attends to, that of its document; None: 0.
+        pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32
+        [B, S], the first position that each token attends to, that of its document; None: 0.
         """
         live = self.planner(pattern or WHOLE)
         dtype = self.config.params_dtype

@@ -35,7 +35,7 @@ FINISHED = ("final", "pruned")
 
 @dataclass(frozen=True)
 class HeldOutChoice:
-    """Which held-out text is evaluated: sequences of each domain, of so many tokens, attention inside documents or not."""
+    """Which held-out text is evaluated: tokens of a sequence, sequences of each domain, attention inside documents."""
 
     sequence_length: int = 4096
     sequences: int = 64
