@@ -3,13 +3,15 @@
     python tools/bench/run.py OUTPUT [--steps 320] [--batch 4] [--length 256] [--threads 2] [--json FILE]
 
 A LLaMA of 58 million parameters with random weights, on random tokens of 7 domains, is pruned to Sheared-LLaMA 1.3B's
-shares of 7B by the published schedule scaled to `--steps`: targets grow over a fifth of them, the mixture is updated 64
-times, and an evaluation takes the same share of a stage's tokens as the defaults do. Then the same model is trained on
-the same number of tokens. Both are ordinary `megashear run`s; plain training is charged no evaluation.
+shares of 7B by the published schedule scaled to `--steps`: targets grow over a fifth of them, and evaluation takes the
+same share of the tokens as the defaults do, so that the mixture is updated 64 times, or less often where an evaluation
+would have less than one sequence of each domain. Then the same model is trained on the same number of tokens. Both are
+ordinary `megashear run`s; plain training is charged no evaluation.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -81,7 +83,7 @@ def make_tokenizer(path: Path) -> None:
 
 def run_file(output: Path, name: str, steps: int, batch: int, length: int) -> dict[str, Any]:
     """The run file of `prune` or of `plain`."""
-    interval = max(1, steps // UPDATES)
+    interval = max(steps // UPDATES, math.ceil(DOMAINS / (EVALUATED * batch)))
     size: dict[str, Any] = {"steps": steps, "global_batch": batch, "micro_batch": batch}
     size |= {"eval_interval": interval, "eval_sequences": max(1, round(EVALUATED * interval * batch / DOMAINS))}
     flat = {f"domain{number}": 10.0 for number in range(DOMAINS)}
