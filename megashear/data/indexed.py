@@ -2,18 +2,20 @@
 
 Layout of `.idx`, little endian: magic (9 bytes), version 1 (u64), dtype code (u8), sequences n (u64), document bounds d
 (u64), then n lengths (i32), n byte offsets (i64), d bounds (i64). We write one sequence per document, so d = n + 1. Key
-properties: files of megatron-core's tools open here and ours open there; opening reads 34 bytes and the last entry,
-whatever the number of documents; writing holds 4 bytes per document. Read next: `manifest.py`.
+properties: files of megatron-core's tools open here and ours open there; opening reads the header and the last entry,
+whatever the number of documents; given digests, no byte of a damaged block is returned (`blocks.py`); writing holds
+no table of documents in memory. Read next: `manifest.py`.
 """
 
 import struct
-from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
+from megashear.data.blocks import BlockDigests, CheckedArray, CheckedFile
 from megashear.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -36,32 +38,39 @@ class IndexedTokens:
     """A pair opened for reading.
 
     Attributes: `tokens` [tokens] (memory-mapped, uint16 or int32), the stream of all documents; `documents`, their
-    number.
+    number; `sequences`, the entries of the index; `lengths`, tokens per sequence, int32 [sequences]; `offsets`, first
+    byte of each sequence in the `.bin` file, int64 [sequences]; `bounds`, first sequence of each document and the end,
+    int64 [documents + 1]. All are memory-mapped and read-only; taking from them raises DataError where the digests say
+    that the file is damaged.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        """prefix: path without `.bin`/`.idx`. Raises DataError where a file is missing, damaged or of another size."""
+    def __init__(self, prefix: Path, digests: BlockDigests | None = None) -> None:
+        """prefix: path without `.bin`/`.idx`; digests: of the pair's blocks, to be compared with what is read.
+
+        Raises DataError where a file is missing, damaged or of another size.
+        """
         self.bin_path, self.idx_path = pair(Path(prefix))
         try:
-            self._read_header()
-            bin_size = self.bin_path.stat().st_size
+            if digests is None:
+                bin_file, self._idx = CheckedFile(self.bin_path), CheckedFile(self.idx_path)
+            else:
+                bin_file = CheckedFile(self.bin_path, digests.bin_size, digests.bin_crc_B, digests.block)
+                self._idx = CheckedFile(self.idx_path, digests.idx_size, digests.idx_crc_B, digests.block)
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read ({error.strerror}); make the dataset again") from error
+        self._read_header()
         end = self._last_end()
-        if end != bin_size:
+        if end != bin_file.size:
             raise DataError(
-                f"{self.bin_path}: {bin_size} bytes, its index says {end}; the file is truncated or changed, "
+                f"{self.bin_path}: {bin_file.size} bytes, its index says {end}; the file is truncated or changed, "
                 "make it again"
             )
-        shape = (bin_size // self.dtype.itemsize,)
-        self.tokens: np.ndarray = (
-            np.memmap(self.bin_path, dtype=self.dtype, mode="r", shape=shape) if bin_size else np.empty(0, self.dtype)
-        )
+        self.tokens = CheckedArray(bin_file, self.dtype, 0, bin_file.size // self.dtype.itemsize)
 
     def _read_header(self) -> None:
-        """Read the 34 bytes of the header and compare the index's size with them."""
-        with open(self.idx_path, "rb") as file:
-            header = file.read(HEADER.size)
+        """Read the 34 bytes of the header, compare the index's size with them, and map its columns."""
+        self._idx.check(0, min(HEADER.size, self._idx.size))
+        header = self._idx.bytes[: HEADER.size].tobytes()
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(
                 f"{self.idx_path}: not the index of a Megatron dataset, or truncated; make the dataset again"
@@ -76,86 +85,105 @@ class IndexedTokens:
         self.dtype = dtypes[code].newbyteorder("<")
         self.documents = max(bounds - 1, 0)
         expected = HEADER.size + 12 * self.sequences + 8 * bounds
-        size = self.idx_path.stat().st_size
-        if size != expected:
+        if self._idx.size != expected:
             raise DataError(
-                f"{self.idx_path}: {size} bytes, its header says {expected}; the file is truncated or changed"
+                f"{self.idx_path}: {self._idx.size} bytes, its header says {expected}; the file is truncated or changed"
             )
+        offsets, ends = HEADER.size + 4 * self.sequences, HEADER.size + 12 * self.sequences
+        self.lengths = CheckedArray(self._idx, np.dtype("<i4"), HEADER.size, self.sequences)
+        self.offsets = CheckedArray(self._idx, np.dtype("<i8"), offsets, self.sequences)
+        self.bounds = CheckedArray(self._idx, np.dtype("<i8"), ends, bounds)
 
     def _last_end(self) -> int:
         """Where the last sequence ends in the `.bin` file, in bytes."""
         if self.sequences == 0:
             return 0
-        length, offset = self.lengths()[-1], self.offsets()[-1]
+        length, offset = int(self.lengths[-1]), int(self.offsets[-1])
         if length < 0 or offset < 0 or offset % self.dtype.itemsize:
             raise DataError(f"{self.idx_path}: impossible last entry; the file is damaged, make the dataset again")
-        return int(offset) + int(length) * self.dtype.itemsize
-
-    def _column(self, dtype: str, start: int, count: int) -> np.ndarray:
-        if count == 0:
-            return np.empty(0, dtype)
-        return np.memmap(self.idx_path, dtype=dtype, mode="r", offset=start, shape=(count,))
-
-    def lengths(self) -> np.ndarray:
-        """Tokens per sequence, int32 [sequences], memory-mapped."""
-        return self._column("<i4", HEADER.size, self.sequences)
-
-    def offsets(self) -> np.ndarray:
-        """First byte of each sequence in the `.bin` file, int64 [sequences], memory-mapped."""
-        return self._column("<i8", HEADER.size + 4 * self.sequences, self.sequences)
+        return offset + length * self.dtype.itemsize
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of one document of a pair with one sequence per document (as we write them)."""
-        start = int(self.offsets()[number]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths()[number])]
+        """Tokens of one document, [tokens]; raises DataError where the index points out of the `.bin` file."""
+        first, last = (int(bound) for bound in self.bounds[number : number + 2])
+        if first >= last:
+            return self.tokens[0:0]
+        start = int(self.offsets[first]) // self.dtype.itemsize
+        stop = int(self.offsets[last - 1]) // self.dtype.itemsize + int(self.lengths[last - 1])
+        if not 0 <= start <= stop <= len(self.tokens):
+            raise DataError(f"{self.idx_path}: document {number} lies outside of the tokens; the file is damaged")
+        return self.tokens[start:stop]
 
 
 class IndexedWriter:
-    """Writes a pair document by document; a context manager, the index is written at its end.
+    """Writes a pair document by document; a context manager, the index is whole at its end.
 
-    The files are not renamed here: write into a folder of `files.atomic`. OSErrors of the disk pass through.
+    Attributes: `documents`, `tokens` so far. The files are not renamed here: write into a folder of `files.atomic`.
+    OSErrors of the disk pass through.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         """prefix: path without `.bin`/`.idx`; dtype: see `token_dtype`."""
         self.bin_path, self.idx_path = pair(Path(prefix))
         self.dtype = np.dtype(dtype)
-        self.lengths = array("i")
-        self.tokens = 0
-        self._file: BinaryIO | None = None
+        self.documents = self.tokens = 0
+        self._bin: BinaryIO
+        self._idx: BinaryIO
 
     def __enter__(self) -> "IndexedWriter":
-        self._file = open(self.bin_path, "wb")
+        self._bin, self._idx = open(self.bin_path, "wb"), open(self.idx_path, "wb+")
+        self._idx.write(bytes(HEADER.size))
         return self
 
     def add_document(self, ids: np.ndarray) -> None:
         """Append one document. ids: [tokens] of any integer dtype, within the vocabulary."""
-        assert self._file is not None
-        self._file.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
-        self.lengths.append(len(ids))
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
+        self._idx.write(len(ids).to_bytes(4, "little"))
+        self.documents += 1
         self.tokens += len(ids)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        self._file.close()
-        if kind is None:
-            length_N = np.frombuffer(self.lengths, dtype=np.intc) if self.lengths else np.empty(0, np.intc)
-            write_index(self.idx_path, self.dtype, length_N)
+        with self._bin, self._idx:
+            if kind is None:
+                self._finish()
+        if kind is not None:
+            self.idx_path.unlink()
+
+    def _finish(self) -> None:
+        """Complete the index: the lengths stand there already."""
+        self._idx.flush()
+        shape = (self.documents,)
+        length_N = np.memmap(self.idx_path, "<i4", "r", HEADER.size, shape) if self.documents else np.empty(0, "<i4")
+        for column in places(length_N, self.dtype):
+            self._idx.write(column.data)
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], self.documents, self.documents + 1))
 
 
 def write_index(path: Path, dtype: np.dtype, length_N: np.ndarray) -> None:
     """Write the `.idx` of documents of these lengths in tokens, int32 [documents], in pieces: memory does not grow."""
-    count, size = len(length_N), np.dtype(dtype).itemsize
+    count = len(length_N)
     with open(path, "wb") as file:
         file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(dtype)], count, count + 1))
         for start in range(0, count, CHUNK):
             file.write(length_N[start : start + CHUNK].astype("<i4", copy=False).data)
-        end = 0
-        for start in range(0, count, CHUNK):
-            end_N = end + np.cumsum(length_N[start : start + CHUNK], dtype=np.int64) * size
-            file.write(np.concatenate([[end], end_N[:-1]]).astype("<i8", copy=False).data)
-            end = int(end_N[-1])
-        for start in range(0, count + 1, CHUNK):
-            file.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8").data)
+        for column in places(length_N, dtype):
+            file.write(column.data)
+
+
+def places(length_N: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The rest of an index, piece by piece: byte offsets int64 [documents], then bounds int64 [documents + 1]."""
+    count, size, end = len(length_N), np.dtype(dtype).itemsize, 0
+    for start in range(0, count, CHUNK):
+        length_C = length_N[start : start + CHUNK]
+        end_C = np.cumsum(length_C, dtype="<i8")
+        end_C *= size
+        last = int(end_C[-1])
+        end_C -= np.multiply(length_C, size, dtype=np.int64)
+        end_C += end
+        yield end_C
+        end += last
+    for start in range(0, count + 1, CHUNK):
+        yield np.arange(start, min(start + CHUNK, count + 1), dtype="<i8")

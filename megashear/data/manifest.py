@@ -1,22 +1,24 @@
 """The dataset folder: one `.bin`/`.idx` pair per domain and split, the tokenizer's files, and `manifest.json`.
 
-`<domain>.train.bin/.idx`, `<domain>.heldout.bin/.idx`, `tokenizer/`. The manifest names domains (their order is the
-order of all weights), counts, tokenizer and the digest of every file. Key properties: sizes and counts are compared
-whenever a dataset is opened, contents by `verify`; opening costs the same for ten documents and for 10^8. Read next:
-`loader.py`.
+`<domain>.train.bin/.idx/.crc`, `<domain>.heldout.bin/.idx/.crc`, `tokenizer/`. The manifest names domains (their order
+is the order of all weights), counts, tokenizer and the digest of every file. Key properties: sizes and counts are
+compared whenever a dataset is opened, a block of tokens when it is first touched, everything by `verify.py`; opening
+costs the same for ten documents and for 10^8. Read next: `blocks.py`, `loader.py`.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megashear.data.indexed import IndexedTokens
-from megashear.data.tokenizer import Tokenizer, load_tokenizer
+from megashear.data.blocks import BLOCK, CheckedArray, digest_file, read_block_digests, write_block_digests
+from megashear.data.indexed import IndexedTokens, pair
+from megashear.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megashear.errors import DataError
-from megashear.files.manifest import NAME, check_files, digest, read_manifest, write_manifest
+from megashear.files.atomic import write_json
+from megashear.files.manifest import NAME, check_files, digest, read_manifest
 
-VERSION = 1
+VERSION = 2  # 1 had no digests of blocks
 SPLITS = ("train", "heldout")
 LONGEST_NAME = 200
 
@@ -38,20 +40,34 @@ def prefix(folder: Path, domain: str, split: str) -> Path:
 
 
 def write_dataset_manifest(
-    folder: Path, domains: dict[str, dict[str, dict[str, int]]], tokenizer: Tokenizer, extra: dict[str, Any]
+    folder: Path,
+    domains: dict[str, dict[str, dict[str, int]]],
+    tokenizer: Tokenizer,
+    extra: dict[str, Any],
+    each: Callable[..., Iterable[Any]] = map,
 ) -> None:
-    """Write `manifest.json` of a folder whose pairs are whole.
+    """Write the block digests of all pairs and `manifest.json` of a folder whose pairs are whole.
 
-    domains: {name: {split: {"tokens", "documents"}}} in the order of all weights; extra: more keys. Raises
-    StorageError.
+    domains: {name: {split: {"tokens", "documents"}}} in the order of all weights; extra: more keys; each: `map`, or one
+    over several processes. Raises StorageError.
     """
+    folder = Path(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME and p.suffix != ".crc")
+    found = dict(zip(paths, each(partial(digest_file, block=BLOCK), paths), strict=True))
+    for name, split in ((name, split) for name in domains for split in SPLITS):
+        bin_path, idx_path = pair(prefix(folder, name, split))
+        written = write_block_digests(prefix(folder, name, split), found[bin_path], found[idx_path], BLOCK)
+        found[written] = digest_file(written)
+    names = {path.relative_to(folder).as_posix(): digests for path, digests in found.items()}
+    files = {name: {"bytes": names[name].size, "sha256": names[name].sha256} for name in sorted(names)}
     described = {
         "digest": tokenizer.digest,
         "name": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
     }
-    write_manifest(Path(folder), {"version": VERSION, "tokenizer": described, "domains": domains, **extra})
+    content = {"version": VERSION, "tokenizer": described, "domains": domains, **extra, "files": files}
+    write_json(folder / NAME, content)
 
 
 class Dataset:
@@ -91,6 +107,11 @@ class Dataset:
                     raise DataError(f"{where}: the domain name {name!r} {problem}; do not use this dataset")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{where}: not the manifest of a dataset ({error!r}); make the dataset again") from error
+        if version == 1:
+            raise DataError(
+                f"{where}: made by an older megashear, without digests of blocks; tools/adopt_data.py {self.folder} "
+                "adds them"
+            )
         if version != VERSION:
             raise DataError(
                 f"{where}: format version {version}, this megashear reads {VERSION}; make the dataset again"
@@ -100,10 +121,11 @@ class Dataset:
 
     def _open_pair(self, domain: str, split: str) -> IndexedTokens:
         path = prefix(self.folder, domain, split)
-        for suffix in (".bin", ".idx"):
+        for suffix in (".bin", ".idx", ".crc"):
             if path.name + suffix not in self.manifest["files"]:
                 raise DataError(f"{self.folder / NAME}: does not name {path.name + suffix}; make the dataset again")
-        opened, said = IndexedTokens(path), self.counts[domain][split]
+        digests = read_block_digests(path, self.manifest["files"][path.name + ".crc"]["sha256"])
+        opened, said = IndexedTokens(path, digests), self.counts[domain][split]
         if (len(opened.tokens), opened.documents) != (said["tokens"], said["documents"]):
             raise DataError(
                 f"{opened.idx_path}: {len(opened.tokens)} tokens in {opened.documents} documents, the manifest says "
@@ -120,8 +142,11 @@ class Dataset:
             )
         return opened
 
-    def stream(self, domain: str, split: str = "train") -> np.ndarray:
-        """All tokens of a domain's split back to back, uint16 or int32 [tokens], memory-mapped and read-only."""
+    def stream(self, domain: str, split: str = "train") -> CheckedArray:
+        """All tokens of a domain's split back to back, uint16 or int32 [tokens], memory-mapped and read-only.
+
+        Taking a slice of them raises DataError where the file is damaged there.
+        """
         return self._pairs[domain, split].tokens
 
     def pair(self, domain: str, split: str = "train") -> IndexedTokens:
@@ -131,10 +156,13 @@ class Dataset:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made this dataset, from its own copy; raises DataError where the copy is another one."""
         folder = self.folder / "tokenizer"
-        tokenizer = load_tokenizer(folder, eos_id=self.eos_id)
-        if (tokenizer.digest, tokenizer.vocab_size) != (self.tokenizer_digest, self.vocab_size):
-            raise DataError(f"{folder}: not the tokenizer that the manifest describes; restore the folder")
-        return tokenizer
+        named = {name: entry for name, entry in self.manifest["files"].items() if name.startswith("tokenizer/")}
+        check_files(self.folder, {"files": named}, DataError)  # first: the libraries crash on damaged files
+        if digest(tokenizer_file(folder)) == self.tokenizer_digest:
+            tokenizer = load_tokenizer(folder, eos_id=self.eos_id)
+            if tokenizer.vocab_size == self.vocab_size:
+                return tokenizer
+        raise DataError(f"{folder}: not the tokenizer that the manifest describes; restore the folder")
 
     def verify(self) -> None:
         """Compare every file's SHA-256, and the tokenizer, with the manifest: reads all. Raises DataError by file."""

@@ -67,13 +67,13 @@ class DomainTable:
 class Piece:
     """A run of documents of one `.bin` file: where it begins, in tokens, and where its documents lie, each [documents].
 
-    paths: token files of parts, which part_N numbers.
+    sources: token files of parts and their dtypes, which part_N numbers.
     """
 
     target: Path
     at: int
     dtype: np.dtype
-    paths: list[Path]
+    sources: list[tuple[Path, np.dtype]]
     part_N: np.ndarray
     start_N: np.ndarray
     length_N: np.ndarray
@@ -119,7 +119,7 @@ def merge_parts(
     if merging.draw is not None:
         merging.draw(reports, folder)
     found = {"found": {table.name: table.duplicates for table in tables}, "dropped": merging.drop_duplicates}
-    write_dataset_manifest(folder, counts, tokenizer, {**extra, "duplicates": found})
+    write_dataset_manifest(folder, counts, tokenizer, {**extra, "duplicates": found}, each)
     return counts, reports
 
 
@@ -161,8 +161,8 @@ def lay_out(
         last = max(first + 1, int(np.searchsorted(end_N, at + PIECE, side="right")))
         here = rows[first:last]
         used, part_N = np.unique(table.part_N[here], return_inverse=True)
-        paths = [parts[number].tokens_path for number in used]
-        yield Piece(bin_path, at, dtype, paths, part_N, table.start_N[here], length_N[first:last])
+        sources = [(parts[number].tokens_path, parts[number].dtype) for number in used]
+        yield Piece(bin_path, at, dtype, sources, part_N, table.start_N[here], length_N[first:last])
         first = last
 
 
@@ -177,9 +177,9 @@ def write_piece(piece: Piece) -> int:
     at_N = np.cumsum(piece.length_N, dtype=np.int64) - piece.length_N
     token_T = np.empty(int(piece.length_N.sum(dtype=np.int64)), piece.dtype)
     order = np.argsort(piece.part_N, kind="stable")
-    bounds = np.searchsorted(piece.part_N[order], np.arange(len(piece.paths) + 1))
-    for path, low, high in zip(piece.paths, bounds[:-1], bounds[1:], strict=True):
-        source, rows = mapped(path, piece.dtype), order[low:high]
+    bounds = np.searchsorted(piece.part_N[order], np.arange(len(piece.sources) + 1))
+    for (path, dtype), low, high in zip(piece.sources, bounds[:-1], bounds[1:], strict=True):
+        source, rows = mapped(path, dtype), order[low:high]
         places = zip(at_N[rows].tolist(), piece.start_N[rows].tolist(), piece.length_N[rows].tolist(), strict=True)
         for at, start, length in places:
             token_T[at : at + length] = source[start : start + length]
@@ -193,5 +193,6 @@ def write_bad_lines(path: Path, parts: list[Part]) -> None:
     """All bad lines in the order of the shards, one JSON object a line."""
     with open(path, "wb") as whole:
         for part in parts:
-            with open(part.folder / "bad_lines.jsonl", "rb") as file:
-                shutil.copyfileobj(file, whole)
+            if part.bad_lines is not None:
+                with open(part.bad_lines, "rb") as file:
+                    shutil.copyfileobj(file, whole)

@@ -125,21 +125,42 @@ def write_part(
     return writer.tokens
 
 
+@dataclass
 class Part:
-    """A finished part: `domains`, `lines`, `bad`, `table` (DOCUMENT [documents]), `tokens` in all, `tokens_path`."""
+    """Documents and their tokens: `domains`; `table`, DOCUMENT [documents]; `tokens_path`, ids back to back in `dtype`.
 
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        """Raises DataError where the part is damaged."""
-        self.folder = folder
-        try:
-            described = json.loads((folder / "part.json").read_text(encoding="utf-8"))
-            self.domains: list[str] = described["domains"]
-            self.lines, self.bad = int(described["lines"]), int(described["bad"])
-            self.table = np.fromfile(folder / "documents.bin", dtype=DOCUMENT)
-            self.tokens_path = folder / "tokens.bin"
-            total = self.tokens_path.stat().st_size // dtype.itemsize
-            if int(self.table["length"].sum(dtype=np.int64)) != total:
-                raise ValueError("the lengths of the documents are not those of the tokens")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{folder}: a damaged part ({error}); remove it and run again") from error
-        self.tokens = total
+    `lines`, `bad`: of the shard; `bad_lines`: the file that holds the bad ones, where there can be any.
+    """
+
+    domains: list[str]
+    table: np.ndarray
+    tokens_path: Path
+    dtype: np.dtype
+    lines: int = 0
+    bad: int = 0
+    bad_lines: Path | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the documents have."""
+        return int(self.table["length"].sum(dtype=np.int64))
+
+
+def open_part(folder: Path, dtype: np.dtype) -> Part:
+    """A finished part; raises DataError where it is damaged."""
+    try:
+        described = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+        part = Part(
+            domains=described["domains"],
+            table=np.fromfile(folder / "documents.bin", dtype=DOCUMENT),
+            tokens_path=folder / "tokens.bin",
+            dtype=dtype,
+            lines=int(described["lines"]),
+            bad=int(described["bad"]),
+            bad_lines=folder / "bad_lines.jsonl",
+        )
+        if part.tokens * dtype.itemsize != part.tokens_path.stat().st_size:
+            raise ValueError("the lengths of the documents are not those of the tokens")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: a damaged part ({error}); remove it and run again") from error
+    return part

@@ -15,7 +15,7 @@ from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
 from megashear.data.inputs import find_shards
 from megashear.data.merge import Counts, Merging, merge_parts, write_bad_lines
-from megashear.data.parts import Part, PartSettings, part_name
+from megashear.data.parts import Part, PartSettings, open_part, part_name
 from megashear.data.progress import Progress
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.data.workers import Workers, start_workers
@@ -65,7 +65,7 @@ def preprocess(job: Preprocessing) -> Summary:
         missing = [(shard, folder) for shard, folder in zip(shards, folders, strict=True) if not folder.is_dir()]
         with start_workers(job.workers, job.tokenizer, job.part) as workers:
             workers.tokenise(missing)
-            parts = [Part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
+            parts = [open_part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
             lines, bad = count_lines(parts, job.max_bad_fraction, work / "bad_lines.jsonl")
             described: dict[str, Any] = {"lines": lines, "bad": bad, "shards": len(shards), "seed": job.merging.seed}
             described["heldout"] = vars(job.merging.heldout)

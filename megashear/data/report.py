@@ -48,7 +48,7 @@ def report_text(reports: Sequence[DomainReport], dropped: bool) -> str:
             (
                 report.name,
                 *(f"{number:,}" for number in (report.documents, report.tokens, report.bytes)),
-                f"{report.tokens / max(report.bytes, 1):.4f}",
+                f"{report.tokens / report.bytes:.4f}" if report.bytes else "not known",
                 span(median_bin(report.documents_L)),
                 span(len(report.documents_L) - 1),
                 f"{report.duplicates:,}",

@@ -78,7 +78,7 @@ def make_dataset(folder: Path, tokenizer_path: Path, tokens: dict[str, tuple[int
                         ids = random.integers(0, tokenizer.vocab_size, length)
                         ids[-1] = tokenizer.eos_id
                         writer.add_document(ids)
-                counted = {"tokens": writer.tokens, "documents": len(writer.lengths)}
+                counted = {"tokens": writer.tokens, "documents": writer.documents}
                 counts.setdefault(domain, {})[split] = counted
         (temporary / "tokenizer").mkdir()
         for file in tokenizer.files:

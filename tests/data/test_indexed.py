@@ -48,7 +48,7 @@ def test_ours_opens_megatron_cores(tmp_path, name):
     builder.finalize(f"{prefix}.idx")
     opened = IndexedTokens(prefix)
     assert opened.documents == len(docs)
-    assert opened.tokens.tolist() == np.concatenate(docs).tolist()
+    assert opened.tokens[:].tolist() == np.concatenate(docs).tolist()
     assert all(opened.document(n).tolist() == ids.tolist() for n, ids in enumerate(docs))
 
 
@@ -68,7 +68,7 @@ def test_documents_over_several_pieces_of_the_index(tmp_path):
     prefix = write(tmp_path / "many", [np.array([n % 7]) for n in range(count)], 100)
     opened = IndexedTokens(prefix)
     assert opened.documents == count
-    assert np.array_equal(opened.offsets(), 2 * np.arange(count))
+    assert np.array_equal(opened.offsets[:], 2 * np.arange(count))
     assert opened.tokens[-1] == (count - 1) % 7
 
 

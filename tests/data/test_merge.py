@@ -10,7 +10,7 @@ from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
 from megashear.data.manifest import SPLITS, Dataset
 from megashear.data.merge import Merging, merge_parts
-from megashear.data.parts import Part, PartSettings, part_name, text_digest, write_part
+from megashear.data.parts import Part, PartSettings, open_part, part_name, text_digest, write_part
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
@@ -25,7 +25,7 @@ def make_parts(folder, shards: dict[str, list[dict]], tokenizer, part_settings=N
         path = folder / name
         path.write_text("".join(json.dumps(entry) + "\n" for entry in shards[name]))
         write_part(folder / f"{name}.part", path, tokenizer, part_settings, lambda *_: None)
-        parts.append(Part(folder / f"{name}.part", token_dtype(tokenizer.vocab_size)))
+        parts.append(open_part(folder / f"{name}.part", token_dtype(tokenizer.vocab_size)))
     return parts
 
 
@@ -173,4 +173,4 @@ def test_a_damaged_part_is_refused(tmp_path, tokenizer, shards, file):
     path = tmp_path / "a_00000.jsonl.part" / file
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"a_00000\.jsonl\.part: a damaged part"):
-        Part(path.parent, token_dtype(tokenizer.vocab_size))
+        open_part(path.parent, token_dtype(tokenizer.vocab_size))

@@ -6,7 +6,7 @@ import pytest
 
 from megashear.data.domains import DomainRule
 from megashear.data.indexed import token_dtype
-from megashear.data.parts import Part, PartSettings, write_part
+from megashear.data.parts import PartSettings, open_part, write_part
 from megashear.data.shards import BadLine, Document, ShardReader
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
@@ -91,7 +91,7 @@ def test_domains_from_structs_and_from_json(tmp_path, sentencepiece_model):
         pq.write_table(pa.table({"meta": column, "text": pa.array(["a", "b", "c"])}), tmp_path / f"{form}_0.parquet")
         folder = tmp_path / f"{form}.part"
         write_part(folder, tmp_path / f"{form}_0.parquet", tokenizer, PartSettings(rule=DomainRule()), lambda *_: None)
-        part = Part(folder, token_dtype(tokenizer.vocab_size))
+        part = open_part(folder, token_dtype(tokenizer.vocab_size))
         assert [part.domains[i] for i in part.table["domain"]] == ["RedPajamaC4", "RedPajamaBook", form]
 
 

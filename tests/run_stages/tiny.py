@@ -142,7 +142,7 @@ def make_dataset(folder: Path, tokenizer_path: Path, texts: dict[str, str], held
                 with IndexedWriter(prefix(temporary, domain, split), token_dtype(tokenizer.vocab_size)) as writer:
                     for paragraph in part.split("\n\n") if part else []:
                         writer.add_document(np.array([*tokenizer.encode(paragraph), tokenizer.eos_id]))
-                counted = {"tokens": writer.tokens, "documents": len(writer.lengths)}
+                counted = {"tokens": writer.tokens, "documents": writer.documents}
                 counts.setdefault(domain, {})[split] = counted
         (temporary / "tokenizer").mkdir()
         for file in tokenizer.files:

@@ -60,7 +60,7 @@ def make_dataset(folder: Path, sequences: int, heldout: int, length: int) -> Non
                         drawn = random.integers(1, SOURCE["vocab_size"], DOCUMENT)
                         drawn[-1] = tokenizer.eos_id
                         writer.add_document(drawn)
-                counted = {"tokens": writer.tokens, "documents": len(writer.lengths)}
+                counted = {"tokens": writer.tokens, "documents": writer.documents}
                 counts.setdefault(domain, {})[split] = counted
         (temporary / "tokenizer").mkdir()
         for file in tokenizer.files:
