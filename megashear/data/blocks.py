@@ -107,8 +107,8 @@ class CheckedFile:
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
         self.bytes = np.frombuffer(mapped, dtype=np.uint8)
-        blocks = -(-self.size // block)
-        self._good = bytearray(blocks) if crc_B is not None else bytearray(b"\1" * blocks)
+        self.blocks = -(-self.size // block)
+        self._good = bytearray(self.blocks) if crc_B is not None else bytearray(b"\1" * self.blocks)
 
     def check(self, start: int, stop: int) -> None:
         """Compare the blocks of these bytes that were not compared before; raises DataError by file and place."""

@@ -8,7 +8,7 @@ no table of documents in memory. Read next: `manifest.py`.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -102,6 +102,18 @@ class IndexedTokens:
         if length < 0 or offset < 0 or offset % self.dtype.itemsize:
             raise DataError(f"{self.idx_path}: impossible last entry; the file is damaged, make the dataset again")
         return offset + length * self.dtype.itemsize
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of both files that have digests."""
+        return self.tokens.file.blocks + self._idx.blocks
+
+    def check_blocks(self, numbers: Iterable[int] | None) -> None:
+        """Compare blocks with their digests, those of the `.bin` first; None: all. Raises DataError."""
+        for number in range(self.blocks) if numbers is None else numbers:
+            first = number < self.tokens.file.blocks
+            file, place = (self.tokens.file, number) if first else (self._idx, number - self.tokens.file.blocks)
+            file.check(place * file.block, min((place + 1) * file.block, file.size))
 
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document, [tokens]; raises DataError where the index points out of the `.bin` file."""
