@@ -20,6 +20,7 @@
 #define MEGASHEAR_MODULE _csrc_cuda
 #else
 #define MEGASHEAR_MODULE _csrc
+#include "tokenize/bindings.h"  // no CUDA source
 #endif
 
 PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
@@ -37,4 +38,7 @@ PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
   bind_masked_rms_norm(module);
   bind_rope(module);
   bind_masked_attention(module);
+#ifndef MEGASHEAR_CUDA
+  bind_tokenize(module);
+#endif
 }

@@ -9,6 +9,7 @@ import fnmatch
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def lookup(record: Any, key: str) -> Any:
     return record
 
 
+@cache
 def stem(shard: Path) -> str:
     """A shard's name without its suffix."""
     suffix = max((s for s in SUFFIXES if shard.name.endswith(s)), key=len, default="")
     return shard.name.removesuffix(suffix)
 
 
+@cache
 def shard_domain(shard: Path) -> str:
     """The name before `_00000`, else the folder's name."""
     numbered = re.fullmatch(r"(.+)_\d+", stem(shard))

@@ -59,7 +59,8 @@ class PartWriter:
 
     def __init__(self, folder: Path, shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> None:
         self.folder, self.shard, self.tokenizer, self.settings = folder, shard, tokenizer, settings
-        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.stored = token_dtype(tokenizer.vocab_size).newbyteorder("<")
+        self.end = np.array(tokenizer.eos_id, self.stored).tobytes()
         self.domains: dict[str, int] = {}
         self.digests, self.sizes = bytearray(), array("I")
         self.indices, self.lengths = array("I"), array("i")
@@ -85,7 +86,8 @@ class PartWriter:
         except NoDomain as error:
             return BadLine(document.line, str(error), document.text[:200])
         ids = self.tokenizer.encode(document.text)
-        tokens.write(np.append(ids, self.tokenizer.eos_id).astype(self.dtype.newbyteorder("<")).data)
+        tokens.write(ids.astype(self.stored).data)
+        tokens.write(self.end)
         raw = document.text.encode("utf-8")
         self.digests += text_digest(raw)
         self.sizes.append(len(raw))

@@ -1,15 +1,19 @@
 """One face for the two kinds of tokenizer files: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
 
-Key properties: ids are the library's own, without beginning or end tokens; the digest names the tokenizer in every
-dataset and checkpoint; nothing is downloaded and nothing read from a file runs code. Read next: `preprocess.py`.
+Key properties: ids are the library's own, without beginning or end tokens, also where the compiled encoder serves; the
+digest names the tokenizer in every dataset and checkpoint; nothing is downloaded, nothing read from a file runs code.
+Read next: `bpe.py` (the compiled encoder), `preprocess.py`.
 """
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
+from megashear.data import bpe
 from megashear.errors import DataError
 from megashear.files.manifest import digest
 
@@ -17,6 +21,9 @@ from megashear.files.manifest import digest
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 # What travels with a tokenizer into datasets and exports; a model's config.json is its own.
 COMPANIONS = (*SETTINGS[:3], "added_tokens.json", "tokenizer.model")
+# Encoded by both encoders before the compiled one serves: a library that has come to differ is noticed.
+PROBE = "Hello,  world\n\n\tnaïve\u2581 ▁▁   x=1;日本語 Привет 🐍\0\x7f\u200b 0123456789 "
+PROBE += "".join(map(chr, range(1, 700)))
 
 
 class Encoder(Protocol):
@@ -31,6 +38,9 @@ class Encoder(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
 
+    def rules(self) -> bpe.BpeRules:
+        """The same ids as rules for the compiled encoder; raises NotServed."""
+
 
 class SentencePieceEncoder:
     """`tokenizer.model` through the sentencepiece library."""
@@ -39,6 +49,7 @@ class SentencePieceEncoder:
         """Raises DataError where the library refuses the file."""
         import sentencepiece
 
+        self._path = path
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.load_from_serialized_proto(path.read_bytes())
@@ -55,6 +66,10 @@ class SentencePieceEncoder:
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
         return self._model.decode(ids)
+
+    def rules(self) -> bpe.BpeRules:
+        """The rules of its file; raises NotServed."""
+        return bpe.sentencepiece_rules(self._path.read_bytes())
 
 
 class HuggingFaceEncoder:
@@ -94,6 +109,10 @@ class HuggingFaceEncoder:
         """Text of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def rules(self) -> bpe.BpeRules:
+        """The rules of its file as the library has read it; raises NotServed."""
+        return bpe.tokenizer_json_rules(orjson.loads(self._tokenizer.to_str()))
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object beside a tokenizer, {} where there is none; raises DataError where it is not one."""
@@ -110,7 +129,7 @@ class Tokenizer:
     """A loaded tokenizer.
 
     Attributes: `path` of its main file; `name` of that file; `digest`, the file's SHA-256; `vocab_size`, one more than
-    the largest id; `eos_id`; `files`, the paths to carry along into a dataset or an export.
+    the largest id; `eos_id`; `files`, the paths to carry along into a dataset or an export; `served_by`.
     """
 
     def __init__(self, path: Path, encoder: Encoder, eos_id: int) -> None:
@@ -120,9 +139,33 @@ class Tokenizer:
         self.files = [path] + [p for name in COMPANIONS if (p := path.parent / name).is_file() and p != path]
         self._encoder = encoder
 
+    @cached_property
+    def _compiled(self) -> tuple[bpe.CompiledEncoder | None, list[str], str]:
+        """The compiled encoder, strings it does not take, and the reason where there is none; made when first asked."""
+        try:
+            rules = self._encoder.rules()
+            compiled = bpe.compile_rules(rules)
+        except bpe.NotServed as reason:
+            return None, [], str(reason)
+        if compiled.encode(PROBE).tolist() != self._encoder.encode(PROBE):
+            return None, [], "it gives other ids than the library"
+        return compiled, rules.apart, ""
+
+    @property
+    def served_by(self) -> str:
+        """What encodes: `compiled encoder`, or `library` and why."""
+        compiled, _, reason = self._compiled
+        return "compiled encoder" if compiled is not None else f"library ({reason})"
+
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int64 [tokens], as the library's own encoder gives them; no token is added."""
-        return np.array(self._encoder.encode(text), dtype=np.int64)
+        """Ids of a text, int32 [tokens], as the library's own encoder gives them; no token is added.
+
+        text: must hold no lone surrogate (text read from UTF-8 or JSON has none).
+        """
+        compiled, apart, _ = self._compiled
+        if compiled is not None and not any(token in text for token in apart):
+            return compiled.encode(text)
+        return np.array(self._encoder.encode(text), dtype=np.int32)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """The text of ids [tokens]."""
