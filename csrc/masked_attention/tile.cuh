@@ -42,8 +42,9 @@ struct Head {
 template <int Rows, int D, typename T>
 __device__ __forceinline__ void fill_tile(T* tile, const Head<T>& head, int begin, bool wide) {
   constexpr int packs = D / 8;
+  constexpr int at_once = D > 96 ? 1 : 4;  // the widest tiles leave no registers for more
   static_assert(Rows * packs % kTileThreads == 0);
-#pragma unroll 4
+#pragma unroll at_once
   for (int item = threadIdx.x; item < Rows * packs; item += kTileThreads) {
     const int row = item / packs, column = item % packs * 8, token = begin + row;
     const bool inside = token < head.tokens && column < head.width;

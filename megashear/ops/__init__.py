@@ -1,7 +1,8 @@
 """The tensor operations that masks need: each has a meaning in plain torch and, where it was built, a compiled kernel.
 
 These functions are the only door: they take the kernel where one was built for the tensor's device and dtype, else the
-reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference.
+reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference,
+MEGASHEAR_ATTENTION=compiled or =reference the one or the other for attention on a GPU.
 Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form).
 """
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megashear.ops import reference
 from megashear.ops.kernels import attention as attention_kernel
+from megashear.ops.kernels import attention_choice
 from megashear.ops.kernels import cross_entropy as cross_entropy_kernel
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
 from megashear.ops.kernels import live_weight as live_weight_kernel
@@ -54,14 +56,17 @@ _PLAIN = ("rope_tables", "apply_rope")
 def backend(device: torch.device | str | None = None) -> dict[str, str]:
     """What serves each op on `device` (default: the current GPU, or the CPU where there is none).
 
-    Returns op name -> compiled-cpu, compiled-cuda or reference. Kernels take fp32, bf16 and fp16; float64 is the
-    reference's.
+    Returns op name -> compiled-cpu, compiled-cuda or reference; attention on a GPU is measured for each shape, unless
+    the environment settles it. Kernels take fp32, bf16 and fp16; float64 is the reference's.
     """
     if device is None:
         device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     compiled = f"compiled-{device.type}" if compiled_for(device) else "reference"
-    attending = compiled if attention_kernel.attention_serves(device, torch.float32) else "reference"
+    attending = compiled if attention_kernel.attention_serves(device, torch.float32, 64) else "reference"
+    if attending != "reference" and device.type == "cuda":
+        wish = attention_choice.forced()
+        attending = f"{compiled} or reference, by measuring" if wish is None else compiled if wish else "reference"
     return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference") | {"attention": attending}
 
 
@@ -136,12 +141,17 @@ def attention(
 ) -> Tensor:
     """Causal attention with a mask per query head, inside documents where asked; see `reference.attention`.
 
-    Which of the kernel and torch's attention serves depends on the machine and the dtype alone, so that all ranks and
-    every resumed run round alike. fp16 is computed in fp32.
+    On the CPU the machine and the dtype alone say whether the kernel or torch's attention serves, so that all ranks and
+    every resumed run round alike, and fp16 is computed in fp32. On a GPU the faster one serves each shape, see
+    `kernels/attention_choice.py`.
     """
-    narrow = q_BHSd.dtype == torch.float16
-    if not attention_kernel.attention_serves(q_BHSd.device, torch.float32 if narrow else q_BHSd.dtype):
-        return reference.attention(q_BHSd, k_BGSd, v_BGSd, head_mask_H, first_BS)
+    inputs = q_BHSd, k_BGSd, v_BGSd, head_mask_H, first_BS
+    on_cpu = q_BHSd.device.type == "cpu"
+    narrow = on_cpu and q_BHSd.dtype == torch.float16
+    dtype = torch.float32 if narrow else q_BHSd.dtype
+    serving = attention_kernel.attention_serves(q_BHSd.device, dtype, q_BHSd.shape[-1])
+    if not serving or not (on_cpu or attention_choice.kernel_is_chosen(*inputs)):
+        return reference.attention(*inputs)
     if narrow:
         q_BHSd, k_BGSd, v_BGSd = q_BHSd.float(), k_BGSd.float(), v_BGSd.float()
     out = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS)[0]

@@ -40,7 +40,7 @@ def emulated(cuda_library, monkeypatch) -> Iterator[Controls]:
     """Tensors on the CPU meet the CUDA kernels."""
     monkeypatch.setitem(library._LIBRARIES, "cpu", cuda_library)
     monkeypatch.setitem(library._RUNS_ON, CPU, True)
-    controls = Controls(cuda_library)
+    controls = Controls(cuda_library.__file__)
     controls.descend(False)
     yield controls
     controls.descend(False)

@@ -1,7 +1,7 @@
-"""Masked causal attention as a custom op over csrc/masked_attention, on the CPU: forward, backward, a mask per head.
+"""Masked causal attention as a custom op over csrc/masked_attention: forward, backward, a mask per head.
 
 Tensors are read at any strides; results lie in memory as [S, B, heads, d], which the layer's output product reads
-without a copy. Read next: `../reference.py` (`attention`), csrc/masked_attention/masked_attention.h.
+without a copy. Read next: `attention_choice.py` (kernel or torch's), csrc/masked_attention/masked_attention.h.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from megashear.ops.kernels.library import _LIBRARIES, address, check_vector, compiled_for, dtype_code, launching
 
 TILES = ""
-"""Instruction set of the kernels, a name that `masked_attention_tiles` of the library gives; empty: the best."""
+"""Instructions of the kernels, a name that `masked_attention_tiles` of the library gives; empty: the best."""
 
 
 def _faster() -> bool:
@@ -29,9 +29,15 @@ def _faster() -> bool:
 _FASTER = _faster()  # asked once, so that equal machines always choose alike and torch.compile sees a constant
 
 
-def attention_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes attention for this device and dtype; else torch's attention must."""
-    return _FASTER and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and compiled_for(device)
+def attention_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel can compute attention, and on the CPU is the faster one; else torch's attention must."""
+    if not compiled_for(device):
+        return False
+    if device.type == "cpu":
+        return _FASTER and dtype in (torch.float32, torch.bfloat16)
+    library = _LIBRARIES[device.type]
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return library is not None and dtype in known and library.masked_attention_takes(head_dim)
 
 
 @torch.library.custom_op("megashear::masked_attention", mutates_args=())
@@ -40,7 +46,8 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, d], and the logarithm of each query's sum of exponentials, fp32 [B, H, S].
 
-    q_BHSd: [B, H, S, d], fp32 or bf16; k_BGSd, v_BGSd: [B, G, S, d]; mask_H: fp32 [H]; first_BS: int32 [B, S].
+    q_BHSd: [B, H, S, d], fp32 or bf16, on CUDA also fp16; k_BGSd, v_BGSd: [B, G, S, d]; mask_H: fp32 [H]; first_BS:
+    int32 [B, S].
     """
     sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
     q, k, v = map(_readable, (q_BHSd, k_BGSd, v_BGSd))

@@ -30,34 +30,40 @@ def rewritten(source: str) -> str:
     return STATIC.sub(r"static \1 \2\3; emulation::machine.shared(&\2, sizeof \2);", source)
 
 
+def compile_cuda(sources: list[Path], includes: list[Path], library: Path) -> None:
+    """Compile `sources`, rewritten before, into a shared library; an AssertionError where g++ refuses them."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
+    named = [*(f"-I{path}" for path in (HERE, *includes)), "-x", "c++", *map(str, sources), str(HERE / "controls.cpp")]
+    done = subprocess.run(["g++", *flags, "-DMEGASHEAR_CUDA", *named, "-o", library], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
-    """The module `_csrc_cuda` of `csrc`, for addresses of the CPU's memory; an AssertionError where g++ refuses it."""
-    sources = [csrc / "bindings.cpp", *csrc.glob("*.cu"), *csrc.glob("*/cuda.cu")]
+    """The module `_csrc_cuda` of `csrc`, for addresses of the CPU's memory."""
     for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), csrc / "bindings.cpp"]:
         target = folder / path.relative_to(csrc)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text((HERE / path.name if path.name == "mma.cuh" else path).read_text())
-        if path.suffix in (".cu", ".cuh") and path.name != "mma.cuh":
-            target.write_text(rewritten(path.read_text()))
+        if path.name == "mma.cuh":
+            target.write_text((HERE / path.name).read_text())
+        else:
+            text = path.read_text()
+            target.write_text(rewritten(text) if path.suffix in (".cu", ".cuh") else text)
     library = folder / "_csrc_cuda.so"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
-    includes = [HERE, folder, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
-    names = [str(folder / path.relative_to(csrc)) for path in sources]
-    command = ["g++", *flags, "-DMEGASHEAR_CUDA", *(f"-I{path}" for path in includes), "-x", "c++", *names]
-    done = subprocess.run([*command, str(HERE / "controls.cpp"), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loader = ExtensionFileLoader("_csrc_cuda", str(library))
-    spec = spec_from_file_location("_csrc_cuda", library, loader=loader)
+    sources = [folder / "bindings.cpp", *sorted(folder.glob("*.cu")), *sorted(folder.glob("*/cuda.cu"))]
+    includes = [folder, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    compile_cuda(sources, includes, library)
+    spec = spec_from_file_location("_csrc_cuda", library, loader=ExtensionFileLoader("_csrc_cuda", str(library)))
+    assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
 class Controls:
     """What tests ask of the machine that runs a built library."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._library = ctypes.CDLL(module.__file__)
+    def __init__(self, library: Path | str) -> None:
+        self._library = ctypes.CDLL(str(library))
         self._library.emulation_bank_conflicts.restype = ctypes.c_uint64
 
     def descend(self, wanted: bool) -> None:

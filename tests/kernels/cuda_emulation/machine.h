@@ -66,7 +66,7 @@ class Machine {
  public:
   std::string problem;  // of the last launch
   bool descending = false;
-  uint64_t conflicts = 0;  // times that two rows of one load_matrices lay in the same banks
+  uint64_t conflicts = 0;  // times that a row of load_matrices lay in the banks of another one before it
   size_t shared_allowed = 0;  // by cudaFuncSetAttribute
   Thread* current = nullptr;
 
@@ -175,7 +175,7 @@ class Machine {
       }
       if (!problem.empty() || all({State::Ended})) return;
       if (all({State::Ended, State::AtBlock})) {
-        release(0, threads);
+        release(0, threads, State::AtBlock);
       } else if (!moved) {
         problem = "deadlock: " + standing();
       }
@@ -196,21 +196,24 @@ class Machine {
       const bool waits = threads_[t].state == State::AtWarp;
       if (waits && threads_[t].mask != waiting) return ran;
     }
-    release(begin, end);
+    release(begin, end, State::AtWarp);
     return true;
   }
 
-  void release(unsigned begin, unsigned end) {
+  // Those that wait for the same.
+  void release(unsigned begin, unsigned end, State state) {
     const Thread* first = nullptr;
     for (unsigned t = begin; t < end; ++t) {
-      Thread& thread = threads_[t];
-      if (thread.state == State::Ended) continue;
+      const Thread& thread = threads_[t];
+      if (thread.state != state) continue;
       if (first == nullptr) first = &thread;
       if (thread.place.line != first->place.line || std::strcmp(thread.place.file, first->place.file) != 0) {
         problem = "threads wait at different places: " + standing();
         return;
       }
-      thread.state = State::Ready;
+    }
+    for (unsigned t = begin; t < end; ++t) {
+      if (threads_[t].state == state) threads_[t].state = State::Ready;
     }
   }
 

@@ -49,11 +49,11 @@ inline emulation::Exchanged<const uint16_t*> matrix_rows(const void* row) {
                                                    {__FILE__, __LINE__});
   const int lane = emulation::machine.current->lane;
   if (lane % 8 == 0) {
-    unsigned banks = 0;
+    const uint16_t* of_banks[8] = {};
     for (int i = 0; i < 8; ++i) {
-      const unsigned bank = 1u << (reinterpret_cast<uintptr_t>(rows[lane + i]) / 16 % 8);
-      if (banks & bank) ++emulation::machine.conflicts;
-      banks |= bank;
+      const uint16_t*& other = of_banks[reinterpret_cast<uintptr_t>(rows[lane + i]) / 16 % 8];
+      if (other != nullptr && other != rows[lane + i]) ++emulation::machine.conflicts;
+      other = rows[lane + i];
     }
   }
   return rows;

@@ -1,0 +1,77 @@
+"""The machine that runs CUDA kernels on the CPU: what it is there to show, it shows; and right kernels are let be."""
+
+import ctypes
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, rewritten
+
+FAULTS = ["pass", "copy", "diverging", "ended", "rows", "misaligned", "greedy"]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("g++, which compiles the CUDA kernels for the CPU, is not here")
+    folder = tmp_path_factory.mktemp("faults")
+    source, library = folder / "faults.cu", folder / "faults.so"
+    source.write_text(rewritten((HERE / "faults.cu").read_text()))
+    compile_cuda([source], [CSRC], library)
+    return library
+
+
+def _run(library: Path, name: str, right: bool) -> tuple[torch.Tensor, str]:
+    """What the kernel wrote, fp32 [256], and the problem that the launch had."""
+    run = ctypes.CDLL(str(library)).run_fault
+    run.restype = ctypes.c_char_p
+    run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
+    given, out = torch.arange(256.0), torch.zeros(256)
+    problem = run(FAULTS.index(name), given.data_ptr(), out.data_ptr(), right)
+    return out, problem.decode()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_right_kernels_run(faults, name):
+    conflicts = Controls(faults).bank_conflicts()
+    out, problem = _run(faults, name, right=True)
+    assert problem == "" and out.isfinite().all()
+    assert Controls(faults).bank_conflicts() == conflicts
+    if name in ("pass", "copy"):
+        count = 64 if name == "pass" else 256
+        assert out[:count].tolist() == list(range(count - 1, -1, -1))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("name", ["pass", "copy"])
+def test_a_missing_barrier_or_wait_shows_as_nan(faults, name, descending):
+    Controls(faults).descend(descending)
+    try:
+        out, problem = _run(faults, name, right=False)
+    finally:
+        Controls(faults).descend(False)
+    assert problem == "" and out.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("diverging", r"different places: (24|40) at barrier faults.cu:\d+, (24|40) at barrier"),
+        ("ended", r"deadlock: 48 at ended, 16 at warp faults.cu:\d+"),
+        ("misaligned", "misaligned address: ldmatrix"),
+        ("greedy", "too much shared memory"),
+    ],
+)
+def test_what_a_gpu_would_hang_at_or_refuse_is_named(faults, name, message):
+    _, problem = _run(faults, name, right=False)
+    assert re.search(message, problem), problem
+    assert _run(faults, name, right=True)[1] == ""  # and the next launch starts afresh
+
+
+def test_bank_conflicts_are_counted(faults):
+    before = Controls(faults).bank_conflicts()
+    _run(faults, "rows", right=False)
+    assert Controls(faults).bank_conflicts() - before == 2 * 4 * 7  # two warps, four matrices, seven rows too many
