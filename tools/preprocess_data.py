@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megashear.data.domains import DEFAULT_KEY, DomainRule, parse_domain_map
+from megashear.data.estimate import estimate, estimate_text
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import check_domain_name
 from megashear.data.merge import Merging
@@ -76,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--drop-duplicates", action="store_true", help="leave out documents whose text stood earlier in the input"
     )
+    made.add_argument(
+        "--dry-run", action="store_true", help="estimate tokens, time and disk from a sample, and write nothing"
+    )
     made.add_argument("--seed", type=int, default=0, help="seed of the documents' order (default: 0)")
     return made
 
@@ -126,7 +130,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         job = job_of(options)
-        print(table(preprocess(job), job.merging.heldout))
+        if options.dry_run:
+            print(estimate_text(estimate(job), job.workers))
+        else:
+            print(table(preprocess(job), job.merging.heldout))
     except MegashearError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return error.exit_code

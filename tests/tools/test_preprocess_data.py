@@ -143,6 +143,13 @@ def test_errors_are_one_message_and_their_exit_code(tmp_path, shards, model):
         assert not (tmp_path / "d").exists()
 
 
+def test_a_dry_run_writes_nothing(tmp_path, shards, model):
+    done = run(shards, model, tmp_path / "d", *OPTIONS, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "8 of 8 shards" in done.stdout and "code" in done.stdout and "disk:" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_duplicates_are_left_out_on_request(tmp_path, shards, model):
     twice = tmp_path / "twice"
     twice.mkdir()
