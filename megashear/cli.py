@@ -118,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: the model's)")
     one.add_argument("--max-shard-gb", type=_size, default=5.0, help="largest file in 10^9 bytes (default: 5)")
     _eval_arguments(verb("eval", "held-out loss and perplexity of a model by domain, or its results in tasks"))
+    one = verb("mixture", "play a run's recorded losses through a rule of the mixture, and draw the weights")
+    one.add_argument("action", choices=("simulate",), help="what to do")
+    one.add_argument("run", type=Path, help="run folder, or a metrics.jsonl")
+    one.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of mixture, such as mixture.rule=ado")
+    one.add_argument("--output", type=Path, help="folder to write to (default: plots beside the records)")
     verb("env", "show versions, devices and the kernels in use")
     one = verb("plot", "draw losses, sparsities and the mixture of a run")
     one.add_argument("run", type=Path, help="run folder")
@@ -243,6 +248,12 @@ def _eval(options: argparse.Namespace) -> None:
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     heldout = HeldOutChoice(options.sequence_length, options.sequences, options.separate_documents)
     evaluate_model(options.model, options.data, heldout, parallel, options.json)
+
+
+def _mixture(options: argparse.Namespace) -> None:
+    from megashear.run.simulate import simulate
+
+    simulate(options.run, options.overrides, options.output)
 
 
 def _env(options: argparse.Namespace) -> None:

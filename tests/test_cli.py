@@ -12,7 +12,7 @@ import pytest
 
 from megashear import cli, errors
 
-VERBS = ("import", "check", "run", "prune", "finalize", "pretrain", "export", "eval", "env", "plot")
+VERBS = ("import", "check", "run", "prune", "finalize", "pretrain", "export", "eval", "mixture", "env", "plot")
 GOOD = """
 source: {shape: {preset: llama2-7b}}
 target: {preset: sheared-1.3b}

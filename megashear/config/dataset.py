@@ -57,8 +57,11 @@ def stage_tokens(batch: BatchConfig, sequence_length: int) -> int:
 
 
 def planned_weights(config: Config, dataset: Dataset) -> dict[str, float]:
-    """The weights at the start, which sum to 1: those of the config, else proportional to tokens."""
+    """The weights at the start, which sum to 1: those of the config, a schedule's mean, else proportional to tokens."""
     weights = config.mixture.initial_weights
+    if config.mixture.rule == "schedule" and config.mixture.schedule:
+        points = [[weight / sum(row) for weight in row] for row in zip(*config.mixture.schedule.values(), strict=True)]
+        weights = dict(zip(config.mixture.schedule, map(sum, zip(*points, strict=True)), strict=True))
     if weights is None:
         weights = {name: float(domain.train_tokens) for name, domain in dataset.domains.items()}
     total = sum(weights.values())
@@ -77,6 +80,7 @@ def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -
         ("initial_weights", config.mixture.initial_weights),
         ("pretrain_weights", config.mixture.pretrain_weights),
         ("reference_losses", config.mixture.reference_losses),
+        ("schedule", config.mixture.schedule),
     ):
         if values is None:
             continue

@@ -25,12 +25,15 @@ from megashear.files.atomic import write_text
 Leaves = dict[keys.Path, Any]
 
 
-def load_config(path: Path | str, overrides: list[str] | None = None) -> Config:
-    """The config of a run file with `a.b=value` overrides. Raises ConfigError: all problems, each with its place."""
+def load_config(path: Path | str | None, overrides: list[str] | None = None) -> Config:
+    """The config of a run file (None: an empty one) with `a.b=value` overrides.
+
+    Raises ConfigError: all problems, each with its place.
+    """
     problems: list[str] = []
     values: Leaves = {}
     places: dict[keys.Path, str] = {}
-    tree, lines = _read_file(Path(path))
+    tree, lines = ({}, {}) if path is None else _read_file(Path(path))
     _flatten(tree, (), values, places, lambda at: f"{path}:{lines.get(at, 1)}", problems)
     for text in overrides or []:
         tree = _read_override(text, problems)

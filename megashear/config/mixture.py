@@ -6,6 +6,11 @@ Read next: `schema.py` (MixtureConfig), `dataset.py` (the dataset's domains).
 from megashear.config.schema import Config, MixtureConfig
 from megashear.config.stages import training_stages
 
+ASCENDING = ("paper", "reference")
+"""Rules that raise weights by the excess of losses over their references."""
+ADAPTIVE = (*ASCENDING, "ado")
+"""Rules that follow the losses."""
+
 
 def mixture_problems(config: Config) -> list[str]:
     """What stops dynamic batch loading, whatever the dataset; empty where no stage trains."""
@@ -14,11 +19,30 @@ def mixture_problems(config: Config) -> list[str]:
     mixture = config.mixture
     problems = []
     for key in ("initial_weights", "pretrain_weights"):
-        problems += _weight_problems(key, getattr(mixture, key), adaptive=mixture.rule != "static")
-    if mixture.rule != "static":
+        problems += _weight_problems(key, getattr(mixture, key), adaptive=mixture.rule in ADAPTIVE)
+    if mixture.rule in ASCENDING:
         problems += _reference_problems(config)
+    if mixture.rule in ADAPTIVE:
         problems += _guard_problems(mixture)
-    return problems
+    return problems + _schedule_problems(mixture)
+
+
+def _schedule_problems(mixture: MixtureConfig) -> list[str]:
+    schedule = mixture.schedule
+    if mixture.rule != "schedule":
+        used = "used by `rule: schedule` alone; set the rule, or leave it null"
+        return [] if schedule is None else [f"mixture.schedule: {used}"]
+    if not schedule:
+        return ["mixture.schedule: missing; give every domain its weights, as {web: [0.7, 0.5], code: [0.3, 0.5]}"]
+    lengths = {name: len(points) for name, points in schedule.items()}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        return [f"mixture.schedule: every domain needs the same number of weights, one or more; there are {told}"]
+    low = [name for name, points in schedule.items() if min(points) < 0]
+    if low:
+        return [f"mixture.schedule: {', '.join(low)}: weights are not negative"]
+    empty = [number for number, row in enumerate(zip(*schedule.values(), strict=True)) if sum(row) <= 0]
+    return [f"mixture.schedule: the weights at point {empty[0] + 1} sum to 0; raise one"] if empty else []
 
 
 def _weight_problems(key: str, weights: dict[str, float] | None, adaptive: bool) -> list[str]:

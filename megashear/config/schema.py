@@ -92,8 +92,14 @@ class MixtureConfig:
 
     rule: str = key(
         "paper",
-        "weight update: paper (excess clamped at 0), reference (the published code), static",
-        ("paper", "reference", "static"),
+        "weight update: paper (excess clamped at 0), reference (the published code), static, schedule, or ado "
+        "(learning speed by fitted power laws, arXiv 2410.11820; needs no reference losses)",
+        ("paper", "reference", "static", "schedule", "ado"),
+    )
+    schedule: dict[str, list[float]] | None = key(
+        None,
+        "for `rule: schedule`: weights per domain at a stage's start, its end, and at equal distances between if more "
+        "are given; interpolated, normalised, taken at every evaluation",
     )
     initial_weights: dict[str, float] | None = key(
         None, "weight per domain at the start, normalised; null: proportional to tokens"

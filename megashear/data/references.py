@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from megashear.config.mixture import ASCENDING
 from megashear.config.schema import MixtureConfig
 from megashear.errors import ConfigError, DataError
 
@@ -18,12 +19,12 @@ def reference_losses(
 ) -> dict[str, float]:
     """Reference loss of every domain in nats per token, in the order of `names`, from the config's provider.
 
-    source_losses: the source model's held-out losses, for `references: source`. Under the rule `static` none are
-    needed: {}.
+    source_losses: the source model's held-out losses, for `references: source`. Rules that follow none
+    (`static`, `schedule`, `ado`) need none: {}.
     Raises ConfigError (a key that is missing or names other domains) or DataError (the scaling law's file, the
     evaluation).
     """
-    if config.rule == "static":
+    if config.rule not in ASCENDING:
         return {}
     if config.references == "list":
         return from_list(config.reference_losses, names)

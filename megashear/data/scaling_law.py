@@ -78,6 +78,28 @@ def fit_scaling_law(parameters: np.ndarray, losses: np.ndarray) -> ScalingLaw:
     return ScalingLaw(amplitude * math.exp(alpha * centre), float(alpha), limit, math.sqrt(squares / len(loss_N)))
 
 
+def fit_falling_law(steps: np.ndarray, losses: np.ndarray, largest_exponent: float) -> ScalingLaw:
+    """L(n) = A n^-alpha + E through one model's losses [N] at steps [N > 0], with A >= 0, E >= 0 and a bounded alpha.
+
+    A curve that does not fall gives A = 0. The exponents tried are a fixed grid: steps are noisy, and the same bits are
+    wanted on every machine.
+    """
+    step_N, loss_N = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    centre = float(np.log(step_N).mean())
+    log_N = np.log(step_N) - centre
+    best = ScalingLaw(0.0, SMALLEST_ALPHA, float(loss_N.mean()), float(loss_N.std()))
+    for alpha in np.linspace(0.02, largest_exponent, 40) if log_N.any() else ():
+        amplitude, limit, squares = solve(log_N, loss_N, alpha)
+        if limit < 0:
+            base_N = np.exp(-alpha * log_N)
+            amplitude, limit = float(base_N @ loss_N / (base_N @ base_N)), 0.0
+            squares = float(((amplitude * base_N - loss_N) ** 2).sum())
+        residual = math.sqrt(squares / len(loss_N))
+        if amplitude > 0 and residual < best.residual:
+            best = ScalingLaw(amplitude * math.exp(alpha * centre), float(alpha), limit, residual)
+    return best
+
+
 def fit_domains(losses: Mapping[int, Mapping[str, float]]) -> dict[str, ScalingLaw]:
     """A law per domain from {parameters: {domain: loss}}; raises DataError where sizes name different domains."""
     names = list(next(iter(losses.values()), {}))

@@ -9,8 +9,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from megashear.plot.series import Stage, names_in, realised_mix
 from megashear.plot.style import label_ends, label_room, line_styles, markers, new_figure, per_cent, stage_panels
 
+TITLE = "Domain weights and the mix that was read"
+LEGEND = "line: weight set by the last evaluation   ring: share of the tokens read between two evaluations"
 
-def draw_weights(stages: Sequence[Stage]) -> Figure | None:
+
+def draw_weights(stages: Sequence[Stage], title: str = TITLE, subtitle: str = LEGEND) -> Figure | None:
     """Lines: weights after each update; rings: share of the tokens read between two updates. None without either."""
     domains = names_in(stages, "eval", "weights") or names_in(stages, "train", "domain_tokens")
     drawn = [s for s in stages if s.records.get("eval") or s.records.get("train")]
@@ -20,8 +23,8 @@ def draw_weights(stages: Sequence[Stage]) -> Figure | None:
     figure = new_figure(
         8.05 + label_room(domains),
         4.6,
-        "Domain weights and the mix that was read",
-        "line: weight set by the last evaluation   ring: share of the tokens read between two evaluations",
+        title,
+        subtitle,
     )
     axes = stage_panels(figure, (0.75, 0.55, 7.3, 3.2), drawn)
     smallest, ends = 1.0, dict.fromkeys(domains, np.nan)

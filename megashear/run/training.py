@@ -129,7 +129,7 @@ def build_stage(
         config.mixture, dataset.domains, _means(source_losses(context, heldout, weights, batch.micro_batch, checkpoint))
     )
     tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
-    mixture = Mixture(config.mixture, tokens, references)
+    mixture = Mixture(config.mixture, tokens, references, batch.steps)
     if name == "pretrain":
         _start_pretraining_mixture(context, mixture)
     stream = BlendedStream(sources(dataset, length), config.run.seed, mixture.weights, config.data.exhausted)

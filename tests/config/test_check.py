@@ -193,3 +193,23 @@ def test_defaults_alone_name_what_is_missing() -> None:
 
 def test_words_of_granularities_are_those_of_the_masks() -> None:
     assert keys.leaf_keys()["prune", "granularities"].choices == GRANULARITIES
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("rule: schedule", "mixture.schedule: missing"),
+        ("rule: schedule, schedule: {a: [1, 2], b: [1]}", "the same number of weights"),
+        ("rule: schedule, schedule: {a: [1, -2], b: [1, 1]}", "a: weights are not negative"),
+        ("rule: schedule, schedule: {a: [1, 0], b: [1, 0]}", "the weights at point 2 sum to 0"),
+        ("rule: static, schedule: {a: [1], b: [1]}", "used by `rule: schedule` alone"),
+    ],
+)
+def test_schedules_that_cannot_be(tmp_path: Path, given: str, words: str) -> None:
+    (message,) = problems(tmp_path, f"mixture={{{given}}}")
+    assert words in message
+
+
+def test_a_schedule_needs_no_references(tmp_path: Path) -> None:
+    chosen = "mixture={rule: schedule, schedule: {a: [1, 2], b: [1, 0]}}"
+    assert check(config(tmp_path, chosen, "source.folder=null"), None, None).problems == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megashear.config.load import load_config
-from megashear.data.mixture import update_weights
+from megashear.data.rules import update_weights
 from run_stages.tiny import Tiny, finish, records
 
 
