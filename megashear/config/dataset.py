@@ -13,6 +13,10 @@ from megashear.errors import DataError
 from megashear.files.manifest import NAME, read_manifest
 
 
+COSTLY_EVALUATION = 0.15
+"""Share of a stage's time above which held-out evaluation is worth a warning; the defaults take less than 0.05."""
+
+
 @dataclass(frozen=True)
 class Domain:
     """Tokens of a domain, in training and in held-out data."""
@@ -118,4 +122,18 @@ def dataset_warnings(config: Config, dataset: Dataset, stages: dict[str, BatchCo
         there = domain.heldout_tokens // (config.data.sequence_length + 1)
         if 0 < there < wanted:
             warnings.append(f"data: domain {name} has {there} held-out sequences, eval_sequences asks for {wanted}")
+    for name, batch in stages.items():
+        share = evaluation_share(batch, config.data.sequence_length, dataset)
+        if share > COSTLY_EVALUATION:
+            warnings.append(
+                f"{name}.batch: held-out evaluation would take about {share:.0%} of the stage's time; raise "
+                "eval_interval or lower eval_sequences"
+            )
     return warnings
+
+
+def evaluation_share(batch: BatchConfig, sequence_length: int, dataset: Dataset) -> float:
+    """Share of a stage's time that evaluations take, where a forward pass is a third of a training step's work."""
+    there = (domain.heldout_tokens // (sequence_length + 1) for domain in dataset.domains.values())
+    evaluated = sum(min(batch.eval_sequences, windows) for windows in there) / 3
+    return evaluated / (evaluated + batch.eval_interval * batch.global_batch)

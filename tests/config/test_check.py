@@ -9,11 +9,11 @@ import pytest
 
 from megashear.config import keys
 from megashear.config.check import check, examine
-from megashear.config.dataset import read_dataset
+from megashear.config.dataset import Dataset, Domain, evaluation_share, read_dataset
 from megashear.config.legality import GRANULARITIES
 from megashear.config.load import load_config
 from megashear.config.presets import PRESETS
-from megashear.config.schema import Config
+from megashear.config.schema import BatchConfig, Config
 from megashear.errors import ConfigError, DataError
 
 GOOD = """
@@ -213,3 +213,14 @@ def test_schedules_that_cannot_be(tmp_path: Path, given: str, words: str) -> Non
 def test_a_schedule_needs_no_references(tmp_path: Path) -> None:
     chosen = "mixture={rule: schedule, schedule: {a: [1, 2], b: [1, 0]}}"
     assert check(config(tmp_path, chosen, "source.folder=null"), None, None).problems == []
+
+
+def test_evaluations_that_take_much_of_the_time(tmp_path: Path) -> None:
+    """Seven domains with the published interval and batch: 32 sequences each, by default, are under 5 %; 500 are not."""
+    names = ["cc", "github", "book", "stack", "wiki", "arxiv", "c4"]
+    dataset(tmp_path / "data", **dict.fromkeys(names, 10**10))
+    share = evaluation_share(BatchConfig(), 128, Dataset(dict.fromkeys(names, Domain(10**10, 10**6)), 32000))
+    assert share == pytest.approx(7 * 32 / 3 / (7 * 32 / 3 + 1600)) and share < 0.05
+    assert not any("held-out evaluation" in line for line in check(config(tmp_path), None, None).warnings)
+    found = check(config(tmp_path, "prune.batch.eval_interval=2"), None, None).warnings
+    assert any(line.startswith("prune.batch: held-out evaluation would take about 54%") for line in found), found
