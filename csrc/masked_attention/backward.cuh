@@ -27,6 +27,9 @@ __device__ __forceinline__ void to_gradient(float& score, float& slope, float sc
 template <typename T, int D>
 __global__ void __launch_bounds__(kTileThreads)
     query_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // cuda.cu takes the plain kernels there
+#else
   using Shape = BackwardShape<D>;
   constexpr int tile = Shape::others * kRow<D>, N = Shape::N;
   extern __shared__ uint4 memory[];
@@ -92,6 +95,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   const float factor[1][2] = {{scale, scale}};
   write_rows<T, D, 1>(sums, factor, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
+#endif
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
@@ -137,6 +141,9 @@ __device__ __forceinline__ void fill_rows(float* lse2, const float* lse, const f
 template <typename T, int D>
 __global__ void __launch_bounds__(kTileThreads)
     key_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // cuda.cu takes the plain kernels there
+#else
   using Shape = BackwardShape<D>;
   constexpr int Q = Shape::others, tile = Q * kRow<D>, N = Shape::N;
   extern __shared__ uint4 memory[];
@@ -207,6 +214,7 @@ __global__ void __launch_bounds__(kTileThreads)
   T* rows = k_tile + warp_row * kRow<D>;
   write_rows<T, D, 1>(dk, of_dk, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
   write_rows<T, D, 1>(dv, of_dv, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
+#endif
 }
 
 }  // namespace megashear

@@ -16,8 +16,15 @@ constexpr int kWidest = 128;  // head size that tiles are made for
 
 // ---- choices --------------------------------------------------------------------------------------------------------
 
+// Whether the code for the current device was compiled for sm_80 or later; else it has no products of tiles.
+bool has_tensor_cores() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<BFloat16, 64>);
+  return status == cudaSuccess && attributes.ptxVersion >= 80;
+}
+
 bool takes_tensor_cores(const AttentionForward& pass, const std::string& tiles) {
-  return pass.dtype != Dtype::Float32 && pass.sizes.head_dim <= kWidest && tiles != "plain";
+  return pass.dtype != Dtype::Float32 && pass.sizes.head_dim <= kWidest && tiles != "plain" && has_tensor_cores();
 }
 
 // Whether rows of all these tensors are whole packs of 16 bytes.
@@ -112,7 +119,9 @@ void launch_delta(const AttentionBackward& pass, float* delta, float* table, cud
 
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
-std::string masked_attention_tiles(Dtype dtype) { return dtype == Dtype::Float32 ? "plain" : "tensor_cores plain"; }
+std::string masked_attention_tiles(Dtype dtype) {
+  return dtype == Dtype::Float32 || !has_tensor_cores() ? "plain" : "tensor_cores plain";
+}
 
 bool masked_attention_takes(int64_t head_dim) { return head_dim <= kPlainWidth; }
 

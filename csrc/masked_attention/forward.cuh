@@ -120,6 +120,9 @@ class ForwardRows {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kTileThreads) forward_kernel(AttentionForward pass, float scale, bool wide) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // cuda.cu takes the plain kernels there
+#else
   using Shape = ForwardShape<D>;
   constexpr int tile = Shape::keys * kRow<D>;
   extern __shared__ uint4 memory[];
@@ -163,6 +166,7 @@ __global__ void __launch_bounds__(kTileThreads) forward_kernel(AttentionForward 
     rows.add_keys(q_tile + warp_row * kRow<D>, k_tiles + stage * tile, v_tiles + stage * tile, key, some_hidden);
   }
   rows.finish(q_tile + warp_row * kRow<D>, out, lse, z, wide);
+#endif
 }
 
 }  // namespace megashear

@@ -35,6 +35,18 @@ def cuda_library(tmp_path_factory) -> ModuleType:
     return build(tmp_path_factory.mktemp("cuda_emulation"))
 
 
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+def cuda_device(request) -> torch.device:
+    """Where the CUDA kernels run: the CPU, which emulates them, and a GPU."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+        return CPU
+    device = torch.device("cuda", 0)
+    if not compiled_for(device):
+        pytest.fail("the CUDA kernels are not built, or not for this GPU: run `pip install -e .`")
+    return device
+
+
 @pytest.fixture
 def emulated(cuda_library, monkeypatch) -> Iterator[Controls]:
     """Tensors on the CPU meet the CUDA kernels."""

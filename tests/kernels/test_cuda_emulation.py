@@ -10,7 +10,9 @@ import torch
 
 from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, rewritten
 
-FAULTS = ["pass", "copy", "diverging", "ended", "rows", "misaligned", "greedy"]
+FAULTS = ["pass", "copy", "diverging", "ended", "rows", "misaligned", "greedy", "fragments", "matrices"]
+
+GIVEN = torch.cat((torch.arange(256.0), torch.arange(128.0) % 7 - 3))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def _run(library: Path, name: str, right: bool) -> tuple[torch.Tensor, str]:
     run = ctypes.CDLL(str(library)).run_fault
     run.restype = ctypes.c_char_p
     run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
-    given, out = torch.arange(256.0), torch.zeros(256)
+    given, out = GIVEN, torch.zeros(256)
     problem = run(FAULTS.index(name), given.data_ptr(), out.data_ptr(), right)
     return out, problem.decode()
 
@@ -75,3 +77,17 @@ def test_bank_conflicts_are_counted(faults):
     before = Controls(faults).bank_conflicts()
     _run(faults, "rows", right=False)
     assert Controls(faults).bank_conflicts() - before == 2 * 4 * 7  # two warps, four matrices, seven rows too many
+
+
+def test_fragments_lie_as_the_isa_says(faults):
+    a, b = GIVEN[:256].view(16, 16), GIVEN[256:].view(16, 8)
+    for right, left in ((True, a), (False, a.flip(1))):
+        out, problem = _run(faults, "fragments", right)
+        assert problem == "" and torch.equal(out[:128].view(16, 8), left @ b)
+
+
+def test_matrices_are_read_by_rows_or_transposed(faults):
+    matrices = torch.arange(256.0).view(4, 8, 8)
+    for plain, expected in ((True, matrices), (False, matrices.mT)):
+        out, problem = _run(faults, "matrices", plain)
+        assert problem == "" and torch.equal(out.view(4, 8, 8), expected)

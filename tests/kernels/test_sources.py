@@ -14,6 +14,7 @@ CPU_SOURCES = sorted(path for path in CSRC.glob("**/*.cpp") if path.name != "bin
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++") or shutil.which("clang++")
 WIDE = re.compile(r"(?:fLi4|Float16ELi8)E")  # in a kernel's mangled name: packs of 16 bytes
+TILES = re.compile(r"Float16ELi(64|96|128)E")  # the same: tiles of a head size, for tensor cores
 
 
 class Compiled(NamedTuple):
@@ -62,8 +63,23 @@ def test_kernels_of_packs_move_16_bytes_at_a_time(compiled, request):
             single = [verb for verb, _, bits in accesses if bits == "16"]
             assert len(single) <= (folder == "cross_entropy"), "an element of 2 bytes is moved on its own"
             reading, storing = reading + 1, storing + (("st", ".v4", "32") in accesses)
-    assert (reading > 0) == (folder in ("masked_rms_norm", "masked_swiglu", "rope", "cross_entropy"))
-    assert storing == reading or folder == "cross_entropy"  # picks the label's logit, writes two numbers a row
+    few = ("cross_entropy", "masked_attention")  # write one or two numbers a row; the first picks the label's logit
+    assert (reading > 0) == (folder in ("masked_rms_norm", "masked_swiglu", "rope", *few))
+    assert storing == reading or folder in few
+
+
+def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, request):
+    if request.node.callspec.params["compiled"].parent.name != "masked_attention":
+        pytest.skip("not attention's")
+    for ptx in compiled.ptx:
+        found = [kernel for kernel in re.split(r"(?=\.entry )", ptx)[1:] if TILES.search(kernel.partition("(")[0])]
+        assert len(found) == 3 * 3 * 2  # kernels, head sizes, dtypes
+        for kernel in found:
+            products = re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)", kernel)
+            assert set(products) == {"bf16" if "8BFloat16" in kernel.partition("(")[0] else "f16"}
+            for instruction in (r"ldmatrix\S*x4\.shared", r"ldmatrix\S*\.trans\.shared", r"cp\.async\.cg\S*.*16,"):
+                assert re.search(instruction, kernel), instruction
+            assert re.search(r"st\.global\S*\.v4\.[bu]32", kernel)
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")

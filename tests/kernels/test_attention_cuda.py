@@ -1,17 +1,18 @@
-"""The CUDA kernels of attention, run thread by thread on the CPU, against float64: values, gradients, bits, banks."""
+"""The CUDA kernels of attention, thread by thread on the CPU and on a GPU where there is one, against float64."""
 
 import pytest
 import torch
 
+from megashear import ops
 from megashear.ops import reference
 from megashear.ops.kernels import attention as kernel
+from megashear.ops.kernels import attention_choice
 from megashear.ops.kernels.library import launching
 
 from .agreement import DTYPES, assert_filled, assert_within, leaf, poisoned, wide
 from .attention_bounds import Case, bounds
+from .conftest import CUDA
 from .test_attention import _case, _gradients
-
-pytestmark = pytest.mark.usefixtures("emulated")
 
 CPU = torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
@@ -22,15 +23,19 @@ def _attention(*inputs) -> torch.Tensor:
     return kernel.masked_attention(*inputs)[0]
 
 
-def _ours(case: Case) -> list[torch.Tensor | None]:
-    inputs = [None if x is None else leaf(x) for x in (case.q, case.k, case.v, case.mask)]
-    return _gradients(_attention, *inputs, case.first, case.dout)
+def _ours(case: Case, device: torch.device) -> list[torch.Tensor | None]:
+    inputs = [None if x is None else leaf(x.to(device)) for x in (case.q, case.k, case.v, case.mask)]
+    first = None if case.first is None else case.first.to(device)
+    found = _gradients(_attention, *inputs, first, case.dout.to(device))
+    return [None if x is None else x.cpu() for x in found]
 
 
-def _check(case: Case, pair: bool) -> None:
+def _check(case: Case, pair: bool, device: torch.device) -> None:
     exact_inputs = [wide(x) for x in (case.q, case.k, case.v, case.mask)]
     exact = _gradients(reference.attention, *exact_inputs, case.first, case.dout.double())
-    for name, ours_part, exact_part, bound in zip(PARTS, _ours(case), exact, bounds(case, exact[0], pair), strict=True):
+    for name, ours_part, exact_part, bound in zip(
+        PARTS, _ours(case, device), exact, bounds(case, exact[0], pair), strict=True
+    ):
         if ours_part is not None:
             print(name)  # the part that failed
             assert_within(ours_part, exact_part, bound + 1e-30)
@@ -50,8 +55,8 @@ def _check(case: Case, pair: bool) -> None:
         (1, 1, 1, 20, 100, {}),
     ],
 )
-def test_tensor_cores_agree_with_float64(batch, heads, groups, tokens, head_dim, parts, dtype):
-    _check(_case(batch, heads, groups, tokens, head_dim, dtype, **parts), pair=True)
+def test_tensor_cores_agree_with_float64(batch, heads, groups, tokens, head_dim, parts, dtype, cuda_device):
+    _check(_case(batch, heads, groups, tokens, head_dim, dtype, **parts), True, cuda_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,9 +69,9 @@ def test_tensor_cores_agree_with_float64(batch, heads, groups, tokens, head_dim,
         (1, 1, 40, 256, {"documents": True}),
     ],
 )
-def test_plain_kernels_agree_with_float64(heads, groups, tokens, head_dim, parts, dtype, monkeypatch):
+def test_plain_kernels_agree_with_float64(heads, groups, tokens, head_dim, parts, dtype, cuda_device, monkeypatch):
     monkeypatch.setattr(kernel, "TILES", "plain")
-    _check(_case(1, heads, groups, tokens, head_dim, dtype, **parts), pair=False)
+    _check(_case(1, heads, groups, tokens, head_dim, dtype, **parts), False, cuda_device)
 
 
 @pytest.mark.parametrize("tiles", ["", "plain"])
@@ -77,47 +82,51 @@ def test_the_order_of_threads_changes_no_bit(tiles, emulated, monkeypatch):
     conflicts, results = emulated.bank_conflicts(), []
     for descending in (False, True, False):
         emulated.descend(descending)
-        results.append(_ours(case))
+        results.append(_ours(case, CPU))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
     assert emulated.bank_conflicts() == conflicts
 
 
 @pytest.mark.parametrize("tiles", ["", "plain"])
-def test_a_dead_head_is_never_read(tiles, monkeypatch):
+def test_a_dead_head_is_never_read(tiles, cuda_device, monkeypatch):
     monkeypatch.setattr(kernel, "TILES", tiles)
     case = _case(1, 4, 4, 70, 32, torch.bfloat16)
     mask = torch.tensor([1.0, 0.0, 0.5, -0.0])
     dead = mask == 0
-    clean = _ours(Case(case.q, case.k, case.v, mask, None, case.dout))
+    clean = _ours(Case(case.q, case.k, case.v, mask, None, case.dout), cuda_device)
     q, k, v, dout = (torch.where(dead[:, None, None], float("nan"), x) for x in (case.q, case.k, case.v, case.dout))
-    ours = _ours(Case(q, k, v, mask, None, dout))
+    ours = _ours(Case(q, k, v, mask, None, dout), cuda_device)
     assert all(torch.equal(a, b) for a, b in zip(ours, clean, strict=True))
     assert all((x[:, dead] == 0).all() for x in ours[:4]) and (ours[4][dead] == 0).all()
 
 
-def test_any_strides_give_the_bits_of_contiguous_inputs():
+def test_any_strides_give_the_bits_of_contiguous_inputs(cuda_device):
     """Rows that are no multiple of 16 bytes apart, or do not begin at one, go element by element."""
     case = _case(1, 2, 1, 70, 64, torch.bfloat16, masked=True)
-    whole = _ours(Case(*(x.contiguous() for x in (case.q, case.k, case.v)), case.mask, None, case.dout))
+    tensors = [x.to(cuda_device).contiguous() for x in (case.q, case.k, case.v)]
+    mask, dout = case.mask.to(cuda_device), case.dout.to(cuda_device)
+    whole = _gradients(_attention, *map(leaf, (*tensors, mask)), None, dout)
     for before, after in ((1, 0), (0, 3), (8, 8)):
-        padded = [torch.nn.functional.pad(x, (before, after), value=float("nan")) for x in (case.q, case.k, case.v)]
+        padded = [torch.nn.functional.pad(x, (before, after), value=float("nan")) for x in tensors]
         q, k, v = (x[..., before : before + 64].detach().requires_grad_() for x in padded)
-        parts = _gradients(_attention, q, k, v, leaf(case.mask), None, case.dout)
+        parts = _gradients(_attention, q, k, v, leaf(mask), None, dout)
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
-def test_large_scores_stay_finite_and_nan_reaches_those_that_see_it():
+def test_large_scores_stay_finite_and_nan_reaches_those_that_see_it(cuda_device):
     case = _case(1, 1, 1, 130, 16, torch.bfloat16)
-    out = _attention(100 * case.q, 100 * case.k, case.v, None, None)
+    q, k, v = (x.to(cuda_device) for x in (case.q, case.k, case.v))
+    out = _attention(100 * q, 100 * k, v, None, None).cpu()
     exact = reference.attention((100 * case.q).double(), (100 * case.k).double(), case.v.double())
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=0.1)
-    k = case.k.clone()
+    k = k.clone()
     k[:, :, 100] = float("nan")
-    out = _attention(case.q, k, case.v, None, None)
+    out = _attention(q, k, v, None, None)
     assert out[:, :, :100].isfinite().all() and out[:, :, 100:].isnan().all()
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offsets_beyond_2_to_the_31_elements(dtype):
     """Heads so far apart that 32 bits cannot count the elements between them; memory that nobody touches costs none."""
@@ -131,29 +140,46 @@ def test_offsets_beyond_2_to_the_31_elements(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "head_dim"), [(3, 5), (64, 32), (81, 128)])
-def test_writes_every_element_and_no_other(tokens, head_dim, dtype):
+def test_writes_every_element_and_no_other(tokens, head_dim, dtype, cuda_device):
     case = _case(2, 4, 2, tokens, head_dim, dtype, masked=True, documents=True)
+    inputs = (case.q, case.k, case.v, case.dout, case.mask, case.first)
+    q, k, v, dout, mask, first = (x.to(cuda_device) for x in inputs)
     sizes = (2, 4, 2, tokens, head_dim)
 
     def empty(heads: int) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-        buffer = poisoned(tokens * 2 * heads * head_dim, dtype, CPU)
+        buffer = poisoned(tokens * 2 * heads * head_dim, dtype, cuda_device)
         return buffer, (buffer.data_ptr(), heads * head_dim, head_dim, 2 * heads * head_dim)
 
     (out, to_out), (dq, to_dq), (dk, to_dk), (dv, to_dv) = map(empty, (4, 4, 2, 2))
-    lse, dmask = poisoned(2 * 4 * tokens, torch.float32, CPU), poisoned(4, torch.float32, CPU)
-    q, k, v, dout = (kernel._bound(x) for x in (case.q, case.k, case.v, case.dout))
-    vectors = (case.mask.data_ptr(), case.first.data_ptr(), to_out, lse.data_ptr())
-    with launching(case.q) as (library, executor):
-        scratch = poisoned(library.masked_attention_scratch(sizes), torch.float32, CPU)
-        rest = (sizes, kernel.dtype_code(case.q), "", executor)
-        library.masked_attention_forward(q, k, v, *vectors, *rest)
+    lse, dmask = poisoned(2 * 4 * tokens, torch.float32, cuda_device), poisoned(4, torch.float32, cuda_device)
+    bound = [kernel._bound(x) for x in (q, k, v)]
+    vectors = (mask.data_ptr(), first.data_ptr(), to_out, lse.data_ptr())
+    with launching(q) as (library, executor):
+        scratch = poisoned(library.masked_attention_scratch(sizes), torch.float32, cuda_device)
+        rest = (sizes, kernel.dtype_code(q), "", executor)
+        library.masked_attention_forward(*bound, *vectors, *rest)
         to = (to_dq, to_dk, to_dv, dmask.data_ptr(), scratch.data_ptr())
-        library.masked_attention_backward(dout, q, k, v, *vectors, *to, *rest)
+        library.masked_attention_backward(kernel._bound(dout), *bound, *vectors, *to, *rest)
     assert_filled(out, lse, dq, dk, dv, dmask, scratch)
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 2, 5, 8), (2, 2, 1, 0, 8), (2, 0, 0, 5, 8), (1, 2, 2, 3, 0)])
-def test_empty_inputs(sizes):
+def test_empty_inputs(sizes, cuda_device):
     case = _case(*sizes, torch.bfloat16, masked=True)
-    out, *gradients = _ours(case)
+    out, *gradients = _ours(case, cuda_device)
     assert out.shape == case.q.shape and gradients[1].shape == case.k.shape and (gradients[3] == 0).all()
+
+
+@pytest.mark.gpu
+@CUDA
+def test_a_gpu_measures_which_form_serves(monkeypatch):
+    monkeypatch.setattr(attention_choice, "_CHOICES", {})
+    device = torch.device("cuda", 0)
+    case = _case(2, 8, 2, 300, 64, torch.bfloat16, masked=True)
+    inputs = [x.to(device) for x in (case.q, case.k, case.v, case.mask)]
+    out = ops.attention(*inputs)
+    exact = reference.attention(*(wide(x) for x in (case.q, case.k, case.v, case.mask)))
+    assert_within(out.cpu(), exact.detach(), 2 * bounds(case, exact.detach(), True)[0])  # torch's rounds once more
+    (choice,) = attention_choice._CHOICES.values()
+    assert choice.distance <= attention_choice.LIMITS[torch.bfloat16]
+    assert choice.compiled == (choice.compiled_ms <= choice.reference_ms)
