@@ -44,9 +44,7 @@ from megashear.weights.folder import ModelFolder
 SHAPE = ModelShape(512, 8, 8, 8, 64, 1376, 32000)
 TARGETS = {  # the published shapes' shares of 7B, taken of SHAPE
     "live 2.7B": replace(SHAPE, hidden_size=320, num_heads=5, num_query_groups=5, intermediate_size=864),
-    "live 1.3B": replace(
-        SHAPE, hidden_size=256, num_heads=4, num_query_groups=4, intermediate_size=688, num_layers=6
-    ),
+    "live 1.3B": replace(SHAPE, hidden_size=256, num_heads=4, num_query_groups=4, intermediate_size=688, num_layers=6),
 }
 BATCH, LENGTH, RATE, SEED = 4, 512, 1e-4, 1
 MODES = {
@@ -66,34 +64,37 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, SHAPE.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(SEED))
 
 
-def our_step(layout: Layout, source: TensorSource, masks: MaskState | None) -> Step:
-    """A step of our trainer; steps whose noise would close a unit that should live are left out by their number."""
-    core = transformer_config(SHAPE, ParallelConfig(), torch.bfloat16)
+def build_weights(shape: ModelShape, layout: Layout, source: TensorSource) -> WeightOptimizer:
+    """Our model in bf16 under its optimizer."""
+    core = transformer_config(shape, ParallelConfig(), torch.bfloat16)
 
     def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(SHAPE, core, layout, layers, pre, post, vp_stage=stage)
+        return Llama(shape, core, layout, layers, pre, post, vp_stage=stage)
 
-    chunks = build_chunks(SHAPE.num_layers, layout, build)
+    chunks = build_chunks(shape.num_layers, layout, build)
     for chunk in chunks:
         load_weights(chunk, source)
-    weights = WeightOptimizer(chunks, OptimizerConfig(learning_rate=RATE), torch.bfloat16, True)
-    stepper = Stepper(layout, weights, masks, SEED, BATCH, clip_norm=1.0, clip_jointly=True)
-    batch = tokens()
+    return WeightOptimizer(chunks, OptimizerConfig(learning_rate=RATE), torch.bfloat16, True)
+
+
+def our_step(layout: Layout, weights: WeightOptimizer, masks: MaskState | None, batch: torch.Tensor) -> Step:
+    """A step of our trainer on a batch [sequences, length + 1]."""
+    stepper = Stepper(layout, weights, masks, SEED, len(batch), clip_norm=1.0, clip_jointly=True)
     batches = [MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), 0)]
     return lambda number: stepper.run(batches, number, 1.0, RATE).loss
 
 
-def still_masks(layout: Layout, target: ModelShape, log_alpha: float) -> MaskState:
+def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alpha: float) -> MaskState:
     """Masks that do not learn."""
     config = PruneConfig(
         mask_learning_rate=0.0, lambda_learning_rate=0.0, log_alpha_init=log_alpha, log_alpha_limit=100.0
     )
-    return MaskState(SHAPE, target, config, SEED, layout.device)
+    return MaskState(source, target, config, SEED, layout.device)
 
 
-def all_living(layout: Layout) -> tuple[MaskState, list[int]]:
+def all_living(layout: Layout, source: ModelShape, target: ModelShape) -> tuple[MaskState, list[int]]:
     """Masks of every granularity, a few of them below 1 and none 0, and step numbers whose noise leaves it so."""
-    masks = still_masks(layout, TARGETS["live 1.3B"], 8.0)
+    masks = still_masks(layout, source, target, 8.0)
 
     def lives(number: int) -> bool:
         values = vars(masks.sample(SEED, number, 0)).values()
@@ -102,9 +103,9 @@ def all_living(layout: Layout) -> tuple[MaskState, list[int]]:
     return masks, [number for number in range(2000) if lives(number)]
 
 
-def closed(layout: Layout, target: ModelShape) -> MaskState:
+def closed(layout: Layout, source: ModelShape, target: ModelShape) -> MaskState:
     """Masks of 0 and 1 that leave the target's sizes, units chosen at random."""
-    masks = still_masks(layout, target, 50.0)
+    masks = still_masks(layout, source, target, 50.0)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for spec in masks.specs:
@@ -163,15 +164,15 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
         source = ModelFolder.open(folder) if name == "megashear" else RandomWeights(SHAPE, SEED)
         masks, numbers = None, list(range(2000))
         if name == "masked":
-            masks, numbers = all_living(layout)
+            masks, numbers = all_living(layout, SHAPE, TARGETS["live 1.3B"])
         elif name in TARGETS:
-            masks = closed(layout, TARGETS[name])
+            masks = closed(layout, SHAPE, TARGETS[name])
         share = None
         if masks is not None:
             with torch.no_grad():
                 (pattern,) = live_patterns([masks.sample(SEED, numbers[0], 0)])
             share = flops_share(pattern, SHAPE, LENGTH)
-        _serve(our_step(layout, source, masks), numbers, share, pipe)
+        _serve(our_step(layout, build_weights(SHAPE, layout, source), masks, tokens()), numbers, share, pipe)
 
 
 def _serve(step: Step, numbers: list[int], share: float | None, pipe: Connection) -> None:
