@@ -9,7 +9,7 @@ import fnmatch
 import json
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,18 @@ class DomainRule:
         value = lookup(record, self.key)
         if value is not None and not isinstance(value, str):
             raise NoDomain(f"{self.key} is not a string")
-        names = [value] if value is not None else [stem(shard), shard_domain(shard)]
-        name = next(
-            (to for raw in names for to, pattern in self.patterns if fnmatch.fnmatchcase(raw, pattern)), names[-1]
-        )
-        if (problem := check_domain_name(name)) is not None:
+        raw = (value,) if value is not None else (stem(shard), shard_domain(shard))
+        name, problem = renamed(raw, self.patterns)
+        if problem is not None:
             raise NoDomain(f"the domain name {name!r} {problem}")
         return name
+
+
+@lru_cache(maxsize=1 << 12)
+def renamed(raw: tuple[str, ...], patterns: tuple[tuple[str, str], ...]) -> tuple[str, str | None]:
+    """The name for which the first pattern fits one of `raw`, else the last of these; and why it cannot be one."""
+    name = next((to for given in raw for to, pattern in patterns if fnmatch.fnmatchcase(given, pattern)), raw[-1])
+    return name, check_domain_name(name)
 
 
 def lookup(record: Any, key: str) -> Any:

@@ -93,6 +93,7 @@ def estimate(job: Preprocessing, shards_sampled: int = SHARDS, limit: int = SAMP
     """Estimate what `preprocess(job)` would do; raises DataError (inputs, tokenizer) as it would."""
     refuse_output(job.output)
     tokenizer, shards = load_tokenizer(job.tokenizer), find_shards(job.inputs)
+    tokenizer.encode("x")  # what encoders do once is not counted
     size = {shard: shard.stat().st_size for shard in shards}
     groups: dict[str, list[Path]] = {}
     for shard in shards:
