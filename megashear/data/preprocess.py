@@ -39,7 +39,8 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: counts by domain and split, lines read, bad lines, duplicates, shards, how many from before."""
+    """What a run did: counts by domain and split, lines read, bad lines, duplicates, shards, how many from before, and
+    what encoded the others (`Tokenizer.served_by`)."""
 
     counts: Counts
     lines: int
@@ -48,6 +49,7 @@ class Summary:
     dropped: bool
     shards: int
     kept: int
+    encoders: set[str]
 
 
 def preprocess(job: Preprocessing) -> Summary:
@@ -64,7 +66,7 @@ def preprocess(job: Preprocessing) -> Summary:
         refuse_output(job.output)
         missing = [(shard, folder) for shard, folder in zip(shards, folders, strict=True) if not folder.is_dir()]
         with start_workers(job.workers, job.tokenizer, job.part) as workers:
-            workers.tokenise(missing)
+            encoders = workers.tokenise(missing)
             parts = [open_part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
             lines, bad = count_lines(parts, job.max_bad_fraction, work / "bad_lines.jsonl")
             described: dict[str, Any] = {"lines": lines, "bad": bad, "shards": len(shards), "seed": job.merging.seed}
@@ -72,7 +74,7 @@ def preprocess(job: Preprocessing) -> Summary:
             counts, duplicates = write_dataset(job, parts, tokenizer, {"preprocessing": described}, workers)
         shutil.rmtree(work, ignore_errors=True)
     kept = len(shards) - len(missing)
-    return Summary(counts, lines, bad, duplicates, job.merging.drop_duplicates, len(shards), kept)
+    return Summary(counts, lines, bad, duplicates, job.merging.drop_duplicates, len(shards), kept, encoders)
 
 
 def refuse_output(output: Path) -> None:
@@ -136,4 +138,5 @@ def table(summary: Summary, heldout: HeldOutRule) -> str:
         f"{summary.bad:,} bad (bad_lines.jsonl), {summary.duplicates:,} duplicates, "
         f"{'dropped' if summary.dropped else 'kept'}"
     )
+    lines += [f"tokenised by the {encoder}" for encoder in sorted(summary.encoders)]
     return "\n".join(lines + short)

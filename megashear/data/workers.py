@@ -67,13 +67,14 @@ def start_worker(tokenizer: Path, settings: PartSettings, counters: Any, stop: A
     Worker.current = Worker(tokenizer, settings, counters, stop)
 
 
-def make_part(shard: Path, folder: Path) -> None:
-    """Tokenise one shard in a worker process."""
+def make_part(shard: Path, folder: Path) -> str:
+    """Tokenise one shard in a worker process; returns what encoded it, see `Tokenizer.served_by`."""
     worker = Worker.current
     worker.tokenizer = worker.tokenizer or load_tokenizer(worker.path)
     worker.reported = (0, 0)
     tokens = write_part(folder, shard, worker.tokenizer, worker.settings, worker.on_progress)
     worker.report(shard.stat().st_size, tokens)
+    return worker.tokenizer.served_by
 
 
 class Workers:
@@ -82,10 +83,11 @@ class Workers:
     def __init__(self, pool: ProcessPoolExecutor, count: int, counters: Any) -> None:
         self.pool, self.count, self.counters = pool, count, counters
 
-    def tokenise(self, missing: list[tuple[Path, Path]]) -> None:
-        """Make parts, (shard, folder) each; raises the first error as soon as it comes."""
+    def tokenise(self, missing: list[tuple[Path, Path]]) -> set[str]:
+        """Make parts, (shard, folder) each; returns what encoded them. Raises the first error as soon as it comes."""
+        encoders: set[str] = set()
         if not missing:
-            return
+            return encoders
         # Long shards first, so that no worker is left with one at the end.
         sizes = {shard: shard.stat().st_size for shard, _ in missing}
         progress = Progress("tokenise", sum(sizes.values()), len(missing))
@@ -94,9 +96,10 @@ class Workers:
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
-                future.result()
+                encoders.add(future.result())
             progress.update(self.counters[0], self.counters[1], len(missing) - len(waiting))
         progress.finish(self.counters[1])
+        return encoders
 
     def each(self, task: Callable[[Any], Any], inputs: Iterable[Any]) -> Iterator[Any]:
         """`map` over the processes, in order; inputs are taken as they are needed."""

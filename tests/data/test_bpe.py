@@ -16,6 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 
+from megashear.data.heldout import HeldOutRule
+from megashear.data.merge import Merging
+from megashear.data.preprocess import Preprocessing, preprocess, table
 from megashear.data.sentencepiece_model import read_model
 from megashear.data.tokenizer import load_tokenizer
 from tests.data.conftest import PIECES, TEXT
@@ -192,6 +195,19 @@ def test_the_library_serves_where_the_reference_is_asked_for(sentencepiece_model
     assert tokenizer.served_by == "library (MEGASHEAR_KERNELS=reference)"
     library = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     assert tokenizer.encode(texts[0]).tolist() == library.encode(texts[0])
+
+
+@needs_kernels
+def test_a_dataset_does_not_depend_on_what_encodes(sentencepiece_model, texts, tmp_path, monkeypatch):
+    (tmp_path / "shard.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:300]))
+    written = []
+    for environment, said in (("", "tokenised by the compiled encoder"), ("reference", "by the library (MEGASHEAR_")):
+        monkeypatch.setenv("MEGASHEAR_KERNELS", environment)
+        output = tmp_path / f"dataset {environment}"
+        job = Preprocessing([str(tmp_path / "shard.jsonl")], sentencepiece_model, output, Merging(HeldOutRule()))
+        assert said in table(preprocess(job), job.merging.heldout)
+        written.append({path.name: path.read_bytes() for path in output.glob("*.bin")})
+    assert len(written[0]) == 2 and written[0] == written[1]
 
 
 def test_what_a_model_file_says(folder):
