@@ -92,6 +92,11 @@ def _world(config: Config, launched: int | None, report: Report) -> None:
 
 def _data(config: Config, report: Report) -> None:
     stages = {name: stage.batch for name, stage in training_stages(config).items()}
+    if config.data.repeat_limit is not None and config.data.exhausted != "repeat":
+        report.problems.append(
+            f"data.repeat_limit: {config.data.repeat_limit}, but data.exhausted is {config.data.exhausted}; a limit is "
+            "for `repeat`, set one of them"
+        )
     if config.data.folder is None:
         if stages:
             report.problems.append("data.folder: missing; give a folder made by tools/preprocess_data.py")

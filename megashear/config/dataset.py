@@ -12,7 +12,6 @@ from megashear.config.schema import BatchConfig, Config
 from megashear.errors import DataError
 from megashear.files.manifest import NAME, read_manifest
 
-
 COSTLY_EVALUATION = 0.15
 """Share of a stage's time above which held-out evaluation is worth a warning; the defaults take less than 0.05."""
 

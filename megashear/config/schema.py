@@ -83,6 +83,11 @@ class DataConfig:
         "attention knows distances alone",
     )
     prefetch: int = key(2, "batches read ahead of the step by threads; their order is the same; 0: none", low=0)
+    repeat_limit: int | None = key(
+        None,
+        "epochs after which a domain that repeats has run out, and its weight is shared among the others; null: none",
+        low=1,
+    )
     max_epochs: float = key(4.0, "warn at the start when planned weights need more epochs of a domain than this", low=0)
 
 

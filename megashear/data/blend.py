@@ -87,12 +87,17 @@ class BlendedStream:
         seed: int,
         weights: Mapping[str, float] | Sequence[float] | np.ndarray,
         exhausted: str = "repeat",
+        repeat_limit: int | None = None,
     ) -> None:
-        """exhausted: `repeat`, `renormalise` or `stop` where a domain's epoch ends (config `data.exhausted`)."""
+        """exhausted: `repeat`, `renormalise` or `stop` where a domain's epoch ends (config `data.exhausted`);
+        repeat_limit: epochs after which a domain that repeats is shared among the others; None: never.
+        """
         assert exhausted in ("repeat", "renormalise", "stop"), exhausted
         self.domains, self.seed, self.exhausted = domains, seed, exhausted
         self.names = [source.name for source in domains]
         self._samples_K = np.array([source.samples for source in domains], dtype=np.int64)
+        epochs = repeat_limit if exhausted == "repeat" else 1
+        self._capacity_K = None if epochs is None else epochs * self._samples_K
         self.cursor_K = np.zeros(len(domains), dtype=np.int64)
         self._remainder_K = np.zeros(len(domains), dtype=np.float64)
         self._next = 0
@@ -112,8 +117,7 @@ class BlendedStream:
 
         Returns a BatchPlan with domain_B int64 [B] (index into `names`) and sample_B int64 [B] (sample of the domain's
         stream).
-        Raises TrainingError where a domain ran out under `stop`, or all did under `renormalise`; the state is then
-        unchanged.
+        Raises TrainingError where a domain ran out under `stop`, or all did otherwise; the state is then unchanged.
         """
         seat_K, remainder_K = self._seats(global_batch)
         domain_B = np.repeat(np.arange(len(self.domains)), seat_K)
@@ -129,8 +133,8 @@ class BlendedStream:
 
     def _seats(self, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Seats int64 [K] of each domain in the next batch, and the remainders to carry float64 [K]."""
-        if self.exhausted == "renormalise":
-            return self._seats_of_the_rest(global_batch)
+        if self._capacity_K is not None and self.exhausted != "stop":
+            return self._seats_of_the_rest(global_batch, self._capacity_K)
         seat_K, remainder_K = apportion(self._weight_K, self._remainder_K, global_batch)
         if self.exhausted == "stop" and (over_K := self.cursor_K + seat_K > self._samples_K).any():
             name = self.names[int(np.argmax(over_K))]
@@ -140,9 +144,9 @@ class BlendedStream:
             )
         return seat_K, remainder_K
 
-    def _seats_of_the_rest(self, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _seats_of_the_rest(self, global_batch: int, capacity_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Seats where domains that ran out give theirs to the others, in proportion to the others' weights."""
-        left_K = self._samples_K - self.cursor_K
+        left_K = capacity_K - self.cursor_K
         seat_K, remainder_K = np.zeros_like(left_K), self._remainder_K.copy()
         open_K = left_K > 0
         remainder_K[~open_K] = 0.0
@@ -150,8 +154,8 @@ class BlendedStream:
             weight_K = np.where(open_K, self._weight_K, 0.0)
             if weight_K.sum() <= 0:
                 raise TrainingError(
-                    f"every domain has run out of data after {self._next} sequences and data.exhausted is "
-                    "`renormalise`; add data, train for fewer steps, or set data.exhausted to repeat"
+                    f"every domain has run out of data after {self._next} sequences; add data, train for fewer steps, "
+                    "or set data.exhausted to repeat, without data.repeat_limit"
                 )
             weight_K /= weight_K.sum()
             remainder_K += weight_K * (0.0 - remainder_K[open_K].sum()) * open_K
@@ -163,6 +167,12 @@ class BlendedStream:
             remainder_K[open_K] = self._remainder_K[open_K]
             seat_K[over_K], remainder_K[over_K] = left_K[over_K], 0.0
             open_K = open_K & ~over_K
+
+    def run_out(self) -> list[str]:
+        """Domains of which nothing is left, and whose weight the others share."""
+        if self._capacity_K is None:
+            return []
+        return [name for name, gone in zip(self.names, self.cursor_K >= self._capacity_K, strict=True) if gone]
 
     def epochs(self) -> dict[str, float]:
         """Epochs taken of each domain's training split so far."""

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megashear.errors import DataError
+from megashear.plot.epochs import draw_epochs
 from megashear.plot.losses import draw_losses
 from megashear.plot.masks import draw_masks
 from megashear.plot.series import Stage, stages_of
@@ -25,6 +26,7 @@ from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 
 PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
     "weights.png": draw_weights,
+    "epochs.png": draw_epochs,
     "losses.png": draw_losses,
     "sparsity.png": draw_sparsity,
     "multipliers.png": draw_multipliers,

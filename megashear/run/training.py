@@ -132,7 +132,13 @@ def build_stage(
     mixture = Mixture(config.mixture, tokens, references, batch.steps)
     if name == "pretrain":
         _start_pretraining_mixture(context, mixture)
-    stream = BlendedStream(sources(dataset, length), config.run.seed, mixture.weights, config.data.exhausted)
+    stream = BlendedStream(
+        sources(dataset, length),
+        config.run.seed,
+        mixture.weights,
+        config.data.exhausted,
+        config.data.repeat_limit,
+    )
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
     stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, section.optimizer.clip_norm, jointly)
     counters, losses = Counters(), None

@@ -120,7 +120,14 @@ def stop_requested(stop: StopRequest, layout: Layout) -> bool:
 def train_step(stage: Stage) -> StepResult:
     """Draw the next global batch and run one optimizer step on this rank's part of it."""
     counters, batch = stage.counters, stage.batch
+    before = stage.stream.run_out()
     plan, samples = stage.batches.next()
+    for name in sorted(set(stage.stream.run_out()) - set(before)):
+        epochs = stage.stream.epochs()[name]
+        logger.warning(
+            "%s: step %d takes the last of domain %r after %.0f epochs; the others share its weight from here on",
+            *(stage.name, counters.step + 1, name, epochs),
+        )
     factor = learning_rate_factor(counters.step, batch.steps, stage.optimizer, stage.warmup_share)
     separator = stage.batches.loader.separator
     batches = micro_batches(samples, stage.layout, batch.micro_batch, stage.layout.device, separator)
@@ -193,6 +200,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
             "seconds": counters.seconds,
             "evaluation_seconds": counters.evaluation_seconds,
             "domain_tokens": stage.stream.tokens(),
+            "domain_epochs": stage.stream.epochs(),
             "skipped": counters.skipped,
         }
     )

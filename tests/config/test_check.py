@@ -216,7 +216,7 @@ def test_a_schedule_needs_no_references(tmp_path: Path) -> None:
 
 
 def test_evaluations_that_take_much_of_the_time(tmp_path: Path) -> None:
-    """Seven domains with the published interval and batch: 32 sequences each, by default, are under 5 %; 500 are not."""
+    """Seven domains at the published interval and batch: the default of 32 sequences each is under 5 %."""
     names = ["cc", "github", "book", "stack", "wiki", "arxiv", "c4"]
     dataset(tmp_path / "data", **dict.fromkeys(names, 10**10))
     share = evaluation_share(BatchConfig(), 128, Dataset(dict.fromkeys(names, Domain(10**10, 10**6)), 32000))
@@ -224,3 +224,8 @@ def test_evaluations_that_take_much_of_the_time(tmp_path: Path) -> None:
     assert not any("held-out evaluation" in line for line in check(config(tmp_path), None, None).warnings)
     found = check(config(tmp_path, "prune.batch.eval_interval=2"), None, None).warnings
     assert any(line.startswith("prune.batch: held-out evaluation would take about 54%") for line in found), found
+
+
+def test_a_limit_of_repeating_where_nothing_repeats(tmp_path: Path) -> None:
+    (message,) = problems(tmp_path, "data.repeat_limit=2", "data.exhausted=stop")
+    assert "data.repeat_limit: 2, but data.exhausted is stop" in message

@@ -123,6 +123,18 @@ def test_renormalise_shares_the_weight_of_a_domain_that_ran_out():
     assert (blended.cursor_K <= [400, 200, 6]).all()
 
 
+def test_a_domain_repeats_up_to_the_limit_and_the_others_share_its_weight():
+    blended = BlendedStream(three((400, 200, 6)), 7, WEIGHTS, "repeat", repeat_limit=3)
+    plans = [blended.next_batch(60) for _ in range(4)]
+    rows = [row for row in taken(plans) if row[0] == 2]
+    assert len(rows) == 18 and all(rows.count((2, sample)) == 3 for sample in range(6))
+    assert blended.run_out() == ["code"] and blended.epochs()["code"] == 3
+    assert np.bincount(plans[-1].domain_B, minlength=3).tolist() == [40, 20, 0]
+    with pytest.raises(TrainingError, match=r"every domain has run out .* without data.repeat_limit"):
+        for _ in range(40):
+            blended.next_batch(60)
+
+
 def test_renormalise_within_one_batch():
     """Two of three domains run out in the very batch: the third fills it, and no sample comes twice."""
     blended = stream(samples=(300, 4, 3), weights=[0.2, 0.4, 0.4], exhausted="renormalise")

@@ -67,6 +67,9 @@ class SyntheticRun:
             "step_seconds": 8.0 - 4.5 * min(1.0, step / (0.2 * steps)) + 0.2 * self.noise.exponential(),
             "seconds": float(tokens.sum() / speed),
             "domain_tokens": {name: int(count) for name, count in zip(self.domains, tokens, strict=True)},
+            "domain_epochs": {
+                name: count / 2e8 / (i + 1) for i, (name, count) in enumerate(zip(self.domains, tokens, strict=True))
+            },
             "skipped": step // 4100,
         }
         self.metrics.write({"stage": stage, "step": step, "kind": "train", **record})

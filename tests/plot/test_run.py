@@ -13,7 +13,16 @@ from megashear.errors import DataError
 from megashear.plot.run import plot_run, read_masks
 from megashear.train.metrics import Metrics
 
-ALL = ["losses.png", "masks.png", "multipliers.png", "sparsity.png", "speed.png", "training.png", "weights.png"]
+ALL = [
+    "epochs.png",
+    "losses.png",
+    "masks.png",
+    "multipliers.png",
+    "sparsity.png",
+    "speed.png",
+    "training.png",
+    "weights.png",
+]
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -67,7 +76,8 @@ def test_default_output_and_a_run_that_just_began(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path)
     run.stage("pretrain", steps=100, batch=64, interval=100, log=100)
     run.metrics.close()
-    assert sorted(plot_run(tmp_path)) == [tmp_path / "plots" / n for n in ("losses.png", "training.png", "weights.png")]
+    expected = ("epochs.png", "losses.png", "training.png", "weights.png")
+    assert sorted(plot_run(tmp_path)) == [tmp_path / "plots" / name for name in expected]
 
 
 def test_masks_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megashear.config.load import load_config
 from megashear.data.rules import update_weights
-from run_stages.tiny import Tiny, finish, records
+from run_stages.tiny import TEXTS, Tiny, break_off, finish, make_dataset, records
 
 
 def evaluations(folder: Path, stage: str) -> list[dict]:
@@ -81,3 +81,27 @@ def test_static_weights_stay(tiny: Tiny, tmp_path: Path) -> None:
     assert {one["reference"] for one in found} == {None}
     last = [one for one in records(tmp_path / "run") if one["kind"] == "train"][-1]
     assert last["domain_tokens"] == {"library": 1024, "command": 512, "help": 512}
+
+
+def test_a_domain_that_runs_out_is_told_and_shared(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One epoch of the smallest domain, then the others share its weight; interrupted and resumed it is the same."""
+    chosen = [
+        "data.exhausted=renormalise",
+        "mixture.rule=static",
+        "mixture.reference_losses=null",
+        "run.stages=[prune]",
+    ]
+    chosen += ["prune.batch.steps=24", "mixture.initial_weights={library: 0.1, command: 0.1, help: 0.8}"]
+    make_dataset(tmp_path / "data", tiny.source / "tokenizer.json", TEXTS | {"help": TEXTS["help"][:9000]})
+    chosen.append(f"data.folder={tmp_path / 'data'}")
+    finish(tiny.config(tmp_path / "run", *chosen))
+    trained = [one for one in records(tmp_path / "run") if one["kind"] == "train"]
+    assert trained[-1]["domain_epochs"]["help"] == 1.0 and trained[3]["domain_epochs"]["help"] < 1.0
+    assert sum("takes the last of domain 'help' after 1 epochs" in record.message for record in caplog.records) == 1
+    assert break_off(tiny.config(tmp_path / "again", *chosen), ("prune", 20))
+    finish(tiny.config(tmp_path / "again", *chosen))
+    assert records(tmp_path / "again") == records(tmp_path / "run")
+    weights = [(tmp_path / name / "masked/model.safetensors").read_bytes() for name in ("again", "run")]
+    assert weights[0] == weights[1]
