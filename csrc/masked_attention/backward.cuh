@@ -2,19 +2,27 @@
 // dk and dv. Both make the probabilities again, so every sum has one owner and one order, and nothing is added atomically.
 //
 // With z the head's mask, dS = P (z (dout . v) - delta); dq sums scale dS k, dk scale dS q, dv z P dout. The kernel of
-// keys makes scores with the keys as rows, so that each product's weights are in registers; a warp owns 16 keys, and
+// keys makes scores with the keys as rows, so that each product's weights are in registers, and
 // the block walks over the heads of its group and their queries. The next tiles are copied while these are worked on.
+// A warp owns 32 rows where their sums fit into its registers: what it reads of the others then serves two products.
 #pragma once
 
 #include "tile.cuh"
 
 namespace megashear {
 
-template <int D>
+// Rows that a block owns, 16 M to a warp, and those that it walks over, 8 N at a time.
+template <int D, int M_>
 struct BackwardShape {
-  static constexpr int own = 64, others = D <= 64 ? 64 : 32, N = others / 8;  // rows that a block owns, walks over
+  static constexpr int M = M_, N = 4, own = 64 * M, others = 8 * N;
   static constexpr int bytes = 2 * kRow<D> * (2 * own + 4 * others) + 4 * 4 * others;
 };
+
+template <int D>
+using QueryShape = BackwardShape<D, 2>;
+
+template <int D>
+using KeyShape = BackwardShape<D, D <= 64 ? 2 : 1>;
 
 // Scores in place of P, and dout . v in place of dS, for one row's or column's logarithm and delta.
 __device__ __forceinline__ void to_gradient(float& score, float& slope, float scale, float lse2, float delta, float z) {
@@ -30,8 +38,8 @@ __global__ void __launch_bounds__(kTileThreads)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   __trap();  // cuda.cu takes the plain kernels there
 #else
-  using Shape = BackwardShape<D>;
-  constexpr int tile = Shape::others * kRow<D>, N = Shape::N;
+  using Shape = QueryShape<D>;
+  constexpr int tile = Shape::others * kRow<D>, M = Shape::M, N = Shape::N;
   extern __shared__ uint4 memory[];
   T* q_tile = reinterpret_cast<T*>(memory);
   T* dout_tile = q_tile + Shape::own * kRow<D>;
@@ -56,15 +64,18 @@ __global__ void __launch_bounds__(kTileThreads)
   fill_tile<Shape::others, D>(k_tiles, k, key, wide);
   fill_tile<Shape::others, D>(v_tiles, v, key, wide);
   commit_copies();
-  const int warp_row = own_warp() * 16, row = begin + warp_row + own_lane() / 4;
-  float lse2[2], of_row[2], sums[1][D / 8][4];
-  int first_of[2];
+  const int warp_row = own_warp() * 16 * M, row = begin + warp_row + own_lane() / 4;
+  float lse2[M][2], of_row[M][2], factor[M][2], sums[M][D / 8][4];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const bool here = row + 8 * r < tokens;
-    lse2[r] = here ? forward.lse[head * tokens + row + 8 * r] * kLog2e : 0.0f;
-    of_row[r] = here ? delta[head * tokens + row + 8 * r] : 0.0f;
-    first_of[r] = here ? first_key(first, row + 8 * r) : 0;
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = row + 16 * m + 8 * r;
+      const bool here = query < tokens;
+      lse2[m][r] = here ? forward.lse[head * tokens + query] * kLog2e : 0.0f;
+      of_row[m][r] = here ? delta[head * tokens + query] : 0.0f;
+      factor[m][r] = scale;
+    }
   }
   clear(sums);
   for (; key < end; key += Shape::others, stage ^= 1) {
@@ -75,49 +86,60 @@ __global__ void __launch_bounds__(kTileThreads)
       fill_tile<Shape::others, D>(v_tiles + (stage ^ 1) * tile, v, key + Shape::others, wide);
       commit_copies();
     }
-    if (key >= begin + warp_row + 16) continue;  // above the diagonal
-    float p[1][N][4], ds[1][N][4];
+    if (key >= begin + warp_row + 16 * M) continue;  // above the diagonal
+    float p[M][N][4], ds[M][N][4];
     clear(p);
     clear(ds);
     multiply_rows<T, D>(p, q_tile + warp_row * kRow<D>, k_tiles + stage * tile);
     multiply_rows<T, D>(ds, dout_tile + warp_row * kRow<D>, v_tiles + stage * tile);
     const bool some_hidden = key + Shape::others - 1 > begin + warp_row || range.greatest > key;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = key + 8 * n + own_lane() % 4 * 2 + i % 2;
-        if (some_hidden && (column > row + i / 2 * 8 || column < first_of[i / 2])) p[0][n][i] = -kInfinity;
-        to_gradient(p[0][n][i], ds[0][n][i], scale * kLog2e, lse2[i / 2], of_row[i / 2], z);
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int query = row + 16 * m + i / 2 * 8, column = key + 8 * n + own_lane() % 4 * 2 + i % 2;
+          if (some_hidden && !sees(first, query, column, tokens)) p[m][n][i] = -kInfinity;
+          to_gradient(p[m][n][i], ds[m][n][i], scale * kLog2e, lse2[m][i / 2], of_row[m][i / 2], z);
+        }
       }
     }
     add_weighted_rows<T, D>(sums, ds, k_tiles + stage * tile);
   }
-  const float factor[1][2] = {{scale, scale}};
-  write_rows<T, D, 1>(sums, factor, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
+  write_rows<T, D, M>(sums, factor, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
 #endif
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
-// The tiles of queries that see a tile of keys: head after head of a group, those with a mask of 0 left out.
-template <int Queries>
+// The tiles of queries that see the keys [key, key + Keys): head after head of a group, those with a mask of 0 left out.
+template <int Queries, int Keys>
 struct QueryTiles {
-  const float* mask;
-  const int32_t* first;
-  int64_t head, end_head;
-  int query, key, key_end, tokens;
-  FirstKeys range;
+  const AttentionForward& pass;
+  int b, group, key, head, query, greatest_first;
 
-  __device__ __forceinline__ bool more() const { return head < end_head; }
+  __device__ __forceinline__ QueryTiles(const AttentionForward& pass_, int b_, int group_, int key_)
+      : pass(pass_), b(b_), group(group_), key(key_), head(group_ * queries()), query(key_ / Queries * Queries) {
+    find();
+  }
+
+  __device__ __forceinline__ int queries() const { return static_cast<int>(pass.sizes.heads / pass.sizes.groups); }
+  __device__ __forceinline__ int tokens() const { return static_cast<int>(pass.sizes.tokens); }
+  __device__ __forceinline__ bool more() const { return head < (group + 1) * queries(); }
+  __device__ __forceinline__ float mask() const { return pass.mask == nullptr ? 1.0f : pass.mask[head]; }
+  __device__ __forceinline__ const int32_t* first() const {
+    return pass.first == nullptr ? nullptr : pass.first + b * pass.sizes.tokens;
+  }
 
   // To the first tile from here on that sees a key.
   __device__ __forceinline__ void find() {
-    for (; head < end_head; ++head, query = key / Queries * Queries) {
-      if (mask != nullptr && mask[head] == 0.0f) continue;
-      for (; query < tokens; query += Queries) {
-        range = first_keys(first, query, min(query + Queries, tokens));
-        if (range.least < key_end) return;
+    for (; more(); ++head, query = key / Queries * Queries) {
+      if (mask() == 0.0f) continue;
+      for (; query < tokens(); query += Queries) {
+        const FirstKeys range = first_keys(first(), query, min(query + Queries, tokens()));
+        greatest_first = range.greatest;
+        if (range.least < key + Keys) return;
       }
     }
   }
@@ -139,13 +161,13 @@ __device__ __forceinline__ void fill_rows(float* lse2, const float* lse, const f
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 2)
     key_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   __trap();  // cuda.cu takes the plain kernels there
 #else
-  using Shape = BackwardShape<D>;
-  constexpr int Q = Shape::others, tile = Q * kRow<D>, N = Shape::N;
+  using Shape = KeyShape<D>;
+  constexpr int Q = Shape::others, tile = Q * kRow<D>, M = Shape::M, N = Shape::N;
   extern __shared__ uint4 memory[];
   T* k_tile = reinterpret_cast<T*>(memory);
   T* v_tile = k_tile + Shape::own * kRow<D>;
@@ -155,65 +177,63 @@ __global__ void __launch_bounds__(kTileThreads)
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
   const int tokens = static_cast<int>(sizes.tokens);
-  const int64_t groups = sizes.batch * sizes.groups, b = blockIdx.x % groups / sizes.groups;
-  const int64_t group = blockIdx.x % groups % sizes.groups, queries = sizes.heads / sizes.groups;
-  const int begin = static_cast<int>(blockIdx.x / groups) * Shape::own;  // the longest first
-  const int warp_row = own_warp() * 16, row = begin + warp_row + own_lane() / 4;
-  const auto fill = [&](const QueryTiles<Q>& at, int stage) {
-    const int64_t rows = (b * sizes.heads + at.head) * tokens;
+  const unsigned groups = static_cast<unsigned>(sizes.groups), all_groups = static_cast<unsigned>(sizes.batch) * groups;
+  const int b = static_cast<int>(blockIdx.x % all_groups / groups), group = static_cast<int>(blockIdx.x % groups);
+  const int begin = static_cast<int>(blockIdx.x / all_groups) * Shape::own;  // the longest first
+  const int warp_row = own_warp() * 16 * M, row = begin + warp_row + own_lane() / 4;
+  const auto fill = [&](const QueryTiles<Q, Shape::own>& at, int stage) {
+    const int64_t rows = (b * sizes.heads + at.head) * sizes.tokens;
     fill_tile<Q, D>(q_tiles + stage * tile, Head<T>(forward.q, sizes, b, at.head), at.query, wide);
     fill_tile<Q, D>(dout_tiles + stage * tile, Head<T>(pass.dout, sizes, b, at.head), at.query, wide);
     fill_rows<Q>(row_tiles + stage * 2 * Q, forward.lse + rows, delta + rows, at.query, tokens);
     commit_copies();
   };
-  const int32_t* first = forward.first == nullptr ? nullptr : forward.first + b * tokens;
-  QueryTiles<Q> next = {forward.mask, first, group * queries, (group + 1) * queries, begin / Q * Q, begin,
-                        begin + Shape::own, tokens, {}};
   fill_tile<Shape::own, D>(k_tile, Head<T>(forward.k, sizes, b, group), begin, wide);
   fill_tile<Shape::own, D>(v_tile, Head<T>(forward.v, sizes, b, group), begin, wide);
-  next.find();
+  QueryTiles<Q, Shape::own> next(forward, b, group, begin);
   if (next.more()) fill(next, 0);
-  float dk[1][D / 8][4], dv[1][D / 8][4];
+  float dk[M][D / 8][4], dv[M][D / 8][4];
   clear(dk);
   clear(dv);
   for (int stage = 0; next.more(); stage ^= 1) {
-    const QueryTiles<Q> at = next;
+    const int first_query = next.query, hidden_until = next.greatest_first;
+    const float z = next.mask();
     wait_copies<0>();
     __syncthreads();  // these tiles are here, and nobody reads the others any more
     next.advance();
     if (next.more()) fill(next, stage ^ 1);
-    if (begin + warp_row >= at.query + Q) continue;  // above the diagonal
+    if (begin + warp_row >= first_query + Q) continue;  // above the diagonal
     const T *q = q_tiles + stage * tile, *dout = dout_tiles + stage * tile;
-    const float z = forward.mask == nullptr ? 1.0f : forward.mask[at.head];
-    float p[1][N][4], ds[1][N][4];
+    float p[M][N][4], ds[M][N][4];
     clear(p);
     clear(ds);
     multiply_rows<T, D>(p, k_tile + warp_row * kRow<D>, q);
     multiply_rows<T, D>(ds, v_tile + warp_row * kRow<D>, dout);
-    const bool some_hidden = begin + warp_row + 15 > at.query || at.range.greatest > begin;
+    const bool some_hidden = begin + warp_row + 16 * M - 1 > first_query || hidden_until > begin;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 8 * n + own_lane() % 4 * 2 + i % 2, query = at.query + column, key = row + i / 2 * 8;
+      for (int i = 0; i < 4 * M; ++i) {
+        const int m = i / 4, column = 8 * n + own_lane() % 4 * 2 + i % 2, query = first_query + column;
+        const int key = row + 16 * m + i % 4 / 2 * 8;
         const float* numbers = row_tiles + stage * 2 * Q + column;
-        if (some_hidden && (key > query || (first != nullptr && query < tokens && key < first_key(first, query)))) {
-          p[0][n][i] = -kInfinity;
-        }
-        to_gradient(p[0][n][i], ds[0][n][i], scale * kLog2e, numbers[0], numbers[Q], z);
-        p[0][n][i] *= z;
+        if (some_hidden && !sees(next.first(), query, key, tokens)) p[m][n][i % 4] = -kInfinity;
+        to_gradient(p[m][n][i % 4], ds[m][n][i % 4], scale * kLog2e, numbers[0], numbers[Q], z);
+        p[m][n][i % 4] *= z;
       }
     }
     add_weighted_rows<T, D>(dv, p, dout);
     add_weighted_rows<T, D>(dk, ds, q);
   }
-  const float of_dk[1][2] = {{scale, scale}}, of_dv[1][2] = {{1.0f, 1.0f}};
+  float of_dk[M][2], of_dv[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) of_dk[m][0] = of_dk[m][1] = scale, of_dv[m][0] = of_dv[m][1] = 1.0f;
   commit_copies();
   wait_copies<0>();  // of the keys, where no query was live
   __syncthreads();
   T* rows = k_tile + warp_row * kRow<D>;
-  write_rows<T, D, 1>(dk, of_dk, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
-  write_rows<T, D, 1>(dv, of_dv, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
+  write_rows<T, D, M>(dk, of_dk, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
+  write_rows<T, D, M>(dv, of_dv, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
 #endif
 }
 

@@ -72,17 +72,18 @@ void forward_by_tiles(const AttentionForward& pass, cudaStream_t stream) {
 
 template <typename T, int D>
 void backward_by_tiles(const AttentionBackward& pass, const float* delta, cudaStream_t stream) {
-  using Shape = BackwardShape<D>;
+  using Queries = QueryShape<D>;
+  using Keys = KeyShape<D>;
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
   const float scale = score_scale(sizes);
   const bool wide = rows_are_packs(sizes.head_dim, forward.q, forward.k, forward.v, pass.dout, pass.dq, pass.dk, pass.dv);
-  const unsigned queries = grid_of(sizes.batch * sizes.heads, sizes.tokens, Shape::own);
-  const unsigned keys = grid_of(sizes.batch * sizes.groups, sizes.tokens, Shape::own);
-  allow_shared(query_gradient_kernel<T, D>, Shape::bytes);
-  query_gradient_kernel<T, D><<<queries, kTileThreads, Shape::bytes, stream>>>(pass, delta, scale, wide);
-  allow_shared(key_gradient_kernel<T, D>, Shape::bytes);
-  key_gradient_kernel<T, D><<<keys, kTileThreads, Shape::bytes, stream>>>(pass, delta, scale, wide);
+  const unsigned queries = grid_of(sizes.batch * sizes.heads, sizes.tokens, Queries::own);
+  const unsigned keys = grid_of(sizes.batch * sizes.groups, sizes.tokens, Keys::own);
+  allow_shared(query_gradient_kernel<T, D>, Queries::bytes);
+  query_gradient_kernel<T, D><<<queries, kTileThreads, Queries::bytes, stream>>>(pass, delta, scale, wide);
+  allow_shared(key_gradient_kernel<T, D>, Keys::bytes);
+  key_gradient_kernel<T, D><<<keys, kTileThreads, Keys::bytes, stream>>>(pass, delta, scale, wide);
 }
 
 void plain_forward(const AttentionForward& pass, cudaStream_t stream) {

@@ -42,9 +42,8 @@ struct Head {
 template <int Rows, int D, typename T>
 __device__ __forceinline__ void fill_tile(T* tile, const Head<T>& head, int begin, bool wide) {
   constexpr int packs = D / 8;
-  constexpr int at_once = D > 96 ? 1 : 4;  // the widest tiles leave no registers for more
   static_assert(Rows * packs % kTileThreads == 0);
-#pragma unroll at_once
+#pragma unroll 1  // registers are short, and nothing waits for a copy
   for (int item = threadIdx.x; item < Rows * packs; item += kTileThreads) {
     const int row = item / packs, column = item % packs * 8, token = begin + row;
     const bool inside = token < head.tokens && column < head.width;
@@ -176,6 +175,11 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[M][D / 8][4], co
 // First keys that queries see: those of a query, or the least and the greatest of several. Null stands for zeros.
 __device__ __forceinline__ int first_key(const int32_t* first, int query) {
   return first == nullptr ? 0 : min(max(first[query], 0), query);
+}
+
+// Whether a query sees a key; of queries beyond the last token nothing is kept.
+__device__ __forceinline__ bool sees(const int32_t* first, int query, int key, int tokens) {
+  return key <= query && (first == nullptr || query >= tokens || key >= first_key(first, query));
 }
 
 struct FirstKeys {
