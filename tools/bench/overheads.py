@@ -19,6 +19,7 @@ import torch
 
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import PruneConfig, ShapeConfig
+from megashear.engine.device import keep_freed_memory
 from megashear.files.atomic import write_json
 from megashear.masks.state import MaskState
 
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="file to write")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()  # as a run does
     found = {"help": seconds(start_command, chosen.rounds), "mask step": seconds(mask_step(), chosen.rounds)}
     for name, row in found.items():
         print(f"{name:10} {1e3 * row['seconds']:8.2f} ms +- {row['spread']:.1%}")
