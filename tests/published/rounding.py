@@ -29,8 +29,9 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps, mask)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Multi-head only."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+    """Multi-head and across documents only."""
+    assert first is None
     score = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     future = torch.ones(score.shape[-2:], dtype=torch.bool).triu(1)
     share = score.masked_fill(future, torch.finfo(score.dtype).min).softmax(-1, dtype=torch.float32).to(q.dtype)
