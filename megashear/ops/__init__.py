@@ -25,6 +25,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "attention_choices",
     "backend",
     "cross_entropy_terms",
     "hard_concrete",
@@ -68,6 +69,11 @@ def backend(device: torch.device | str | None = None) -> dict[str, str]:
         wish = attention_choice.forced()
         attending = f"{compiled} or reference, by measuring" if wish is None else compiled if wish else "reference"
     return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference") | {"attention": attending}
+
+
+def attention_choices() -> list[str]:
+    """Which attention serves each shape that this process met on a GPU, with the times that decided; one line each."""
+    return attention_choice.choices()
 
 
 def _fp32(vector: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from megashear.ops import reference
 
 def test_backend_names_what_serves_each_op(device, monkeypatch):
     serving = ops.backend(device)
-    assert set(serving) == set(ops.__all__) - {"backend"}
+    assert set(serving) == set(ops.__all__) - {"backend", "attention_choices"}
     assert serving["swiglu"] == f"compiled-{device.type}" and serving["apply_rope"] == "reference"
     monkeypatch.setenv("MEGASHEAR_KERNELS", "reference")
     assert set(ops.backend(device).values()) == {"reference"}
