@@ -6,6 +6,7 @@ that a pair's `.bin` is written in pieces by many processes at once; only docume
 bytes a document), tokens are copied from memory-mapped parts. Read next: `manifest.py`.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,9 +191,15 @@ def write_piece(piece: Piece) -> int:
 
 
 def write_bad_lines(path: Path, parts: list[Part]) -> None:
-    """All bad lines in the order of the shards, one JSON object a line."""
+    """All bad lines in the order of the shards, one JSON object a line, numbered in the whole shard."""
+    before = 0  # lines of the same shard in earlier pieces
     with open(path, "wb") as whole:
         for part in parts:
+            before = before if part.piece else 0
             if part.bad_lines is not None:
                 with open(part.bad_lines, "rb") as file:
-                    shutil.copyfileobj(file, whole)
+                    for line in file:
+                        entry = json.loads(line)
+                        entry["line"] += before
+                        whole.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+            before += part.lines

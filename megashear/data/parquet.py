@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megashear.data.shards import EXCERPT, LONGEST_LINE, BadLine, Document
+from megashear.data.shards import EXCERPT, LONGEST_LINE, BadLine, Document, ShardPiece
 from megashear.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ BUFFER = 1 << 20  # bytes read at a time, per column
 
 
 def parquet_rows(
-    path: Path, text_key: str, keys: Sequence[str], on_bytes: Callable[[int], None]
+    piece: ShardPiece, text_key: str, keys: Sequence[str], on_bytes: Callable[[int], None]
 ) -> Iterator[Document | BadLine]:
-    """Yield every row of a parquet file, numbered from 1.
+    """Yield every row of a parquet file, or of a piece's row groups, numbered from 1.
 
     keys: columns to keep in a document's record beside the text, where the file has them (of a dotted key, the first
     name); on_bytes is told how far the file has been read, in bytes. Raises DataError where pyarrow is not installed,
     the file cannot be read, is truncated or damaged, or has no column of text.
     """
+    path = piece.path
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -35,11 +36,13 @@ def parquet_rows(
         raise DataError(f"{path}: parquet needs pyarrow, which is not installed; pip install pyarrow") from error
     number, size = 0, 0
     try:
-        size = path.stat().st_size
+        size = piece.share(path.stat().st_size)[1] - piece.share(path.stat().st_size)[0]
         with ParquetFile(path, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True) as file:
             columns = chosen_columns(file.schema_arrow, path, text_key, keys)
-            rows = file.metadata.num_rows
-            for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+            groups = range(*piece.share(file.metadata.num_row_groups))
+            rows = sum(file.metadata.row_group(group).num_rows for group in groups)
+            batches = file.iter_batches(ROWS, row_groups=list(groups), columns=columns, use_threads=False)
+            for batch in batches if groups else ():
                 yield from batch_rows(batch, number, text_key)
                 number += batch.num_rows
                 on_bytes(size * number // rows)

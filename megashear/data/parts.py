@@ -1,4 +1,4 @@
-"""One shard, tokenised: a part folder that is whole or absent, so that a run that was killed goes on shard by shard.
+"""A shard or a piece of one, tokenised: a folder that is whole or absent, so that a killed run goes on part by part.
 
 A part holds `tokens.bin` (ids of all documents back to back, each ended by the end-of-sequence token), `documents.bin`
 (per document: digest of its text, size, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all
@@ -19,12 +19,12 @@ import numpy as np
 
 from megashear.data.domains import DomainRule, NoDomain
 from megashear.data.indexed import token_dtype
-from megashear.data.shards import BadLine, Document, ShardReader
+from megashear.data.shards import BadLine, Document, ShardPiece, ShardReader
 from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_folder, write_json
 
-FORMAT = 2  # of a part; parts of another are made again
+FORMAT = 3  # of a part; parts of another are made again
 # hash, check: blake2b of the text, 128 bits (`hash` decides on the held-out side, both on what is a duplicate);
 # bytes: of the text; domain: index into the part's domains; length: tokens, end included.
 DOCUMENT = np.dtype([("hash", "<u8"), ("check", "<u8"), ("bytes", "<u4"), ("domain", "<u4"), ("length", "<i4")])
@@ -38,13 +38,14 @@ class PartSettings:
     rule: DomainRule = field(default_factory=DomainRule)
 
 
-def part_name(shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> str:
-    """The name of a shard's part folder; raises DataError where there is no such shard."""
+def part_name(piece: ShardPiece, tokenizer: Tokenizer, settings: PartSettings) -> str:
+    """The name of the part folder of a shard's piece; raises DataError where there is no such shard."""
+    shard = piece.path
     try:
         status = os.stat(shard)
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror}); check the path") from error
-    shard_identity = [str(shard), status.st_size, status.st_mtime_ns]
+    shard_identity = [str(shard), piece.number, piece.count, status.st_size, status.st_mtime_ns]
     identity = [FORMAT, *shard_identity, tokenizer.digest, tokenizer.eos_id, repr(settings)]
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
@@ -55,10 +56,11 @@ def text_digest(text: bytes) -> bytes:
 
 
 class PartWriter:
-    """Collects the documents and bad lines of one shard in an open folder."""
+    """Collects the documents and bad lines of a piece of a shard in an open folder."""
 
-    def __init__(self, folder: Path, shard: Path, tokenizer: Tokenizer, settings: PartSettings) -> None:
-        self.folder, self.shard, self.tokenizer, self.settings = folder, shard, tokenizer, settings
+    def __init__(self, folder: Path, piece: ShardPiece, tokenizer: Tokenizer, settings: PartSettings) -> None:
+        self.folder, self.piece, self.shard = folder, piece, piece.path
+        self.tokenizer, self.settings = tokenizer, settings
         self.stored = token_dtype(tokenizer.vocab_size).newbyteorder("<")
         self.end = np.array(tokenizer.eos_id, self.stored).tobytes()
         self.domains: dict[str, int] = {}
@@ -67,8 +69,8 @@ class PartWriter:
         self.lines = self.bad = self.tokens = 0
 
     def write(self, on_progress: Callable[[int, int, int], None]) -> None:
-        """Read the whole shard. on_progress is called per line with bytes read, documents and tokens so far."""
-        reader = ShardReader(self.shard, self.settings.text_key, (self.settings.rule.key,))
+        """Read the whole piece. on_progress is called per line with bytes read, documents and tokens so far."""
+        reader = ShardReader(self.piece, self.settings.text_key, (self.settings.rule.key,))
         with open(self.folder / "tokens.bin", "wb") as tokens, open(self.folder / "bad_lines.jsonl", "wb") as bad:
             for entry in reader:
                 self.lines = entry.line
@@ -107,22 +109,23 @@ class PartWriter:
             table[column] = values
         (self.folder / "documents.bin").write_bytes(table.tobytes())
         counts = {"lines": self.lines, "bad": self.bad, "documents": len(table), "tokens": self.tokens}
-        write_json(self.folder / "part.json", {"shard": str(self.shard), "domains": list(self.domains), **counts})
+        described = {"shard": str(self.shard), "piece": self.piece.number, "domains": list(self.domains), **counts}
+        write_json(self.folder / "part.json", described)
 
 
 def write_part(
     folder: Path,
-    shard: Path,
+    piece: ShardPiece,
     tokenizer: Tokenizer,
     settings: PartSettings,
     on_progress: Callable[[int, int, int], None],
 ) -> int:
-    """Tokenise `shard` into the part `folder`, whole or not at all; returns its tokens.
+    """Tokenise a piece of a shard into the part `folder`, whole or not at all; returns its tokens.
 
     Raises DataError (shard) or StorageError (disk).
     """
     with atomic_folder(folder) as temporary:
-        writer = PartWriter(temporary, shard, tokenizer, settings)
+        writer = PartWriter(temporary, piece, tokenizer, settings)
         writer.write(on_progress)
     return writer.tokens
 
@@ -131,7 +134,8 @@ def write_part(
 class Part:
     """Documents and their tokens: `domains`; `table`, DOCUMENT [documents]; `tokens_path`, ids back to back in `dtype`.
 
-    `lines`, `bad`: of the shard; `bad_lines`: the file that holds the bad ones, where there can be any.
+    `lines`, `bad`: read; `bad_lines`: the file that holds the bad ones, where there can be any; `piece`: number of the
+    piece of its shard.
     """
 
     domains: list[str]
@@ -141,6 +145,7 @@ class Part:
     lines: int = 0
     bad: int = 0
     bad_lines: Path | None = None
+    piece: int = 0
 
     @property
     def tokens(self) -> int:
@@ -160,6 +165,7 @@ def open_part(folder: Path, dtype: np.dtype) -> Part:
             lines=int(described["lines"]),
             bad=int(described["bad"]),
             bad_lines=folder / "bad_lines.jsonl",
+            piece=int(described["piece"]),
         )
         if part.tokens * dtype.itemsize != part.tokens_path.stat().st_size:
             raise ValueError("the lengths of the documents are not those of the tokens")

@@ -17,6 +17,7 @@ from megashear.data.inputs import find_shards
 from megashear.data.merge import Counts, Merging, merge_parts, write_bad_lines
 from megashear.data.parts import Part, PartSettings, open_part, part_name
 from megashear.data.progress import Progress
+from megashear.data.shards import pieces_of
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.data.workers import Workers, start_workers
 from megashear.errors import DataError
@@ -61,10 +62,11 @@ def preprocess(job: Preprocessing) -> Summary:
     tokenizer = load_tokenizer(job.tokenizer)
     shards = find_shards(job.inputs)
     work = job.output.with_name(job.output.name + ".parts")
-    folders = [work / part_name(shard, tokenizer, job.part) for shard in shards]
+    pieces = [piece for shard in shards for piece in pieces_of(shard)]
+    folders = [work / part_name(piece, tokenizer, job.part) for piece in pieces]
     with run_lock(work):
         refuse_output(job.output)
-        missing = [(shard, folder) for shard, folder in zip(shards, folders, strict=True) if not folder.is_dir()]
+        missing = [(piece, folder) for piece, folder in zip(pieces, folders, strict=True) if not folder.is_dir()]
         with start_workers(job.workers, job.tokenizer, job.part) as workers:
             encoders = workers.tokenise(missing)
             parts = [open_part(folder, token_dtype(tokenizer.vocab_size)) for folder in folders]
@@ -73,7 +75,7 @@ def preprocess(job: Preprocessing) -> Summary:
             described["heldout"] = vars(job.merging.heldout)
             counts, duplicates = write_dataset(job, parts, tokenizer, {"preprocessing": described}, workers)
         shutil.rmtree(work, ignore_errors=True)
-    kept = len(shards) - len(missing)
+    kept = len(shards) - len({piece.path for piece, _ in missing})
     return Summary(counts, lines, bad, duplicates, job.merging.drop_duplicates, len(shards), kept, encoders)
 
 

@@ -5,11 +5,13 @@ error, never a shorter shard (zstandard's own stream reader returns what it has 
 `parquet.py`, `domains.py`, `parts.py`.
 """
 
+import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import zstandard
@@ -20,7 +22,28 @@ PARQUET = ".parquet"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", PARQUET)
 CHUNK = 1 << 18
 LONGEST_LINE = 1 << 28
+LARGEST_PIECE = 1 << 29  # bytes that one process reads of a file at most, where the form allows
 EXCERPT = 200
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """Piece `number` (from 0) of `count` of a shard: the lines that begin in its share of the bytes, or row groups."""
+
+    path: Path
+    number: int = 0
+    count: int = 1
+
+    def share(self, total: int) -> tuple[int, int]:
+        """Its range of `total` things."""
+        return total * self.number // self.count, total * (self.number + 1) // self.count
+
+
+def pieces_of(path: Path) -> list[ShardPiece]:
+    """A shard as one piece, or as several where it is large and of a form that can be entered in the middle."""
+    size = path.stat().st_size if path.name.endswith((".jsonl", PARQUET)) else 0
+    count = max(1, -(-size // LARGEST_PIECE))
+    return [ShardPiece(path, number, count) for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -42,28 +65,34 @@ class BadLine:
 
 
 class ShardReader:
-    """Iterates over the lines of a shard. `bytes_read` is how much of the file has been taken so far."""
+    """Iterates over the lines of a shard or of a piece of it; lines are numbered from 1 in the piece.
 
-    def __init__(self, path: Path, text_key: str = "text", keys: Sequence[str] = ()) -> None:
-        """path: ends in one of SUFFIXES; text_key: the key of the objects that holds the text; keys: further columns to
-        read of a parquet file. Raises DataError.
+    `bytes_read` is how much of the file has been taken so far.
+    """
+
+    def __init__(self, shard: Path | ShardPiece, text_key: str = "text", keys: Sequence[str] = ()) -> None:
+        """shard: its name ends in one of SUFFIXES; text_key: the key of the objects that holds the text; keys: further
+        columns to read of a parquet file. Raises DataError.
         """
-        self.path, self.text_key, self.keys = Path(path), text_key, keys
+        self.piece = shard if isinstance(shard, ShardPiece) else ShardPiece(Path(shard))
+        self.path, self.text_key, self.keys = self.piece.path, text_key, keys
         self.bytes_read = 0
         if not self.path.name.endswith(SUFFIXES):
-            raise DataError(f"{path}: not a shard that can be read; its name must end in {', '.join(SUFFIXES)}")
+            raise DataError(f"{self.path}: not a shard that can be read; its name must end in {', '.join(SUFFIXES)}")
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         """Yield every line; raises DataError where the file cannot be read, is truncated or is damaged."""
         if self.path.name.endswith(PARQUET):
             from megashear.data.parquet import parquet_rows
 
-            yield from parquet_rows(self.path, self.text_key, self.keys, self._have_read)
+            yield from parquet_rows(self.piece, self.text_key, self.keys, self._have_read)
             return
         for number, line in enumerate(split_lines(self._text_chunks()), start=1):
             if line is None:
                 yield BadLine(number, f"longer than {LONGEST_LINE} bytes", "")
             else:
+                if number == 1 and self.piece.number == 0:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
                 yield parse_line(number, line, self.text_key)
 
     def _have_read(self, size: int) -> None:
@@ -80,13 +109,30 @@ class ShardReader:
     def _file_chunks(self) -> Iterator[bytes]:
         try:
             with open(self.path, "rb") as file:
-                while chunk := file.read(CHUNK):
+                start, stop = self.piece.share(os.fstat(file.fileno()).st_size)
+                last = self.piece.number == self.piece.count - 1  # reads to the end, whatever the size says
+                start, stop = line_start(file, start), sys.maxsize if last else line_start(file, stop)
+                file.seek(start)
+                while chunk := file.read(min(CHUNK, stop - start - self.bytes_read)):
                     self.bytes_read += len(chunk)
                     yield chunk
         except OSError as error:
             raise DataError(
                 f"{self.path}: cannot be read ({error.strerror}); check the path and its permissions"
             ) from error
+
+
+def line_start(file: BinaryIO, offset: int) -> int:
+    """Where the first line begins that begins at `offset` or behind it."""
+    if offset == 0:
+        return 0
+    place = offset - 1
+    file.seek(place)
+    while chunk := file.read(CHUNK):
+        if (at := chunk.find(b"\n")) >= 0:
+            return place + at + 1
+        place += len(chunk)
+    return place
 
 
 def truncated(path: Path, what: str) -> DataError:
@@ -162,8 +208,6 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
 
 def parse_line(number: int, line: bytes, text_key: str) -> Document | BadLine:
     """A line as a document, or as a bad line with its reason."""
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
     record, reason = None, ""
     try:
         record = orjson.loads(line)

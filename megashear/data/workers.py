@@ -18,6 +18,7 @@ from typing import Any
 
 from megashear.data.parts import PartSettings, write_part
 from megashear.data.progress import Progress
+from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
@@ -67,14 +68,20 @@ def start_worker(tokenizer: Path, settings: PartSettings, counters: Any, stop: A
     Worker.current = Worker(tokenizer, settings, counters, stop)
 
 
-def make_part(shard: Path, folder: Path) -> str:
-    """Tokenise one shard in a worker process; returns what encoded it, see `Tokenizer.served_by`."""
+def make_part(piece: ShardPiece, folder: Path) -> str:
+    """Tokenise a piece of a shard in a worker process; returns what encoded it, see `Tokenizer.served_by`."""
     worker = Worker.current
     worker.tokenizer = worker.tokenizer or load_tokenizer(worker.path)
     worker.reported = (0, 0)
-    tokens = write_part(folder, shard, worker.tokenizer, worker.settings, worker.on_progress)
-    worker.report(shard.stat().st_size, tokens)
+    tokens = write_part(folder, piece, worker.tokenizer, worker.settings, worker.on_progress)
+    worker.report(piece_size(piece), tokens)
     return worker.tokenizer.served_by
+
+
+def piece_size(piece: ShardPiece) -> int:
+    """Bytes of a piece."""
+    start, stop = piece.share(piece.path.stat().st_size)
+    return stop - start
 
 
 class Workers:
@@ -83,21 +90,23 @@ class Workers:
     def __init__(self, pool: ProcessPoolExecutor, count: int, counters: Any) -> None:
         self.pool, self.count, self.counters = pool, count, counters
 
-    def tokenise(self, missing: list[tuple[Path, Path]]) -> set[str]:
-        """Make parts, (shard, folder) each; returns what encoded them. Raises the first error as soon as it comes."""
+    def tokenise(self, missing: list[tuple[ShardPiece, Path]]) -> set[str]:
+        """Make parts, (piece, folder) each; returns what encoded them. Raises the first error as soon as it comes."""
         encoders: set[str] = set()
         if not missing:
             return encoders
-        # Long shards first, so that no worker is left with one at the end.
-        sizes = {shard: shard.stat().st_size for shard, _ in missing}
-        progress = Progress("tokenise", sum(sizes.values()), len(missing))
+        # Long pieces first, so that no worker is left with one at the end.
+        sizes = {piece: piece_size(piece) for piece, _ in missing}
+        shards = len({piece.path for piece in sizes})
+        progress = Progress("tokenise", sum(sizes.values()), shards)
         jobs = sorted(missing, key=lambda pair: -sizes[pair[0]])
-        waiting = {self.pool.submit(make_part, shard, folder) for shard, folder in jobs}
+        waiting = {self.pool.submit(make_part, piece, folder): piece.path for piece, folder in jobs}
         while waiting:
-            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+            done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
                 encoders.add(future.result())
-            progress.update(self.counters[0], self.counters[1], len(missing) - len(waiting))
+                del waiting[future]
+            progress.update(self.counters[0], self.counters[1], shards - len(set(waiting.values())))
         progress.finish(self.counters[1])
         return encoders
 

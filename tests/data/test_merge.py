@@ -11,6 +11,7 @@ from megashear.data.indexed import token_dtype
 from megashear.data.manifest import SPLITS, Dataset
 from megashear.data.merge import Merging, merge_parts
 from megashear.data.parts import Part, PartSettings, open_part, part_name, text_digest, write_part
+from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
@@ -24,7 +25,7 @@ def make_parts(folder, shards: dict[str, list[dict]], tokenizer, part_settings=N
     for name in sorted(shards):
         path = folder / name
         path.write_text("".join(json.dumps(entry) + "\n" for entry in shards[name]))
-        write_part(folder / f"{name}.part", path, tokenizer, part_settings, lambda *_: None)
+        write_part(folder / f"{name}.part", ShardPiece(path), tokenizer, part_settings, lambda *_: None)
         parts.append(open_part(folder / f"{name}.part", token_dtype(tokenizer.vocab_size)))
     return parts
 
@@ -155,15 +156,15 @@ def test_no_document_at_all(tmp_path, tokenizer):
 def test_a_parts_name_depends_on_all_that_its_bytes_do(tmp_path, tokenizer, tokenizer_json):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
-    base = part_name(path, tokenizer, PartSettings())
-    assert base == part_name(path, tokenizer, PartSettings())
+    base = part_name(ShardPiece(path), tokenizer, PartSettings())
+    assert base == part_name(ShardPiece(path), tokenizer, PartSettings())
     others = {
-        part_name(path, load_tokenizer(tokenizer_json), PartSettings()),
-        part_name(path, tokenizer, PartSettings(text_key="content")),
-        part_name(path, tokenizer, PartSettings(rule=DomainRule(fixed="x"))),
+        part_name(ShardPiece(path), load_tokenizer(tokenizer_json), PartSettings()),
+        part_name(ShardPiece(path), tokenizer, PartSettings(text_key="content")),
+        part_name(ShardPiece(path), tokenizer, PartSettings(rule=DomainRule(fixed="x"))),
     }
     path.write_text('{"text": "ab"}\n')
-    others.add(part_name(path, tokenizer, PartSettings()))
+    others.add(part_name(ShardPiece(path), tokenizer, PartSettings()))
     assert len(others) == 4 and base not in others
 
 

@@ -7,7 +7,7 @@ import pytest
 from megashear.data.domains import DomainRule
 from megashear.data.indexed import token_dtype
 from megashear.data.parts import PartSettings, open_part, write_part
-from megashear.data.shards import BadLine, Document, ShardReader
+from megashear.data.shards import BadLine, Document, ShardPiece, ShardReader
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
@@ -90,9 +90,19 @@ def test_domains_from_structs_and_from_json(tmp_path, sentencepiece_model):
     for form, column in forms.items():
         pq.write_table(pa.table({"meta": column, "text": pa.array(["a", "b", "c"])}), tmp_path / f"{form}_0.parquet")
         folder = tmp_path / f"{form}.part"
-        write_part(folder, tmp_path / f"{form}_0.parquet", tokenizer, PartSettings(rule=DomainRule()), lambda *_: None)
+        piece = ShardPiece(tmp_path / f"{form}_0.parquet")
+        write_part(folder, piece, tokenizer, PartSettings(rule=DomainRule()), lambda *_: None)
         part = open_part(folder, token_dtype(tokenizer.vocab_size))
         assert [part.domains[i] for i in part.table["domain"]] == ["RedPajamaC4", "RedPajamaBook", form]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_pieces_together_are_the_whole(tmp_path, count):
+    path = write(tmp_path / "web.parquet", TEXTS)  # three row groups
+    found = [list(ShardReader(ShardPiece(path, number, count))) for number in range(count)]
+    assert [entry.text for piece in found for entry in piece] == TEXTS
+    assert all([entry.line for entry in piece] == list(range(1, len(piece) + 1)) for piece in found)
+    assert sum(map(bool, found)) == min(count, 3)
 
 
 def test_a_huge_row_is_a_bad_line(tmp_path, monkeypatch):

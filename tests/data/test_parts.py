@@ -8,6 +8,7 @@ from data.test_parquet import BAD as BAD_ROWS
 from data.test_parquet import write as write_parquet
 from data.test_shards import BAD, COMPRESS
 from megashear.data.parts import PartSettings, write_part
+from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 
 GOOD = [f"document {n} — naïve 🐍\nsecond line" for n in range(12)]
@@ -26,7 +27,7 @@ def spread(good: list, bad: list) -> list:
 
 def make(folder, shard, tokenizer) -> dict[str, bytes]:
     """The bytes of a shard's part."""
-    write_part(folder, shard, tokenizer, PartSettings(), lambda *_: None)
+    write_part(folder, ShardPiece(shard), tokenizer, PartSettings(), lambda *_: None)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -101,6 +101,16 @@ def test_bad_lines_are_kept_aside_up_to_the_limit(tmp_path, texts, sentencepiece
     assert all(ours[name] == whole[name] for name in whole if name.endswith((".bin", ".idx")))
 
 
+def test_shards_in_pieces_give_the_same_bytes(tmp_path, texts, sentencepiece_model, monkeypatch):
+    """Also the numbers of the bad lines, which stand at the end of the first shard."""
+    shards = write_shards(tmp_path / "shards", texts, [b"{broken", b"", b'{"text": "caf\xe9"}'])
+    preprocess(job(shards, sentencepiece_model, tmp_path / "whole", max_bad_fraction=0.01))
+    monkeypatch.setattr("megashear.data.shards.LARGEST_PIECE", 5000)
+    summary = preprocess(job(shards, sentencepiece_model, tmp_path / "pieces", max_bad_fraction=0.01, workers=2))
+    assert (summary.shards, summary.lines, summary.bad) == (9, 543, 3)
+    assert content_of(tmp_path / "pieces") == content_of(tmp_path / "whole")
+
+
 def test_a_truncated_shard_stops_the_run_by_name(tmp_path, texts, sentencepiece_model):
     shards = write_shards(tmp_path / "shards", texts)
     path = next(shards.glob("*_00005.jsonl.zst"))

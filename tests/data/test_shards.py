@@ -1,11 +1,14 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megashear.data import shards
-from megashear.data.shards import BadLine, Document, ShardReader, split_lines
+from megashear.data.shards import BadLine, Document, ShardPiece, ShardReader, pieces_of, split_lines
 from megashear.errors import DataError
 
 GOOD = [{"text": f"document {n} — naïve 🐍\nsecond line", "meta": {"n": n}} for n in range(20)]
@@ -70,6 +73,32 @@ def test_a_bad_line_is_told_and_the_others_are_unchanged(tmp_path, suffix, kind)
 def test_the_last_line_needs_no_newline(tmp_path):
     assert len(list(ShardReader(shard(tmp_path, ".jsonl", b"\n".join(lines_of(GOOD)))))) == 20
     assert list(ShardReader(shard(tmp_path, ".jsonl", b""))) == []
+
+
+LINES = st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), max_size=12)
+
+
+@settings(max_examples=60)
+@given(LINES, st.booleans(), st.integers(1, 9))
+def test_pieces_together_are_the_whole(tmp_path_factory, lines, ended, count):
+    path = tmp_path_factory.mktemp("pieces") / "web.jsonl"
+    path.write_bytes(b"\n".join(lines) + (b"\n" if ended else b""))
+    whole = list(ShardReader(path))
+    pieces = [list(ShardReader(ShardPiece(path, number, count))) for number in range(count)]
+    before, found = 0, []
+    for piece in pieces:
+        found += [replace(entry, line=entry.line + before) for entry in piece]
+        before += len(piece)
+    assert found == whole
+
+
+def test_large_shards_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LARGEST_PIECE", 100)
+    for name, count in (("a.jsonl", 3), ("a.parquet", 3), ("a.jsonl.gz", 1), ("a.jsonl.zst", 1)):
+        (tmp_path / name).write_bytes(bytes(201))
+        assert pieces_of(tmp_path / name) == [ShardPiece(tmp_path / name, n, count) for n in range(count)]
+    (tmp_path / "none.jsonl").write_bytes(b"")
+    assert len(pieces_of(tmp_path / "none.jsonl")) == 1
 
 
 def test_windows_line_ends_and_byte_order_mark(tmp_path):
