@@ -1,5 +1,5 @@
 // backward.cuh: the backward pass by tensor cores: one kernel over tiles of queries for dq, one over tiles of keys for
-// dk and dv. Both make the probabilities again, so every sum has one owner and one order, and nothing is added atomically.
+// dk and dv. Both make the probabilities again, so every sum has one owner and one order, without atomic additions.
 //
 // With z the head's mask, dS = P (z (dout . v) - delta); dq sums scale dS k, dk scale dS q, dv z P dout. The kernel of
 // keys makes scores with the keys as rows, so that each product's weights are in registers, and
@@ -30,7 +30,54 @@ __device__ __forceinline__ void to_gradient(float& score, float& slope, float sc
   slope = score * fmaf(z, slope, -delta);
 }
 
+// Sums of 16 M rows, all times `factor`, as write_rows of tile.cuh.
+template <typename T, int D, int M>
+__device__ __forceinline__ void write_gradient(const float (&sums)[M][D / 8][4], float factor, T* rows,
+                                               const Head<T>& head, int begin, bool wide) {
+  float factors[M][2];
+#pragma unroll
+  for (int m = 0; m < M; ++m) factors[m][0] = factors[m][1] = factor;
+  write_rows<T, D, M>(sums, factors, rows, head, begin, wide);
+}
+
 // ---- queries --------------------------------------------------------------------------------------------------------
+
+// Logarithms, in powers of two, and deltas of a fragment's rows.
+template <int M>
+struct RowNumbers {
+  float lse2[M][2], delta[M][2];
+
+  __device__ __forceinline__ RowNumbers(const float* lse, const float* deltas, int query, int tokens) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int own = query + 16 * m + 8 * r;
+        lse2[m][r] = own < tokens ? lse[own] * kLog2e : 0.0f;
+        delta[m][r] = own < tokens ? deltas[own] : 0.0f;
+      }
+    }
+  }
+};
+
+// to_gradient of queries as rows, from `query`, and keys as columns, from `key`.
+template <int M, int N>
+__device__ __forceinline__ void query_slopes(float (&p)[M][N][4], float (&ds)[M][N][4], const RowNumbers<M>& rows,
+                                             int query, int key, float scale2, float z, bool some_hidden,
+                                             const AttentionForward& pass, int b) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = query + 16 * m + i / 2 * 8, column = key + 8 * n + own_lane() % 4 * 2 + i % 2;
+        if (some_hidden && !sees(pass, b, row, column)) p[m][n][i] = -kInfinity;
+        to_gradient(p[m][n][i], ds[m][n][i], scale2, rows.lse2[m][i / 2], rows.delta[m][i / 2], z);
+      }
+    }
+  }
+}
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kTileThreads)
@@ -48,16 +95,16 @@ __global__ void __launch_bounds__(kTileThreads)
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
   const int tokens = static_cast<int>(sizes.tokens), blocks = (tokens + Shape::own - 1) / Shape::own;
-  const int64_t heads = sizes.batch * sizes.heads, head = blockIdx.x % heads, b = head / sizes.heads;
-  const int64_t h = head % sizes.heads, group = h * sizes.groups / sizes.heads;
-  const int begin = (blocks - 1 - static_cast<int>(blockIdx.x / heads)) * Shape::own;  // the longest first
+  const unsigned heads = static_cast<unsigned>(sizes.heads), all_heads = static_cast<unsigned>(sizes.batch) * heads;
+  const int b = static_cast<int>(blockIdx.x % all_heads / heads), h = static_cast<int>(blockIdx.x % heads);
+  const int64_t group = h * sizes.groups / sizes.heads, row_numbers = (b * sizes.heads + h) * sizes.tokens;
+  const int begin = (blocks - 1 - static_cast<int>(blockIdx.x / all_heads)) * Shape::own;  // the longest first
   const int end = min(begin + Shape::own, tokens);
   const Head<T> dq(pass.dq, sizes, b, h);
   const float z = forward.mask == nullptr ? 1.0f : forward.mask[h];
   if (z == 0.0f) return write_zeros(dq, begin, end);
   const Head<T> k(forward.k, sizes, b, group), v(forward.v, sizes, b, group);
-  const int32_t* first = forward.first == nullptr ? nullptr : forward.first + b * tokens;
-  const FirstKeys range = first_keys(first, begin, end);
+  const FirstKeys range = first_keys(first_of(forward, b), begin, end);
   int key = range.least / Shape::others * Shape::others, stage = 0;
   fill_tile<Shape::own, D>(q_tile, Head<T>(forward.q, sizes, b, h), begin, wide);
   fill_tile<Shape::own, D>(dout_tile, Head<T>(pass.dout, sizes, b, h), begin, wide);
@@ -65,18 +112,8 @@ __global__ void __launch_bounds__(kTileThreads)
   fill_tile<Shape::others, D>(v_tiles, v, key, wide);
   commit_copies();
   const int warp_row = own_warp() * 16 * M, row = begin + warp_row + own_lane() / 4;
-  float lse2[M][2], of_row[M][2], factor[M][2], sums[M][D / 8][4];
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = row + 16 * m + 8 * r;
-      const bool here = query < tokens;
-      lse2[m][r] = here ? forward.lse[head * tokens + query] * kLog2e : 0.0f;
-      of_row[m][r] = here ? delta[head * tokens + query] : 0.0f;
-      factor[m][r] = scale;
-    }
-  }
+  const RowNumbers<M> rows(forward.lse + row_numbers, delta + row_numbers, row, tokens);
+  float sums[M][D / 8][4];
   clear(sums);
   for (; key < end; key += Shape::others, stage ^= 1) {
     wait_copies<0>();
@@ -93,27 +130,16 @@ __global__ void __launch_bounds__(kTileThreads)
     multiply_rows<T, D>(p, q_tile + warp_row * kRow<D>, k_tiles + stage * tile);
     multiply_rows<T, D>(ds, dout_tile + warp_row * kRow<D>, v_tiles + stage * tile);
     const bool some_hidden = key + Shape::others - 1 > begin + warp_row || range.greatest > key;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int query = row + 16 * m + i / 2 * 8, column = key + 8 * n + own_lane() % 4 * 2 + i % 2;
-          if (some_hidden && !sees(first, query, column, tokens)) p[m][n][i] = -kInfinity;
-          to_gradient(p[m][n][i], ds[m][n][i], scale * kLog2e, lse2[m][i / 2], of_row[m][i / 2], z);
-        }
-      }
-    }
+    query_slopes(p, ds, rows, row, key, scale * kLog2e, z, some_hidden, forward, b);
     add_weighted_rows<T, D>(sums, ds, k_tiles + stage * tile);
   }
-  write_rows<T, D, M>(sums, factor, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
+  write_gradient<T, D, M>(sums, scale, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
 #endif
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
-// The tiles of queries that see the keys [key, key + Keys): head after head of a group, those with a mask of 0 left out.
+// The tiles of queries that see the keys [key, key + Keys): head after head of a group, those of mask 0 left out.
 template <int Queries, int Keys>
 struct QueryTiles {
   const AttentionForward& pass;
@@ -128,16 +154,13 @@ struct QueryTiles {
   __device__ __forceinline__ int tokens() const { return static_cast<int>(pass.sizes.tokens); }
   __device__ __forceinline__ bool more() const { return head < (group + 1) * queries(); }
   __device__ __forceinline__ float mask() const { return pass.mask == nullptr ? 1.0f : pass.mask[head]; }
-  __device__ __forceinline__ const int32_t* first() const {
-    return pass.first == nullptr ? nullptr : pass.first + b * pass.sizes.tokens;
-  }
 
   // To the first tile from here on that sees a key.
   __device__ __forceinline__ void find() {
     for (; more(); ++head, query = key / Queries * Queries) {
       if (mask() == 0.0f) continue;
       for (; query < tokens(); query += Queries) {
-        const FirstKeys range = first_keys(first(), query, min(query + Queries, tokens()));
+        const FirstKeys range = first_keys(first_of(pass, b), query, min(query + Queries, tokens()));
         greatest_first = range.greatest;
         if (range.least < key + Keys) return;
       }
@@ -158,6 +181,24 @@ __device__ __forceinline__ void fill_rows(float* lse2, const float* lse, const f
   const bool here = query + i < tokens;
   if (threadIdx.x < Queries) lse2[i] = here ? lse[query + i] * kLog2e : 0.0f;
   if (threadIdx.x / Queries == 1) lse2[Queries + i] = here ? delta[query + i] : 0.0f;
+}
+
+// The same of keys as rows, from `key`, and queries as columns, from `query`; then p is times z. lse2: as fill_rows.
+template <int M, int N>
+__device__ __forceinline__ void key_slopes(float (&p)[M][N][4], float (&ds)[M][N][4], const float* lse2, int key,
+                                           int query, float scale2, float z, bool some_hidden,
+                                           const AttentionForward& pass, int b) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) {
+      const int m = i / 4, row = key + 16 * m + i % 4 / 2 * 8, column = 8 * n + own_lane() % 4 * 2 + i % 2;
+      float &score = p[m][n][i % 4], &slope = ds[m][n][i % 4];
+      if (some_hidden && !sees(pass, b, query + column, row)) score = -kInfinity;
+      to_gradient(score, slope, scale2, lse2[column], lse2[8 * N + column], z);
+      score *= z;
+    }
+  }
 }
 
 template <typename T, int D>
@@ -210,30 +251,17 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     multiply_rows<T, D>(p, k_tile + warp_row * kRow<D>, q);
     multiply_rows<T, D>(ds, v_tile + warp_row * kRow<D>, dout);
     const bool some_hidden = begin + warp_row + 16 * M - 1 > first_query || hidden_until > begin;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4 * M; ++i) {
-        const int m = i / 4, column = 8 * n + own_lane() % 4 * 2 + i % 2, query = first_query + column;
-        const int key = row + 16 * m + i % 4 / 2 * 8;
-        const float* numbers = row_tiles + stage * 2 * Q + column;
-        if (some_hidden && !sees(next.first(), query, key, tokens)) p[m][n][i % 4] = -kInfinity;
-        to_gradient(p[m][n][i % 4], ds[m][n][i % 4], scale * kLog2e, numbers[0], numbers[Q], z);
-        p[m][n][i % 4] *= z;
-      }
-    }
+    const float* numbers = row_tiles + stage * 2 * Q;
+    key_slopes(p, ds, numbers, row, first_query, scale * kLog2e, z, some_hidden, forward, b);
     add_weighted_rows<T, D>(dv, p, dout);
     add_weighted_rows<T, D>(dk, ds, q);
   }
-  float of_dk[M][2], of_dv[M][2];
-#pragma unroll
-  for (int m = 0; m < M; ++m) of_dk[m][0] = of_dk[m][1] = scale, of_dv[m][0] = of_dv[m][1] = 1.0f;
   commit_copies();
   wait_copies<0>();  // of the keys, where no query was live
   __syncthreads();
   T* rows = k_tile + warp_row * kRow<D>;
-  write_rows<T, D, M>(dk, of_dk, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
-  write_rows<T, D, M>(dv, of_dv, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
+  write_gradient<T, D, M>(dk, scale, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
+  write_gradient<T, D, M>(dv, 1.0f, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
 #endif
 }
 

@@ -77,7 +77,8 @@ void backward_by_tiles(const AttentionBackward& pass, const float* delta, cudaSt
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
   const float scale = score_scale(sizes);
-  const bool wide = rows_are_packs(sizes.head_dim, forward.q, forward.k, forward.v, pass.dout, pass.dq, pass.dk, pass.dv);
+  const bool wide =
+      rows_are_packs(sizes.head_dim, forward.q, forward.k, forward.v, pass.dout, pass.dq, pass.dk, pass.dv);
   const unsigned queries = grid_of(sizes.batch * sizes.heads, sizes.tokens, Queries::own);
   const unsigned keys = grid_of(sizes.batch * sizes.groups, sizes.tokens, Keys::own);
   allow_shared(query_gradient_kernel<T, D>, Queries::bytes);

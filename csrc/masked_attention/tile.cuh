@@ -177,9 +177,15 @@ __device__ __forceinline__ int first_key(const int32_t* first, int query) {
   return first == nullptr ? 0 : min(max(first[query], 0), query);
 }
 
+// Of one sequence: null where there are none. Made again at each use, since registers are short.
+__device__ __forceinline__ const int32_t* first_of(const AttentionForward& pass, int b) {
+  return pass.first == nullptr ? nullptr : pass.first + b * pass.sizes.tokens;
+}
+
 // Whether a query sees a key; of queries beyond the last token nothing is kept.
-__device__ __forceinline__ bool sees(const int32_t* first, int query, int key, int tokens) {
-  return key <= query && (first == nullptr || query >= tokens || key >= first_key(first, query));
+__device__ __forceinline__ bool sees(const AttentionForward& pass, int b, int query, int key) {
+  return key <= query &&
+         (pass.first == nullptr || query >= pass.sizes.tokens || key >= first_key(first_of(pass, b), query));
 }
 
 struct FirstKeys {
