@@ -1,10 +1,13 @@
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 
 import pytest
 
-from megashear.data.manifest import SPLITS, Dataset, check_domain_name
+from megashear.data.manifest import SPLITS, Dataset, check_domain_name, prefix
 from megashear.errors import DataError
 
 
@@ -67,6 +70,38 @@ def test_swapped_domains_are_found(dataset_folder):
         os.rename(dataset_folder / "aside", code)
     with pytest.raises(DataError, match="train"):
         Dataset.open(dataset_folder)
+
+
+@pytest.mark.parametrize("suffixes", [(".bin",), (".bin", ".idx"), (".bin", ".idx", ".crc")])
+def test_swapped_domains_of_one_size_are_found_by_digest(tmp_path, sentencepiece_model, write_dataset, suffixes):
+    """R19: the same sizes and counts everywhere; the other domain's tokens are never returned."""
+    folders = [write_dataset(tmp_path / str(n), sentencepiece_model, {"web": (40, 40)}, seed=n) for n in range(20)]
+    counts = [Dataset.open(folder).counts["web"] for folder in folders]
+    one, other = next(pair for pair in itertools.combinations(range(20), 2) if counts[pair[0]] == counts[pair[1]])
+    for suffix in suffixes:
+        shutil.copyfile(folders[other] / f"web.train{suffix}", folders[one] / f"web.train{suffix}")
+    with pytest.raises(DataError, match=r"web\.train"):
+        Dataset.open(folders[one]).stream("web")[0:5]
+
+
+def test_five_hundred_hostile_names_stay_in_the_folder(tmp_path, dataset_folder):
+    """R18: whatever a shard or a manifest names, no path outside of the folder is touched."""
+    dice = random.Random(0)
+    atoms = ["..", "/", "\\", "~", ".", "a", "\0", "\n", "%2e%2e", "／", "․․", "C:", " ", "\u202e", "$(id)", "\ud800"]
+    whole = (dataset_folder / "manifest.json").read_bytes()
+    for _ in range(500):
+        name = "".join(dice.choices(atoms, k=dice.randrange(1, 7)))
+        if check_domain_name(name) is None:
+            path = prefix(tmp_path, name, "train").resolve()
+            assert path.parent == tmp_path.resolve() and path.name == f"{name}.train"
+        for change in (
+            lambda content, name=name: content["domains"].update({name: content["domains"].pop("web")}),
+            lambda content, name=name: content["files"].update({name: content["files"].pop("web.train.bin")}),
+        ):
+            edit_manifest(dataset_folder, change)
+            with pytest.raises(DataError, match=re.escape(str(dataset_folder))):
+                Dataset.open(dataset_folder)
+            (dataset_folder / "manifest.json").write_bytes(whole)
 
 
 def test_another_tokenizer_is_refused(dataset_folder, tokenizer_json):
