@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from megashear import ops
 from megashear.errors import ConfigError
@@ -96,6 +97,23 @@ def test_a_first_shape_is_measured_under_inference_mode_too():
     with torch.inference_mode():
         choice.kernel_is_chosen(case.q, case.k, case.v, case.mask, case.first.clone())
     assert len(choice._CHOICES) == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_first_shape_is_measured_inside_a_recomputed_part_too(reentrant):
+    case = _case(1, 4, 2, 20, 16, torch.float32, masked=True)
+
+    def part(*inputs: torch.Tensor) -> torch.Tensor:
+        form = ops.attention if choice.kernel_is_chosen(*inputs, None) else reference.attention
+        return form(*inputs)
+
+    results = []
+    for recomputed in (True, False):
+        leaves = [leaf(x) for x in (case.q, case.k, case.v, case.mask)]
+        out = checkpoint(part, *leaves, use_reentrant=reentrant) if recomputed else part(*leaves)
+        out.backward(case.dout)
+        results.append([out, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and len(choice._CHOICES) == 1
 
 
 def test_nothing_is_measured_while_torch_compiles_or_the_environment_decides(monkeypatch):

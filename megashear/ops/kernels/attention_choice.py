@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -101,10 +102,18 @@ def kernel_is_chosen(
     if shape not in _CHOICES:
         if torch.compiler.is_compiling() or (q_BHSd.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False
-        with torch.inference_mode(False), torch.enable_grad():
-            _CHOICES[shape] = choose(*forms(shape, batch, first_BS), LIMITS[shape.dtype])
+        with ThreadPoolExecutor(1) as apart:  # where no mode or hook of autograd's callers is in force
+            _CHOICES[shape] = apart.submit(_measured, shape, batch, first_BS).result()
         logger.info("attention of %s: %s", shape, _CHOICES[shape])
     return _CHOICES[shape].compiled
+
+
+def _measured(shape: Shape, batch: int, first_BS: Tensor | None) -> Choice:
+    if shape.device.type != "cuda":
+        return choose(*forms(shape, batch, first_BS), LIMITS[shape.dtype])
+    with torch.cuda.device(shape.device):
+        torch.cuda.synchronize()  # this thread has a stream of its own, and nothing else is to run beside what is timed
+        return choose(*forms(shape, batch, first_BS), LIMITS[shape.dtype])
 
 
 def choices() -> list[str]:
