@@ -46,7 +46,10 @@ class Loader:
 
 
 class HeldOut:
-    """The first non-overlapping windows of S+1 tokens of each domain's held-out split, always the same ones.
+    """Windows of S+1 tokens at equal distances in each domain's held-out split, always the same ones.
+
+    They do not overlap. Neighbours are often of one document and tell little more than one of them does: few windows
+    say most about a domain where they lie far apart.
 
     Attributes: `names` of the domains; `rows`, a list of (domain index, window) in order of domains; `sequence_length`;
     `separator`, the token at which attention starts anew, if it does.
@@ -61,14 +64,15 @@ class HeldOut:
         self._tokens = [dataset.stream(name, "heldout") for name in self.names]
         self.rows: list[tuple[int, int]] = []
         for index, (name, stream) in enumerate(zip(self.names, self._tokens, strict=True)):
-            windows = min(len(stream) // (sequence_length + 1), sequences_per_domain)
+            windows = len(stream) // (sequence_length + 1)
             if windows < 1:
                 raise DataError(
                     f"{dataset.folder}: domain {name!r} has {len(stream)} held-out tokens, fewer than one window of "
                     f"{sequence_length + 1}; preprocess with a larger --heldout-fraction or --heldout-limit, or lower "
                     "data.sequence_length"
                 )
-            self.rows += [(index, window) for window in range(windows)]
+            taken = min(windows, sequences_per_domain)
+            self.rows += [(index, number * windows // taken) for number in range(taken)]
 
     def read(self, rows: Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [N, S+1] in the files' dtype and domain indices int64 [N] of these entries of `rows`, on the CPU."""
