@@ -79,6 +79,8 @@ def sample_shard(path: Path, tokenizer: Tokenizer, settings: PartSettings, limit
             continue
         found.tokens[domain] += len(tokenizer.encode(entry.text)) + 1
         found.documents[domain] += 1
+    else:
+        found.bytes = reader.bytes_read
     found.seconds = time.perf_counter() - start
     return found
 

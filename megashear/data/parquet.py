@@ -43,9 +43,9 @@ def parquet_rows(
             rows = sum(file.metadata.row_group(group).num_rows for group in groups)
             batches = file.iter_batches(ROWS, row_groups=list(groups), columns=columns, use_threads=False)
             for batch in batches if groups else ():
-                yield from batch_rows(batch, number, text_key)
                 number += batch.num_rows
                 on_bytes(size * number // rows)
+                yield from batch_rows(batch, number - batch.num_rows, text_key)
     except OSError as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error

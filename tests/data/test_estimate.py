@@ -2,6 +2,7 @@ import gzip
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,16 @@ def test_all_shards_whole_is_exact(job):
         assert abs(found.tokens[name] - sum(split["tokens"] for split in splits.values())) <= 20
     text = estimate_text(found, 3)
     assert "40 of 40 shards" in text and "with 3 workers" in text and "tokens +- 0.0%" in text
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 1 << 30])
+def test_parquet_is_sampled_without_bias(job, tmp_path, texts, limit):
+    """Rows of one size: a part of the file has its share of the tokens to within a batch of rows."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": [texts[0]] * 2000}), tmp_path / "web_0.parquet", use_dictionary=False)
+    found = estimate(replace(job, inputs=[str(tmp_path / "web_0.parquet")]), limit=limit)
+    assert found.documents["web"] == pytest.approx(2000, rel=0.02)
+    assert (found.sampled_bytes == found.bytes) == (limit == 1 << 30)
 
 
 def test_one_shard_of_many_tells_no_error(job):
