@@ -208,21 +208,3 @@ class BlendedStream:
         self.cursor_K = np.array(state["cursors"], dtype=np.int64)
         self._remainder_K = np.array(state["remainders"], dtype=np.float64)
         self._weight_K = np.array(state["weights"], dtype=np.float64)
-
-
-def planned_epochs(
-    domains: list[DomainSource], weights: Mapping[str, float] | Sequence[float] | np.ndarray, sequences: int
-) -> dict[str, float]:
-    """Epochs of each domain that `sequences` samples at constant `weights` will take."""
-    weight_K = weight_array(weights, [source.name for source in domains])
-    return {s.name: float(w * sequences / s.samples) for s, w in zip(domains, weight_K, strict=True)}
-
-
-def epoch_warnings(epochs: dict[str, float], max_epochs: float) -> list[str]:
-    """One line for each domain of `planned_epochs` that needs more than `max_epochs` (config `data.max_epochs`)."""
-    return [
-        f"domain {name!r}: the planned weights take {count:.1f} epochs of it, more than data.max_epochs = "
-        f"{max_epochs:g}; lower its weight, add data or train for fewer steps"
-        for name, count in epochs.items()
-        if count > max_epochs
-    ]

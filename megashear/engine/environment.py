@@ -75,7 +75,6 @@ def roles() -> list[tuple[str, str]]:
         ("Adam", served_by(Adam.__module__)),
         ("clipping", "torch"),
         ("gradient accumulation fusion", "Apex" if fusion else "none"),
-        ("attention", "torch, scaled_dot_product_attention"),
     ]
 
 

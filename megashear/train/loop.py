@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megashear import ops
 from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
 from megashear.data.batches import Batches
 from megashear.data.blend import BatchPlan, BlendedStream
@@ -62,6 +63,8 @@ class Stage:
     counters: Counters = field(default_factory=Counters)
     tick: Tick = lambda: None
     """Called after every step; a profiler counts by it."""
+    told: list[str] = field(default_factory=list)
+    """Choices that were printed."""
     losses: Losses | None = None
     """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
 
@@ -97,6 +100,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
             )
         result = train_step(stage)
         stage.tick()
+        tell_choices(stage)
         counters.step += 1
         counters.seconds = time.monotonic() - started
         report_step(stage, result)
@@ -109,6 +113,14 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
             saved = counters.step
     assert stage.losses is not None
     return stage.losses
+
+
+def tell_choices(stage: Stage) -> None:
+    """Print what serves attention on this GPU, once for each shape that was measured."""
+    for line in ops.attention_choices()[len(stage.told) :]:
+        stage.told.append(line)
+        if stage.layout.is_main:
+            print(f"attention on {line}", flush=True)
 
 
 def stop_requested(stop: StopRequest, layout: Layout) -> bool:

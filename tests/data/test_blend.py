@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from megashear.data.blend import BlendedStream, DomainSource, epoch_warnings, planned_epochs, sources
+from megashear.data.blend import BlendedStream, DomainSource, sources
 from megashear.data.manifest import Dataset
 from megashear.errors import CheckpointError, ConfigError, DataError, TrainingError
 
@@ -149,14 +149,6 @@ def test_renormalise_within_one_batch():
 def test_weights_that_cannot_be(weights):
     with pytest.raises(ConfigError):
         stream(weights=weights)
-
-
-def test_planned_epochs_and_their_warnings():
-    epochs = planned_epochs(three(), WEIGHTS, 1000)
-    assert epochs == pytest.approx({"web": 1.2, "book": 1.5, "code": 100 / 60})
-    warnings = epoch_warnings(epochs, 1.3)
-    assert len(warnings) == 2 and "'book'" in warnings[0] and "1.5 epochs" in warnings[0]
-    assert epoch_warnings(epochs, 4.0) == []
 
 
 def test_sources_of_a_dataset(dataset):

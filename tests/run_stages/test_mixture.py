@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megashear import cli
 from megashear.config.load import load_config
 from megashear.data.rules import update_weights
 from run_stages.tiny import TEXTS, Tiny, break_off, finish, make_dataset, records
@@ -50,7 +51,7 @@ def test_the_data_follow_the_weights(tiny: Tiny, tmp_path: Path) -> None:
         "mixture.references=source",
         "mixture.reference_losses=null",
         "mixture.rule=reference",
-        "mixture.eta=30",
+        "mixture.eta=60",
     ]
     finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=12", *references))
     found = records(tmp_path / "run")
@@ -105,3 +106,12 @@ def test_a_domain_that_runs_out_is_told_and_shared(
     assert records(tmp_path / "again") == records(tmp_path / "run")
     weights = [(tmp_path / name / "masked/model.safetensors").read_bytes() for name in ("again", "run")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_warns_at_its_start_of_many_epochs(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = tiny.file(tmp_path / "run")
+    chosen = ["run.stages=[prune]", "prune.batch.steps=2", "data.max_epochs=0", "prune.batch.eval_interval=2"]
+    assert cli.main(["run", str(run_file), *chosen]) == 0
+    assert "warning: data: domain help would be read 0.0 times" in capsys.readouterr().out
