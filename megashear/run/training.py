@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
-from megashear.config.schema import PretrainConfig, PruneConfig
+from megashear.config.schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
@@ -150,9 +150,6 @@ def build_stage(
         if layout.is_main:
             print(f"{name}: going on from {checkpoint}", flush=True)
     metrics.resume(name, counters.step)
-    loader = Loader(dataset, stream, length, config.data.separate_documents)
-    rows = local_rows(batch.global_batch, layout, batch.micro_batch).numpy()
-    batches = Batches(loader, rows, batch.global_batch, config.data.prefetch, layout.device.type == "cuda")
     done = counters.step * batch.global_batch * length
     flops = shape.flops_per_token(length)
     progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
@@ -164,7 +161,7 @@ def build_stage(
         layout,
         stepper,
         stream,
-        batches,
+        open_batches(context, stream, batch),
         heldout,
         mixture,
         metrics,
@@ -172,6 +169,14 @@ def build_stage(
         counters=counters,
         losses=losses,
     )
+
+
+def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) -> Batches:
+    """This rank's part of the stream's batches, read ahead."""
+    data, layout = context.config.data, context.layout
+    loader = Loader(context.dataset, stream, data.sequence_length, data.separate_documents)
+    rows = local_rows(batch.global_batch, layout, batch.micro_batch).numpy()
+    return Batches(loader, rows, batch.global_batch, data.prefetch, layout.device.type == "cuda")
 
 
 def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
