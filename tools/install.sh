@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Install megashear from this checkout into .venv, which is made where it is missing:
 #   bash tools/install.sh [EXTRA ...]
-# EXTRA: optional dependencies of pyproject.toml (test, logs, evaluation, gguf). PYTHON: the interpreter to make .venv with
-# (default: python3.11, python3.12 or python3, the first that is of a version that megashear supports).
+# EXTRA: optional dependencies of pyproject.toml (test, logs, evaluation, gguf, parquet). PYTHON: the interpreter to make
+# .venv with (default: python3.11, python3.12 or python3, the first that is of a version that megashear supports).
 # What is installed already is not installed again, unless this folder, pyproject.toml, setup.py or csrc/ have changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

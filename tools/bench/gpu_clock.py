@@ -41,8 +41,8 @@ class Clock:
                 if number >= 2:
                     times[name].append(taken)
         found = {}
-        for name, taken in times.items():
-            low, median, high = statistics.quantiles(taken, n=4)
+        for name, all_of_it in times.items():
+            low, median, high = statistics.quantiles(all_of_it, n=4)
             found[name] = {"ms": median, "spread": (high - low) / 2 / median}
         return found
 

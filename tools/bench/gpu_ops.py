@@ -7,6 +7,7 @@ compared with the plain meaning in fp32 before anything is timed. Read next: `gp
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,10 +197,8 @@ def measure(case: Case, clock: Clock) -> dict[str, Any]:
                 raise
             failed[name] = str(problem).splitlines()[0]  # a peer that does not serve this size is named, not timed
             continue
-        forward[name] = lambda form=form, leaves=leaves: without_gradients(form, leaves)
-        backward[name] = lambda outputs=outputs, leaves=leaves, upstream=upstream: torch.autograd.grad(
-            outputs, leaves, upstream, retain_graph=True
-        )
+        forward[name] = partial(without_gradients, form, leaves)
+        backward[name] = partial(torch.autograd.grad, outputs, leaves, upstream, retain_graph=True)
     times = {"forward": clock.race(forward), "backward": clock.race(backward)}
     return {"row": case.row, "case": case.name, "error": error, "times": times, "failed": failed, **case.facts}
 
