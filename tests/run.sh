@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Install megashear with its tests' needs into .venv, then check style, types and behaviour:
 #   bash tests/run.sh [--slow] [PYTEST ARGUMENT ...]
-# --slow: the longer proofs too. Tests that need a GPU run where there is one.
+# --slow: the longer proofs too. Tests that need a GPU run where there is one. As many processes as cores, at most 8, share
+# the tests; `-n 0` as an argument takes one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/install.sh test
@@ -18,4 +19,6 @@ fi
 
 ruff check .
 mypy
-pytest -q -m "$expression" "$@"
+cores=$(nproc)
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+pytest -q -n "$((cores < 8 ? cores : 8))" --dist loadgroup -m "$expression" "$@"

@@ -1,12 +1,15 @@
 """Runs of several ranks: resumed on their layout they keep their bits, on another one their data and their losses."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from run_stages.tiny import Tiny, differing, finish, job, records, results, run_jobs
+from megashear.data.mixture import Mixture
+from run_stages.tiny import Killed, Tiny, differing, finish, job, records, results, run_jobs
 
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
@@ -52,3 +55,27 @@ def test_a_run_goes_on_under_other_layouts(
     found = results(tmp_path / "run")
     assert data(found) == data(unbroken)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(unbroken_folder), rtol=2e-5)
+
+
+def test_killed_within_an_update_of_the_weights_and_resumed_on_two_ranks(
+    tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
+) -> None:
+    """The weights have moved and nothing is saved yet; two data-parallel ranks then see the unbroken run's stream."""
+    file, original = tiny.file(tmp_path / "run"), Mixture.update
+
+    def update(mixture: Mixture, losses: Mapping[str, float | None], step: int) -> list[str]:
+        original(mixture, losses, step)
+        if step != 4:
+            return []
+        raise Killed
+
+    with patch.object(Mixture, "update", update), pytest.raises(Killed):
+        finish(tiny.config(tmp_path / "run"))
+    run_jobs(2, tmp_path, [job(file)])
+    assert data(results(tmp_path / "run")) == data(unbroken)
+    ours, theirs = (
+        [one["weights"] for one in records(f) if one["kind"] == "eval"] for f in (file.with_suffix(""), unbroken_folder)
+    )
+    assert len(ours) == len(theirs)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
