@@ -19,6 +19,9 @@ from megashear.data.manifest import Dataset
 from megashear.data.samples import Permutation, sample_count, samples_at
 from megashear.errors import CheckpointError, ConfigError, DataError, TrainingError
 
+NORMALISED = 1e-14
+"""Distance from 1 of a sum of weights that were normalised before: some roundings."""
+
 
 @dataclass(frozen=True)
 class DomainSource:
@@ -75,7 +78,8 @@ def weight_array(weights: Mapping[str, float] | Sequence[float] | np.ndarray, na
             f"domain weights {list(weights)}: give one finite, non-negative number per domain, not all zero"
         )
     total = weight_K.sum()
-    return weight_K if total == 1.0 else weight_K / total
+    # Normalised weights stay as they are: divided again, they would differ in their last bit from those they came from.
+    return weight_K if abs(total - 1.0) <= NORMALISED else weight_K / total
 
 
 class BlendedStream:

@@ -42,7 +42,8 @@ def versions() -> list[tuple[str, str]]:
     rows = [("megashear", megashear.__version__), ("Python", platform.python_version())]
     for name in LIBRARIES:
         try:
-            rows.append((name, importlib.metadata.version(name)))
+            # torch's metadata may leave out what it was built for, such as +cu130.
+            rows.append((name, torch.__version__ if name == "torch" else importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             rows.append((name, "not installed"))
     rows.append(("CUDA of torch", torch.version.cuda or "none"))

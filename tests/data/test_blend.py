@@ -67,7 +67,7 @@ def test_resumed_anywhere_the_stream_goes_on(exhausted, samples):
         again = stream(samples, exhausted=exhausted, weights=[1, 1, 1])
         again.load_state_dict(json.loads(state))
         for step in range(start, len(history)):
-            assert again.weights.tolist() == (history[step] / history[step].sum()).tolist() or step > start
+            assert again.weights.tolist() == history[step].tolist() or step > start
             again.set_weights(history[step])
             assert taken([again.next_batch(30)]) == rest[step]
         assert again.state_dict() == blended.state_dict()
