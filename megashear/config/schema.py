@@ -181,6 +181,44 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """The source model as a teacher, beside the language-model loss (off where `weight` is 0)."""
+
+    weight: float = key(
+        0.0,
+        "share w of the teacher in the loss: (1 - w) x cross entropy + w x KL(teacher, student); 0: no teacher",
+        low=0,
+        high=1,
+    )
+    temperature: float = key(
+        1.0, "both models' logits are divided by T, and the KL is multiplied by T^2 (Hinton et al. 2015)", low=0.01
+    )
+    chunk: int = key(
+        1024, "tokens whose logits are in fp32 at a time, on each rank; the result does not depend on it", low=1
+    )
+
+
+CRITERIA = ("magnitude", "taylor_mask", "taylor_weight", "fisher", "activation")
+LAYER_CRITERIA = ("block_influence", "angular_distance")
+
+
+@dataclass(frozen=True)
+class ImportanceConfig:
+    """Scores of the units on calibration text, before pruning."""
+
+    criterion: str | None = key(
+        None,
+        "score of every unit: magnitude of its weights, first-order Taylor on its mask or on its weights, diagonal "
+        "Fisher of its mask, or its activations (Minitron, arXiv 2407.14679); null: none, masks start alike",
+        CRITERIA,
+    )
+    layer_criterion: str | None = key(
+        None, "score of the layers where it is another; null: `criterion`", (*CRITERIA, *LAYER_CRITERIA)
+    )
+    batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
+
+
+@dataclass(frozen=True)
 class PruneConfig:
     """Learned masks (Sheared LLaMA, section 2.1)."""
 
@@ -189,6 +227,13 @@ class PruneConfig:
     )
     batch: BatchConfig = key(BatchConfig(), "steps and batches")
     optimizer: OptimizerConfig = key(OptimizerConfig(), "Adam for the weights")
+    method: str = key(
+        "learned",
+        "learned masks, or one_shot: the units of the highest `importance` are kept and nothing is trained",
+        ("learned", "one_shot"),
+    )
+    importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
+    distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
     mask_learning_rate: float = key(1.0, "learning rate of log-alpha", low=0)
     lambda_learning_rate: float = key(1.0, "learning rate of the Lagrange multipliers (ascent)", low=0)
     sparsity_warmup_steps: int | None = key(
@@ -228,6 +273,7 @@ class PretrainConfig:
         BatchConfig(steps=48000, global_batch=256, eval_interval=400, eval_sequences=64), "steps and batches"
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "Adam for the weights")
+    distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
 
 
 @dataclass(frozen=True)
