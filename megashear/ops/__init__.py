@@ -2,7 +2,8 @@
 
 These functions are the only door: they take the kernel where one was built for the tensor's device and dtype, else the
 reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference,
-MEGASHEAR_ATTENTION=compiled or =reference the one or the other for attention on a GPU.
+MEGASHEAR_ATTENTION one form of attention on a GPU: compiled (the best kernel), reference (torch's), wgmma, tensor_cores
+or plain.
 Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form).
 """
 
@@ -18,10 +19,16 @@ from megashear.ops.kernels import live_weight as live_weight_kernel
 from megashear.ops.kernels import rms_norm as rms_norm_kernel
 from megashear.ops.kernels import rope as rope_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
+from megashear.ops.kernels.attention_choice import Choice as AttentionChoice
+from megashear.ops.kernels.attention_choice import Sample as AttentionSample
+from megashear.ops.kernels.attention_choice import Shape as AttentionShape
 from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, rope_tables
 
 __all__ = [
+    "AttentionChoice",
+    "AttentionSample",
+    "AttentionShape",
     "add_rms_norm",
     "apply_rope",
     "attention",
@@ -32,10 +39,12 @@ __all__ = [
     "live_add",
     "live_gather",
     "mask_noise",
+    "measure_attention",
     "rms_norm",
     "rope_qkv",
     "rope_tables",
     "sample_hard_concrete",
+    "settle_attention",
     "swiglu",
 ]
 
@@ -67,13 +76,24 @@ def backend(device: torch.device | str | None = None) -> dict[str, str]:
     attending = compiled if attention_kernel.attention_serves(device, torch.float32, 64) else "reference"
     if attending != "reference" and device.type == "cuda":
         wish = attention_choice.forced()
-        attending = f"{compiled} or reference, by measuring" if wish is None else compiled if wish else "reference"
+        served = "reference" if wish == "reference" else compiled if wish == "compiled" else f"{compiled} ({wish})"
+        attending = f"{compiled} or reference, by measuring" if wish is None else served
     return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference") | {"attention": attending}
 
 
 def attention_choices() -> list[str]:
     """Which attention serves each shape that this process met on a GPU, with the times that decided; one line each."""
     return attention_choice.choices()
+
+
+def measure_attention(shape: AttentionShape, sample: AttentionSample) -> AttentionChoice | None:
+    """Which attention is the fastest for a shape on this rank's GPU; None where no clock decides (a CPU, or a wish)."""
+    return attention_choice.measure(shape, sample) if attention_choice.is_measured(shape) else None
+
+
+def settle_attention(shape: AttentionShape, choice: AttentionChoice) -> None:
+    """Have attention of this shape served so from here on, in this process."""
+    attention_choice.settle(shape, choice)
 
 
 def _fp32(vector: Tensor | None) -> Tensor | None:
@@ -148,19 +168,22 @@ def attention(
     """Causal attention with a mask per query head, inside documents where asked; see `reference.attention`.
 
     On the CPU the machine and the dtype alone say whether the kernel or torch's attention serves, so that all ranks and
-    every resumed run round alike, and fp16 is computed in fp32. On a GPU the faster one serves each shape, see
+    every resumed run round alike, and fp16 is computed in fp32. On a GPU the fastest one serves each shape, see
     `kernels/attention_choice.py`.
     """
     inputs = q_BHSd, k_BGSd, v_BGSd, head_mask_H, first_BS
     on_cpu = q_BHSd.device.type == "cpu"
     narrow = on_cpu and q_BHSd.dtype == torch.float16
     dtype = torch.float32 if narrow else q_BHSd.dtype
-    serving = attention_kernel.attention_serves(q_BHSd.device, dtype, q_BHSd.shape[-1])
-    if not serving or not (on_cpu or attention_choice.kernel_is_chosen(*inputs)):
+    if not attention_kernel.attention_serves(q_BHSd.device, dtype, q_BHSd.shape[-1]):
+        return reference.attention(*inputs)
+    form = "compiled" if on_cpu else attention_choice.serving(q_BHSd, k_BGSd, head_mask_H, first_BS)
+    if form == "reference":
         return reference.attention(*inputs)
     if narrow:
         q_BHSd, k_BGSd, v_BGSd = q_BHSd.float(), k_BGSd.float(), v_BGSd.float()
-    out = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS)[0]
+    tiles = "" if form == "compiled" else form
+    out = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS, tiles)[0]
     return out.half() if narrow else out
 
 

@@ -28,6 +28,7 @@ from megashear.masks.state import MaskState
 from megashear.model.llama import Llama
 from megashear.model.load import RandomWeights, TensorSource, load_weights
 from megashear.model.write import write_model
+from megashear.run.attention import settle_attention
 from megashear.run.context import Context, read_record
 from megashear.train.evaluate import Losses, evaluate, from_json, to_json
 from megashear.train.loop import Counters, Stage, train
@@ -47,6 +48,7 @@ def run_training(context: Context, name: str) -> None:
     config = context.config
     section = config.prune if name == "prune" else config.pretrain
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
+    settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
     weights = build_weights(context, section, shape, starting_point(context, name, shape))
     masks = None
     if isinstance(section, PruneConfig):

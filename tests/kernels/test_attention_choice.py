@@ -1,4 +1,4 @@
-"""The choice between the kernel of attention and torch's: by results first, then by the clock, once for each shape.
+"""The choice between the kernels of attention and torch's: by results first, then by the clock, once for each shape.
 
 On the CPU here, where the rule is the same and the times are real ones of the two forms.
 """
@@ -26,28 +26,41 @@ def nothing_chosen(monkeypatch):
     monkeypatch.setattr(choice, "_CHOICES", {})
 
 
-def _shape(dtype: torch.dtype = torch.float32, **facts) -> choice.Shape:
-    sizes = {"heads": 4, "groups": 2, "tokens": 40, "head_dim": 16, "masked": True, "documents": False}
-    return choice.Shape(torch.device("cpu"), dtype, **(sizes | facts))
+def _shape(**facts) -> choice.Shape:
+    return choice.Shape(torch.device("cpu"), **({"dtype": torch.float32, "tokens": 40, "head_dim": 16, "documents": False} | facts))
 
 
-def test_the_faster_form_is_taken():
-    compiled, plain = choice.forms(_shape(), 2, None)
+SAMPLE = choice.Sample(2, 4, 2, masked=True)
 
-    def slow(form):
-        def run():
-            time.sleep(0.02)
-            return form()
 
-        return run
+def _forms(**facts) -> tuple[choice.Form, choice.Form]:
+    """The best kernel here, and torch's."""
+    forms = list(choice.forms(_shape(**facts), SAMPLE).values())
+    return forms[0], forms[-1]
 
-    fast = choice.choose(compiled, slow(plain), 1e-4)
-    assert fast.compiled and fast.compiled_ms < fast.reference_ms and fast.distance < 1e-5
-    assert not choice.choose(slow(compiled), plain, 1e-4).compiled
+
+def _slow(form: choice.Form) -> choice.Form:
+    def run():
+        time.sleep(0.02)
+        return form()
+
+    return run
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_fastest_form_is_taken(documents):
+    kernel, plain = _forms(documents=documents)
+    for fastest in ("one", "two", "reference"):
+        forms = {"one": kernel, "two": kernel, "reference": plain}
+        slowed = {name: form if name == fastest else _slow(form) for name, form in forms.items()}
+        found = choice.choose(slowed, 1e-4)
+        assert found.serves == fastest == min(found.milliseconds, key=found.milliseconds.get)
+        assert set(found.milliseconds) == set(forms) and set(found.distances) == {"one", "two"}
+        assert max(found.distances.values()) < 1e-5
 
 
 def test_a_form_that_computes_something_else_is_not_taken():
-    compiled, plain = choice.forms(_shape(), 2, None)
+    kernel, plain = _forms()
     case = _case(2, 4, 2, 40, 16, torch.float32, masked=True)
 
     def other():
@@ -60,42 +73,46 @@ def test_a_form_that_computes_something_else_is_not_taken():
     def broken():
         return [torch.full_like(part, float("nan")) for part in plain()]
 
-    for form in (other, broken):
-        with pytest.warns(UserWarning, match="left to torch"):
-            assert not choice.choose(form, plain, 1e-4).compiled
-    assert choice.choose(compiled, plain, 1e-4).distance <= 1e-4
+    for wrong in (other, broken):
+        with pytest.warns(UserWarning, match="not left to wrong"):
+            assert choice.choose({"wrong": wrong, "reference": plain}, 1e-4).serves == "reference"
+        with pytest.warns(UserWarning, match="not left to wrong"):
+            found = choice.choose({"wrong": wrong, "right": kernel, "reference": _slow(plain)}, 1e-4)
+        assert found.serves == "right" and set(found.milliseconds) == {"right", "reference"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [{"masked": True}, {"documents": True}, {}])
 def test_each_shape_is_measured_once(dtype, parts, caplog):
     case = _case(2, 4, 2, 70, 32, dtype, **parts)
-    inputs = (case.q, case.k, case.v, case.mask, case.first)
+    inputs = (case.q, case.k, case.mask, case.first)
     state = torch.get_rng_state()
     with caplog.at_level(logging.INFO):
-        chosen = [choice.kernel_is_chosen(*inputs) for _ in range(3)]
+        chosen = [choice.serving(*inputs) for _ in range(3)]
         with torch.inference_mode():
-            chosen.append(choice.kernel_is_chosen(*inputs))
+            chosen.append(choice.serving(*inputs))
     assert len(set(chosen)) == 1 and len(choice._CHOICES) == len(caplog.records) == 1
     (line,) = ops.attention_choices()
     assert line == caplog.messages[0].removeprefix("attention of ")
     found = next(iter(choice._CHOICES.values()))
-    assert found.compiled == (found.compiled_ms <= found.reference_ms) == chosen[0]
-    assert 0 < found.distance <= choice.LIMITS[dtype]
+    assert found.serves == min(found.milliseconds, key=found.milliseconds.get) == chosen[0]
+    assert all(0 < distance <= choice.LIMITS[dtype] for distance in found.distances.values())
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_batch_is_no_part_of_a_shape_but_the_tokens_are():
-    q, k, v = (torch.randn(2, 2, 20, 16) for _ in range(3))
-    for sizes, shapes in ((2, 20), 1), ((1, 20), 1), ((2, 10), 2):
-        choice.kernel_is_chosen(*(x[: sizes[0], :, : sizes[1]] for x in (q, k, v)), None, None)
+def test_batch_heads_and_masks_are_no_part_of_a_shape_but_tokens_and_documents_are():
+    q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16)
+    first = torch.zeros(2, 20, dtype=torch.int32)
+    calls = [((q, k, None, None), 1), ((q[:1], k[:1], None, None), 1), ((q[:, :2], k[:, :1], torch.ones(2), None), 1)]
+    for inputs, shapes in [*calls, ((q[:, :, :10], k[:, :, :10], None, None), 2), ((q, k, None, first), 3)]:
+        choice.serving(*inputs)
         assert len(choice._CHOICES) == shapes
 
 
 def test_a_first_shape_is_measured_under_inference_mode_too():
     case = _case(1, 2, 2, 20, 16, torch.float32, masked=True, documents=True)
     with torch.inference_mode():
-        choice.kernel_is_chosen(case.q, case.k, case.v, case.mask, case.first.clone())
+        choice.serving(case.q, case.k, case.mask, case.first.clone())
     assert len(choice._CHOICES) == 1
 
 
@@ -103,9 +120,9 @@ def test_a_first_shape_is_measured_under_inference_mode_too():
 def test_a_first_shape_is_measured_inside_a_recomputed_part_too(reentrant):
     case = _case(1, 4, 2, 20, 16, torch.float32, masked=True)
 
-    def part(*inputs: torch.Tensor) -> torch.Tensor:
-        form = ops.attention if choice.kernel_is_chosen(*inputs, None) else reference.attention
-        return form(*inputs)
+    def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        form = reference.attention if choice.serving(q, k, mask, None) == "reference" else ops.attention
+        return form(q, k, v, mask)
 
     results = []
     for recomputed in (True, False):
@@ -119,16 +136,16 @@ def test_a_first_shape_is_measured_inside_a_recomputed_part_too(reentrant):
 def test_nothing_is_measured_while_torch_compiles_or_the_environment_decides(monkeypatch):
     case = _case(1, 2, 2, 20, 16, torch.float32)
     asked = torch.compile(
-        lambda q: q + float(choice.kernel_is_chosen(q, case.k, case.v, None, None)), backend="eager", fullgraph=True
+        lambda q: q + float(choice.serving(q, case.k, None, None) != "reference"), backend="eager", fullgraph=True
     )
     assert torch.equal(asked(case.q), case.q) and not choice._CHOICES
-    for wish in ("compiled", "reference"):
+    for wish in choice.WISHES:
         monkeypatch.setenv("MEGASHEAR_ATTENTION", wish)
-        assert choice.kernel_is_chosen(case.q, case.k, case.v, None, None) == (wish == "compiled")
+        assert choice.serving(case.q, case.k, None, None) == wish
     assert not choice._CHOICES
     monkeypatch.setenv("MEGASHEAR_ATTENTION", "fastest")
     with pytest.raises(ConfigError, match="MEGASHEAR_ATTENTION"):
-        choice.kernel_is_chosen(case.q, case.k, case.v, None, None)
+        choice.serving(case.q, case.k, None, None)
 
 
 def test_the_cpu_is_not_measured():

@@ -7,10 +7,11 @@ without a copy. Read next: `attention_choice.py` (kernel or torch's), csrc/maske
 import torch
 from torch import Tensor
 
-from megashear.ops.kernels.library import _LIBRARIES, address, check_vector, compiled_for, dtype_code, launching
+from megashear.ops.kernels.library import _DTYPES, _LIBRARIES, address, check_vector, compiled_for, dtype_code, launching
 
 TILES = ""
-"""Instructions of the kernels, a name that `masked_attention_tiles` of the library gives; empty: the best."""
+"""Instructions of the kernels where a call names none, one that `masked_attention_tiles` of the library gives; empty:
+the best."""
 
 
 def _faster() -> bool:
@@ -40,14 +41,26 @@ def attention_serves(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return library is not None and dtype in known and library.masked_attention_takes(head_dim)
 
 
+def kernel_names(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernels that compute attention there, the best first; the slowest, `plain`, only where it stands alone."""
+    library = _LIBRARIES[device.type]
+    names = [] if library is None else library.masked_attention_tiles(getattr(library, _DTYPES[dtype])).split()
+    return [name for name in names if name != "plain"] or names
+
+
 @torch.library.custom_op("megashear::masked_attention", mutates_args=())
 def masked_attention(
-    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    mask_H: Tensor | None,
+    first_BS: Tensor | None,
+    tiles: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, d], and the logarithm of each query's sum of exponentials, fp32 [B, H, S].
 
     q_BHSd: [B, H, S, d], fp32 or bf16, on CUDA also fp16; k_BGSd, v_BGSd: [B, G, S, d]; mask_H: fp32 [H]; first_BS:
-    int32 [B, S].
+    int32 [B, S]. tiles: one of `kernel_names`, empty for the best; the backward takes the same.
     """
     sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
     q, k, v = map(_readable, (q_BHSd, k_BGSd, v_BGSd))
@@ -64,7 +77,7 @@ def masked_attention(
             address(lse),
             sizes,
             dtype_code(q),
-            TILES,
+            tiles or TILES,
             executor,
         )
     return out, lse
@@ -72,7 +85,12 @@ def masked_attention(
 
 @masked_attention.register_fake
 def _(
-    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
+    q_BHSd: Tensor,
+    k_BGSd: Tensor,
+    v_BGSd: Tensor,
+    mask_H: Tensor | None,
+    first_BS: Tensor | None,
+    tiles: str = "",
 ) -> tuple[Tensor, Tensor]:
     return _tokens_first(q_BHSd), q_BHSd.new_empty(q_BHSd.shape[:-1], dtype=torch.float32)
 
@@ -87,6 +105,7 @@ def masked_attention_backward(
     first_BS: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    tiles: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, in their shapes, and of the mask, fp32 [H] (empty where there is no mask)."""
     sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
@@ -112,7 +131,7 @@ def masked_attention_backward(
             address(scratch),
             sizes,
             dtype_code(q),
-            TILES,
+            tiles or TILES,
             executor,
         )
     return dq, dk, dv, lse.new_empty(0) if dmask is None else dmask
@@ -128,6 +147,7 @@ def _(
     first_BS: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    tiles: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dmask = lse.new_empty(0 if mask_H is None else mask_H.shape[0])
     return _tokens_first(q_BHSd), _tokens_first(k_BGSd), _tokens_first(v_BGSd), dmask
@@ -171,15 +191,16 @@ def _bound(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: tuple) -> None:
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, str], output: tuple) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.tiles = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+def _backward(ctx, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
     q, k, v, mask_H, first_BS, out, lse = ctx.saved_tensors
-    dq, dk, dv, dmask = masked_attention_backward(dout, q, k, v, mask_H, first_BS, out, lse)
-    return dq, dk, dv, None if mask_H is None else dmask, None
+    dq, dk, dv, dmask = masked_attention_backward(dout, q, k, v, mask_H, first_BS, out, lse, ctx.tiles)
+    return dq, dk, dv, None if mask_H is None else dmask, None, None
 
 
 masked_attention.register_autograd(_backward, setup_context=_save)
