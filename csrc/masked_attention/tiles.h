@@ -105,7 +105,7 @@ MEGASHEAR_ROW void softmax_block(const SoftmaxBlock& block) {
     mask_and_maximum<W>(block, lane, maximum);
     store<W>(block.maximum + lane, maximum);
     const Float shift = maximum * block.scale;
-    Float factor = before * block.scale - shift;
+    Float factor = (before - maximum) * block.scale;  // 0 where nothing was seen yet, whatever a fused form would round
     power_of_two<W>(factor);
     store<W>(block.factor + lane, factor);
     sum *= factor;
