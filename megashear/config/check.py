@@ -14,7 +14,13 @@ from megashear.config.mixture import mixture_problems
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import STAGES, BatchConfig, Config, ShapeConfig
 from megashear.config.shape import ModelShape
-from megashear.config.stages import batch_problems, schedule_problems, training_stages
+from megashear.config.stages import (
+    batch_problems,
+    importance_problems,
+    importance_warnings,
+    schedule_problems,
+    training_stages,
+)
 from megashear.errors import ConfigError, DataError
 
 
@@ -52,6 +58,9 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     _shapes(config, source_shape, report)
     report.problems += _stage_order(config.run.stages)
     report.problems += mixture_problems(config)
+    report.problems += importance_problems(config, report.world_size)
+    if report.source is not None and report.target is not None:
+        report.warnings += importance_warnings(config, report.source.num_layers, report.target.num_layers)
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)

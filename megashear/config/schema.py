@@ -215,6 +215,9 @@ class ImportanceConfig:
     layer_criterion: str | None = key(
         None, "score of the layers where it is another; null: `criterion`", (*CRITERIA, *LAYER_CRITERIA)
     )
+    spread: float = key(
+        5.0, "log-alpha at the start, before the constraint: units of each row at equal distances over +-spread", low=0
+    )
     batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
 
 
@@ -234,10 +237,43 @@ class PruneConfig:
     )
     importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
-    mask_learning_rate: float = key(1.0, "learning rate of log-alpha", low=0)
-    lambda_learning_rate: float = key(1.0, "learning rate of the Lagrange multipliers (ascent)", low=0)
+    constraint: str = key(
+        "lagrangian",
+        "how expected sparsities come to their targets: lagrangian (published: multipliers that ascend), or projected "
+        "(log-alpha of each row is shifted onto the scheduled target after every step)",
+        ("lagrangian", "projected"),
+    )
+    mask_learning_rate: float | None = key(
+        None, "learning rate of log-alpha; null: the published 1.0 x steps / 3200, at most 1.0", low=0
+    )
+    lambda_learning_rate: float | None = key(
+        None,
+        "learning rate of the Lagrange multipliers (ascent); null: the published 1.0 x 3200 / steps, at least 1.0, so "
+        "that they can grow as far in a shorter stage",
+        low=0,
+    )
     sparsity_warmup_steps: int | None = key(
-        None, "steps over which targets grow to their full value; null: a fifth of the steps", low=0
+        None,
+        "steps over which targets grow to their full value; null: a fifth of the steps, under `projected` a half",
+        low=0,
+    )
+    closing: list[str] | None = key(
+        None,
+        "order in which granularities close one after another, each over an equal part of the sparsity warm-up; those "
+        "left out come last; null: all together",
+        ("hidden", "group", "query", "intermediate", "layer"),
+    )
+    sharpening: float = key(
+        1.0,
+        "factor by which log-alpha grows, evenly over the steps until masks settle, as a temperature that anneals: "
+        "fewer and fewer units stay undecided, and the noise leaves the others alone; 1: none, as published",
+        low=1,
+    )
+    settle_steps: int | None = key(
+        0,
+        "last steps of the stage in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
+        "published; null: a tenth of the steps",
+        low=0,
     )
     granularities: list[str] | None = key(
         None,
@@ -246,9 +282,12 @@ class PruneConfig:
         ("hidden", "group", "query", "intermediate", "layer"),
     )
     log_alpha_init: float = key(5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01)")
-    log_alpha_limit: float = key(
-        4.605170185988092, "log-alpha is kept within +-limit; the published value is ln 100", low=0.1
+    log_alpha_limit: float | None = key(
+        4.605170185988092,
+        "log-alpha is kept within +-limit under `lagrangian`; the published value is ln 100; null: no limit",
+        low=0.1,
     )
+    lambda1_cap: float | None = key(None, "largest linear multiplier; null: none, as published", low=0)
     lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
     live_units: bool = key(
         True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"

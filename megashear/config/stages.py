@@ -8,9 +8,44 @@ from megashear.config.schema import BatchConfig, Config, OptimizerConfig, Parall
 
 
 def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
-    """The sections of the stages that train, of those that the run names, in order."""
+    """The sections of the stages that train, of those that the run names, in order; one-shot pruning does not train."""
     sections: dict[str, PruneConfig | PretrainConfig] = {"prune": config.prune, "pretrain": config.pretrain}
+    if config.prune.method == "one_shot":
+        del sections["prune"]
     return {name: section for name, section in sections.items() if name in config.run.stages}
+
+
+def importance_problems(config: Config, world_size: int | None) -> list[str]:
+    """What stops units from being scored, in a run that prunes."""
+    if "prune" not in config.run.stages:
+        return []
+    prune, problems = config.prune, []
+    if prune.importance.criterion is None and prune.importance.layer_criterion is not None:
+        problems.append(
+            f"prune.importance.layer_criterion: {prune.importance.layer_criterion}, but prune.importance.criterion is "
+            "null and nothing is scored; set both, or none"
+        )
+    if prune.method != "one_shot":
+        return problems
+    if prune.importance.criterion is None:
+        problems.append(
+            "prune.method: one_shot keeps the units of the highest score, and prune.importance.criterion is null; name "
+            "a criterion, for instance taylor_mask"
+        )
+    if config.source.folder is None:
+        problems.append(
+            "prune.method: one_shot scores the source's weights, and source.folder is null; give the folder of an "
+            "imported model"
+        )
+    return problems + batch_problems("prune", prune.batch, config.parallel, world_size)
+
+
+def importance_warnings(config: Config, source_layers: int | None, target_layers: int | None) -> list[str]:
+    """What is set and changes nothing."""
+    layer = config.prune.importance.layer_criterion
+    if layer is None or source_layers is None or source_layers != target_layers:
+        return []
+    return [f"prune.importance.layer_criterion: {layer} changes nothing: the target keeps all {source_layers} layers"]
 
 
 def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:

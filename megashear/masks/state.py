@@ -8,9 +8,10 @@ One step of the training loop:
     masks = state.sample(seed, step, micro_batch)      # per micro-batch and model chunk; backward fills the gradients
     all_reduce(state.gradients_flat())                 # in place; or set_gradients_flat(reduced)
     state.add_lagrangian_gradients(step)
-    state.scale_gradients(...); state.step(factor)     # where gradients are clipped jointly
+    state.scale_gradients(...)                         # where gradients are clipped jointly
+    state.step(factor, step)                           # Adam, then what the schedule wants of the next step's masks
 
-Sources: Sheared LLaMA, section 2.1 and appendix A. Read next: `lagrangian.py`, `keep.py`.
+Sources: Sheared LLaMA, section 2.1 and appendix A. Read next: `closing.py`, `lagrangian.py`, `keep.py`.
 """
 
 from collections.abc import Mapping
@@ -23,15 +24,19 @@ from megashear import ops
 from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.errors import CheckpointError
-from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros
-from megashear.masks.lagrangian import lagrangian, scheduled_target
+from megashear.masks.closing import Closing
+from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, keep_largest
+from megashear.masks.lagrangian import expected_sparsity, lagrangian
 from megashear.masks.masks import Masks, assemble
-from megashear.masks.target import mask_specs
+from megashear.masks.projection import project
+from megashear.masks.target import MaskSpec, mask_specs
 
 INIT_STD = 0.01
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SETTLED = 16.0
+"""|log-alpha| of a settled unit: every sample of it, whatever the noise, is exactly 1 or exactly 0."""
 
 
 class MaskState:
@@ -52,15 +57,16 @@ class MaskState:
         """
         self.source, self.target, self.config = source, target, config
         self.specs = mask_specs(source, target, config.granularities)
+        self.closing = Closing(config, tuple(self.specs))
         self.log_alpha: dict[str, Tensor] = {}
         self.multipliers: dict[str, Tensor] = {}
         for spec in self.specs:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + spec.index) % 2**63)
             start = config.log_alpha_init + INIT_STD * torch.randn(spec.shape, generator=generator, dtype=torch.float64)
-            master = clamp(start.to(device=device, dtype=dtype), config.log_alpha_limit)
-            self.log_alpha[spec.name] = master.requires_grad_()
+            self.log_alpha[spec.name] = start.to(device=device, dtype=dtype).requires_grad_()
             self.multipliers[spec.name] = torch.zeros(2, device=device, dtype=dtype, requires_grad=True)
-        self._rates = (config.mask_learning_rate, config.lambda_learning_rate)
+        self._constrain(0)
+        self._rates = self.closing.rates()
         self._adam = torch.optim.Adam(
             [
                 {"params": list(self.log_alpha.values()), "maximize": False},
@@ -79,11 +85,35 @@ class MaskState:
         """Log-alpha of every learned granularity, then the multipliers."""
         return [*self.log_alpha.values(), *self.multipliers.values()]
 
-    @property
-    def warmup_steps(self) -> int:
-        """Steps over which target sparsities grow; by default a fifth of the stage's steps."""
-        chosen = self.config.sparsity_warmup_steps
-        return self.config.batch.steps // 5 if chosen is None else chosen
+    @torch.no_grad()
+    def warm_start(self, scores: Mapping[str, Tensor]) -> None:
+        """Start log-alpha from scores by granularity (of its log-alpha's shape, higher is kept), before the first step.
+
+        Within each row units stand in the order of their scores, at equal distances over +- `importance.spread`: what a
+        score's unit is, and how its values lie, tells nothing that holds for all criteria. Of equal scores the lower
+        index comes first, as in keep sets. Granularities without a score stay as they are.
+        """
+        for spec in self.specs:
+            if spec.name in scores:
+                rows = scores[spec.name].reshape(spec.rows, spec.units).to(self.log_alpha[spec.name].device)
+                place = rows.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+                height = 1.0 - 2.0 * place.double() / max(1, spec.units - 1)
+                self.log_alpha[spec.name].copy_((self.config.importance.spread * height).view(spec.shape))
+        self._constrain(0)
+
+    @torch.no_grad()
+    def _constrain(self, step: int) -> None:
+        """Put log-alpha where the schedule wants it at a step: within its limit, on its target, or settled."""
+        targets = self.closing.targets(step)
+        for spec in self.specs:
+            log_alpha = self.log_alpha[spec.name]
+            rows = self._rows(spec)
+            if self.closing.settled(step):
+                rows.copy_((keep_largest(rows, spec.target_units).to(rows.dtype) * 2 - 1) * SETTLED)
+            elif self.closing.projected:
+                rows.copy_(project(rows, targets[spec.name]))
+            elif self.config.log_alpha_limit is not None:
+                clamp(log_alpha, self.config.log_alpha_limit)
 
     # Masks
 
@@ -105,23 +135,29 @@ class MaskState:
             raise ValueError(f"mode is target or expected, not {mode!r}")
         values = {}
         for spec in self.specs:
-            rows = self.log_alpha[spec.name].reshape(spec.rows, spec.units)
+            rows = self._rows(spec)
             zeros = spec.zeros_per_row if mode == "target" else expected_zeros(rows)
             values[spec.name] = deterministic(rows, zeros).view(spec.shape)
         return assemble(values, self.source)
 
     # The constraint
 
-    def targets(self, step: int) -> dict[str, float]:
-        """Scheduled target sparsity per granularity at a step."""
-        return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
-
     def lagrangian_loss(self, step: int) -> tuple[Tensor, dict[str, dict[str, Any]]]:
-        """The Lagrangian (0-d, differentiable) and {"expected": {granularity: 0-d}, "target": {granularity: float}}."""
-        targets = self.targets(step)
-        rows = {s.name: self.log_alpha[s.name].reshape(s.rows, s.units) for s in self.specs}
+        """The Lagrangian (0-d, differentiable) and {"expected": {granularity: 0-d}, "target": {granularity: float}}.
+
+        Under `projected` the constraint holds already and the loss is a plain 0.
+        """
+        targets = self.closing.targets(step)
+        rows = {s.name: self._rows(s) for s in self.specs}
+        if self.closing.projected:
+            expected = {name: expected_sparsity(row.detach()).mean() for name, row in rows.items()}
+            return self._gradient.new_zeros(()), {"expected": expected, "target": targets}
         loss, expected = lagrangian(rows, self.multipliers, targets)
         return loss, {"expected": expected, "target": targets}
+
+    def _rows(self, spec: MaskSpec) -> Tensor:
+        """Log-alpha as rows that are constrained apart, [R, N]."""
+        return self.log_alpha[spec.name].view(spec.rows, spec.units)
 
     def add_lagrangian_gradients(self, step: int) -> tuple[Tensor, dict[str, dict[str, Any]]]:
         """Adds the Lagrangian's gradients once, after the reduction: they are the same on every rank.
@@ -129,7 +165,8 @@ class MaskState:
         Returns what `lagrangian_loss` does, the loss detached.
         """
         loss, info = self.lagrangian_loss(step)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         return loss.detach(), info
 
     # Gradients and the optimiser
@@ -155,16 +192,25 @@ class MaskState:
         self._gradient.mul_(factor)
 
     @torch.no_grad()
-    def step(self, learning_rate_factor: float) -> None:
-        """One Adam step: log-alpha descends, the multipliers ascend, both rates times the factor of the schedule."""
+    def step(self, learning_rate_factor: float, step: int) -> None:
+        """One Adam step, then the constraint of the step after `step` (from 0).
+
+        log-alpha descends and the multipliers ascend, both rates times the factor of the schedule. Settled masks move
+        no more.
+        """
+        if self.closing.settled(step):
+            return
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         self._adam.step()
+        growth = self.closing.growth()
         for log_alpha in self.log_alpha.values():
-            clamp(log_alpha, self.config.log_alpha_limit)
-        if self.config.lambda2_cap is not None:
-            for pair in self.multipliers.values():
-                pair[1].clamp_(max=self.config.lambda2_cap)
+            log_alpha.mul_(growth)
+        for pair in self.multipliers.values():
+            for value, cap in zip(pair, (self.config.lambda1_cap, self.config.lambda2_cap), strict=True):
+                if cap is not None:
+                    value.clamp_(max=cap)
+        self._constrain(step + 1)
 
     # Saving
 

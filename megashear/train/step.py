@@ -158,18 +158,18 @@ class Stepper:
         clipped = total if self.clip_jointly else math.sqrt(square)
         skipped = not (math.isfinite(loss) and math.isfinite(total))
         if not skipped:
-            self._update(clipped, factor, learning_rate)
+            self._update(clipped, factor, learning_rate, step)
         seconds = time.monotonic() - started
         return StepResult(loss, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
 
-    def _update(self, norm: float, factor: float, learning_rate: float) -> None:
+    def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
         """Clip by the norm and move weights, masks and multipliers."""
         scale = self.weights.scale(norm, self.clip_norm)
         if self.masks is not None and self.clip_jointly:
             self.masks.scale_gradients(scale)
         self.weights.step(learning_rate)
         if self.masks is not None:
-            self.masks.step(factor)
+            self.masks.step(factor, step)
 
 
 def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:

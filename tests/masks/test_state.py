@@ -35,7 +35,13 @@ def test_published_noise_gives_the_published_sample(published, source):
 
 def test_multipliers_follow_the_published_24_steps(published, source, target):
     """Lagrangian gradients, joint clip, Adam with ascent and the schedule; log-alpha is set to the published one."""
-    state = MaskState(source, target, PruneConfig(sparsity_warmup_steps=8), seed=0, dtype=torch.float64)
+    state = MaskState(
+        source,
+        target,
+        PruneConfig(sparsity_warmup_steps=8, mask_learning_rate=1.0, lambda_learning_rate=1.0),
+        seed=0,
+        dtype=torch.float64,
+    )
     trace, pairs = published.masks("F/log_alpha"), published.masks("F/lambda")
     before = published.masks("F/log_alpha_0")
     for step in range(24):
@@ -50,7 +56,7 @@ def test_multipliers_follow_the_published_24_steps(published, source, target):
             assert info["target"][name] == pytest.approx(published.masks("F/target")[name][step].item(), abs=1e-12)
         norm = published["F/grad_norm"][step].item()
         state.scale_gradients(min(1.0, 1.0 / (norm + 1e-6)))
-        state.step(published["F/learning_rate_factor"][step].item())
+        state.step(published["F/learning_rate_factor"][step].item(), step)
         for name, value in pairs.items():
             torch.testing.assert_close(state.multipliers[name].detach(), value[step], rtol=0, atol=1e-9)
         before = {name: value[step] for name, value in trace.items()}
@@ -114,18 +120,25 @@ def test_gradients_add_up_in_one_buffer(grouped_source, grouped_target):
 
 
 def test_a_step_descends_ascends_and_keeps_its_limits(source, target):
-    config = PruneConfig(log_alpha_init=0.0, log_alpha_limit=0.5, lambda2_cap=0.25, batch=BatchConfig(steps=50))
+    config = PruneConfig(
+        log_alpha_init=0.0,
+        log_alpha_limit=0.5,
+        lambda2_cap=0.25,
+        mask_learning_rate=1.0,
+        lambda_learning_rate=1.0,
+        batch=BatchConfig(steps=50),
+    )
     state = MaskState(source, target, config, seed=0)
-    assert state.warmup_steps == 10
+    assert state.closing.warmup_steps == 10
     state.set_gradients_flat(torch.ones_like(state.gradients_flat()))
     for pair in state.multipliers.values():
         pair.grad.fill_(1.0)
     before = state.log_alpha["hidden"].detach().clone()
-    state.step(0.125)
+    state.step(0.125, 0)
     torch.testing.assert_close(state.log_alpha["hidden"].detach(), before - 0.125)
     torch.testing.assert_close(state.multipliers["hidden"].detach(), torch.full((2,), 0.125))
     for _ in range(9):
-        state.step(0.125)
+        state.step(0.125, 1)
     assert all((value == -0.5).all() for value in state.log_alpha.values())
     assert all(pair[1] == 0.25 and pair[0] > 1 for pair in state.multipliers.values())
 
@@ -136,7 +149,7 @@ def test_learning_rates_are_the_configured_ones(source, target):
     before = state.log_alpha["layer"].detach().clone()
     state.set_gradients_flat(torch.ones_like(state.gradients_flat()))
     state.multipliers["layer"].grad.fill_(-1.0)
-    state.step(1.0)
+    state.step(1.0, 0)
     torch.testing.assert_close(state.log_alpha["layer"].detach(), before - 0.1)
     torch.testing.assert_close(state.multipliers["layer"].detach(), torch.full((2,), -0.3))
 
@@ -146,7 +159,7 @@ def train(state, steps):
         state.zero_gradients()
         sum((mask**2).sum() for mask in values_of(state.sample(0, step, 0))).backward()
         state.add_lagrangian_gradients(step)
-        state.step(0.1)
+        state.step(0.1, step)
 
 
 def test_a_saved_state_goes_on_bit_for_bit(grouped_source, grouped_target):

@@ -1,0 +1,79 @@
+"""How masks close over a stage's steps: target sparsities, one granularity after another, sharpening, settling.
+
+Key properties: every length follows the stage's number of steps where the config leaves it open; all is a function of
+the step, so a resumed run goes on with it. Masks close over the sparsity warm-up, sharpen until they settle, and stand
+fixed at the target's shape from then on, so that the weights' last steps are on exactly the model that is cut out.
+Read next: `projection.py`, `state.py`.
+"""
+
+from dataclasses import dataclass
+
+from megashear.config.paper import PAPER
+from megashear.config.schema import PruneConfig
+from megashear.masks.lagrangian import scheduled_target
+from megashear.masks.target import MaskSpec
+
+LAGRANGIAN_WARMUP_SHARE = 0.2
+"""Sparsity warm-up under `lagrangian` as a share of the steps, as published (640 of 3200)."""
+PROJECTED_WARMUP_SHARE = 0.5
+SETTLE_SHARE = 0.1
+"""Last steps with fixed masks, as a share of the steps."""
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The schedule of one pruning stage."""
+
+    config: PruneConfig
+    specs: tuple[MaskSpec, ...]
+
+    @property
+    def projected(self) -> bool:
+        """Whether expected sparsities are set to their targets at every step, in place of multipliers."""
+        return self.config.constraint == "projected"
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which target sparsities grow."""
+        chosen = self.config.sparsity_warmup_steps
+        share = PROJECTED_WARMUP_SHARE if self.projected else LAGRANGIAN_WARMUP_SHARE
+        return int(self.config.batch.steps * share) if chosen is None else chosen
+
+    @property
+    def settle_step(self) -> int:
+        """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
+        chosen, steps = self.config.settle_steps, self.config.batch.steps
+        return steps - (int(steps * SETTLE_SHARE) if chosen is None else chosen)
+
+    def settled(self, step: int) -> bool:
+        """Whether the masks of this step are fixed."""
+        return self.settle_step <= step and self.settle_step < self.config.batch.steps
+
+    def targets(self, step: int) -> dict[str, float]:
+        """Scheduled target sparsity by granularity at a step (from 0).
+
+        All grow together over the warm-up, or one after another in the order of `prune.closing`, each over an equal
+        part of it; what `closing` leaves out comes last, in the order of the specs.
+        """
+        order = self.config.closing
+        if order is None:
+            return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
+        names = [s.name for s in self.specs]
+        queue = [name for name in order if name in names]
+        queue += [name for name in names if name not in queue]
+        window = self.warmup_steps / len(queue)
+        return {
+            s.name: s.target_sparsity * min(1.0, max(0.0, step / window - queue.index(s.name)) if window else 1.0)
+            for s in self.specs
+        }
+
+    def growth(self) -> float:
+        """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
+        return self.config.sharpening ** (1.0 / max(1, self.settle_step))
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means."""
+        published = PAPER["batch"]["steps"]
+        share = min(1.0, self.config.batch.steps / published)
+        mask, multiplier = self.config.mask_learning_rate, self.config.lambda_learning_rate
+        return share if mask is None else mask, 1.0 / share if multiplier is None else multiplier

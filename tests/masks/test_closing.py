@@ -1,0 +1,51 @@
+"""When masks close: together or one after another, how fast they sharpen, when they settle; all follows the steps."""
+
+import pytest
+
+from megashear.config.schema import BatchConfig, PruneConfig
+from megashear.masks.closing import Closing
+from megashear.masks.target import mask_specs
+
+
+@pytest.fixture
+def specs(source, target):
+    return tuple(mask_specs(source, target))
+
+
+def closing(specs, **keys):
+    return Closing(PruneConfig(batch=BatchConfig(steps=100), **keys), specs)
+
+
+def test_lengths_follow_the_number_of_steps(specs):
+    published, ours = closing(specs), closing(specs, constraint="projected", settle_steps=None)
+    assert (published.warmup_steps, published.settle_step) == (20, 100)
+    assert (ours.warmup_steps, ours.settle_step) == (50, 90)
+    assert not any(published.settled(step) for step in range(101))
+    assert [ours.settled(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
+    longer = Closing(PruneConfig(batch=BatchConfig(steps=3200)), specs)
+    assert longer.warmup_steps == 640 and longer.rates() == (1.0, 1.0)
+    assert closing(specs).rates() == (1 / 32, 32.0)
+    assert closing(specs, mask_learning_rate=0.5, lambda_learning_rate=2.0).rates() == (0.5, 2.0)
+
+
+def test_granularities_close_together_by_default(specs):
+    schedule = closing(specs, sparsity_warmup_steps=40)
+    for step, share in ((0, 0.0), (10, 0.25), (40, 1.0), (99, 1.0)):
+        assert schedule.targets(step) == pytest.approx({s.name: share * s.target_sparsity for s in specs})
+
+
+def test_granularities_close_one_after_another_in_the_order_asked_for(specs):
+    names = [s.name for s in specs]
+    assert names == ["hidden", "group", "intermediate", "layer"]
+    schedule = closing(specs, sparsity_warmup_steps=40, closing=["layer", "group"])
+    shares = {s.name: [schedule.targets(step)[s.name] / s.target_sparsity for step in range(0, 50, 5)] for s in specs}
+    assert shares["layer"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1])
+    assert shares["group"] == pytest.approx([0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1])
+    assert shares["hidden"] == pytest.approx([0, 0, 0, 0, 0, 0.5, 1, 1, 1, 1])
+    assert shares["intermediate"] == pytest.approx([0, 0, 0, 0, 0, 0, 0, 0.5, 1, 1])
+
+
+def test_sharpening_multiplies_up_until_masks_settle(specs):
+    schedule = closing(specs, sharpening=10.0, settle_steps=20)
+    assert schedule.growth() ** 80 == pytest.approx(10.0)
+    assert closing(specs).growth() == 1.0

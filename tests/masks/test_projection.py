@@ -1,0 +1,98 @@
+"""The projected constraint: exact expected sparsity in every row, differences between units untouched."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megashear.config.schema import BatchConfig, ImportanceConfig, PruneConfig
+from megashear.masks.lagrangian import expected_sparsity
+from megashear.masks.projection import LEAST, project
+from megashear.masks.state import MaskState
+
+
+@given(st.integers(1, 5), st.integers(1, 300), st.floats(0.0, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsity, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    before = spread * torch.randn(rows, units, generator=generator, dtype=torch.float64) + spread
+    after = project(before, sparsity)
+    # sigmoid without its clip at 1e-6: the projection does not leak through it.
+    found = torch.sigmoid(-1.5985967 - after).mean(-1)
+    assert (found - max(sparsity, LEAST)).abs().max() < 1e-6
+    shift = after - before
+    assert (shift - shift[:, :1]).abs().max() <= 1e-10 * (1 + before.abs().max())
+
+
+def state(source, target, **keys):
+    config = PruneConfig(
+        batch=BatchConfig(steps=40), constraint="projected", sparsity_warmup_steps=20, settle_steps=10, **keys
+    )
+    return MaskState(source, target, config, seed=3)
+
+
+def walk(masks, steps):
+    for step in steps:
+        masks.zero_gradients()
+        sum((m**2).sum() for m in vars(masks.sample(0, step, 0)).values() if m is not None).backward()
+        masks.add_lagrangian_gradients(step)
+        masks.step(1.0, step)
+
+
+def test_every_row_is_on_its_scheduled_target_at_every_step(source, target):
+    masks = state(source, target, mask_learning_rate=0.3)
+    for step in range(30):
+        for spec in masks.specs:
+            wanted = max(masks.closing.targets(step)[spec.name], LEAST)
+            found = expected_sparsity(masks.log_alpha[spec.name].detach().reshape(spec.rows, spec.units))
+            assert (found - wanted).abs().max() < 1e-5, (step, spec.name)
+        walk(masks, [step])
+    assert all(not pair.any() for pair in masks.multipliers.values())
+
+
+def test_settled_masks_are_the_target_exactly_and_stand_still(source, target):
+    masks = state(source, target, mask_learning_rate=0.3, sharpening=4.0)
+    walk(masks, range(30))
+    before = {name: value.detach().clone() for name, value in masks.log_alpha.items()}
+    whole = masks.deterministic("target")
+    for step in range(30, 40):
+        drawn = masks.sample(9, step, 1)
+        for name, mask in vars(drawn).items():
+            assert set(mask.detach().unique().tolist()) == {0.0, 1.0}, name
+            assert torch.equal(mask.detach(), getattr(whole, name))
+        walk(masks, [step])
+    for spec in masks.specs:
+        assert torch.equal(masks.log_alpha[spec.name], before[spec.name])
+        kept = (masks.log_alpha[spec.name] > 0).reshape(spec.rows, spec.units).sum(-1)
+        assert (kept == spec.target_units).all()
+
+
+def test_a_warm_start_takes_the_order_of_the_scores(source, target):
+    masks = state(source, target, importance=ImportanceConfig(criterion="magnitude", spread=50.0))
+    layers = masks.log_alpha["layer"].detach().clone()
+    scores = {s.name: torch.randn(s.shape) for s in masks.specs if s.name != "layer"}
+    masks.warm_start(scores)
+    for name, score in scores.items():
+        rows, units = score.reshape(-1, score.shape[-1]), masks.log_alpha[name].detach().reshape(-1, score.shape[-1])
+        assert torch.equal(rows.argsort(-1), units.argsort(-1))
+        ordered = units.sort(-1).values
+        torch.testing.assert_close(ordered[:, -1] - ordered[:, 0], torch.full((len(units),), 100.0))
+    assert torch.equal(masks.log_alpha["layer"], layers)
+
+
+def test_equal_scores_keep_the_lower_index(source, target):
+    masks = state(source, target)
+    masks.warm_start({"hidden": torch.zeros(source.hidden_size)})
+    assert (masks.log_alpha["hidden"].detach().diff() < 0).all()
+
+
+def test_sharpening_spreads_what_is_not_decided(source, target):
+    plain, sharp = state(source, target), state(source, target, sharpening=8.0)
+    for masks in (plain, sharp):
+        masks.warm_start({"hidden": torch.arange(float(source.hidden_size))})
+        for step in range(29):
+            masks.step(0.0, step)
+    ratio = (sharp.log_alpha["hidden"].max() - sharp.log_alpha["hidden"].min()) / (
+        plain.log_alpha["hidden"].max() - plain.log_alpha["hidden"].min()
+    )
+    assert ratio.item() == pytest.approx(8.0 ** (29 / 30), rel=1e-4)
