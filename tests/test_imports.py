@@ -21,6 +21,7 @@ ROOMS = [
     "masks",
     "model",
     "train",
+    "importance",
     "checkpoint",
     "export",
     "plot",

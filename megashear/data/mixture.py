@@ -15,7 +15,7 @@ import numpy as np
 from megashear.config.mixture import ASCENDING
 from megashear.config.schema import MixtureConfig
 from megashear.data.blend import weight_array
-from megashear.data.rules import Schedule, make_rule
+from megashear.data.rules import Schedule, make_rule, schedule_points
 from megashear.errors import CheckpointError, ConfigError
 
 
@@ -30,6 +30,13 @@ def initial_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndar
         return weight_array(config.initial_weights, list(tokens))
     except ConfigError as error:
         raise ConfigError(f"mixture.initial_weights: {error}") from error
+
+
+def starting_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndarray:
+    """Weights of a mixture that has not moved yet, float64 [K]: a schedule's first, else `initial_weights`."""
+    if config.rule == "schedule":
+        return schedule_points(config, list(tokens))[0]
+    return initial_weights(config, tokens)
 
 
 class Mixture:
@@ -55,7 +62,7 @@ class Mixture:
                 f"the floor is at most {1 / count:.4g}, the cap at least that"
             )
         self.rule = make_rule(config, self.names, steps)
-        self.weight_K = self.rule.points_PK[0] if isinstance(self.rule, Schedule) else initial_weights(config, tokens)
+        self.weight_K = starting_weights(config, tokens)
         self.reference_K = np.zeros(count)
         if config.rule in ASCENDING:
             if set(references) != set(self.names):

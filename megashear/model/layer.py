@@ -79,6 +79,7 @@ class Attention(nn.Module):
         rows = shape.num_query_groups * (shape.queries_per_group + 2) * shape.head_dim
         self.qkv = column_parallel(shape.hidden_size, rows, config)
         self.out = row_parallel(shape.num_heads * shape.head_dim, shape.hidden_size, config)
+        self.heads_seen = nn.Identity()  # a place for hooks: [B, H, S, d], what the heads give
 
     def forward(self, x_SBD: Tensor, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None) -> Tensor:
         """[S, B, D] to [S, B, D], summed over tensor-parallel ranks; rope: cosines and sines [S, d / 2] in fp32.
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         if self.ranks_per_group > 1:
             qkv_SBR, groups, queries = self._own_rows(qkv_SBR, live), 1, live.groups * live.queries
         q_BHSd, k_BGSd, v_BGSd = ops.rope_qkv(qkv_SBR, groups, queries, self.head_dim, *rope)
-        out_BHSd = ops.attention(q_BHSd, k_BGSd, v_BGSd, masks.head, first_BS)
+        out_BHSd = self.heads_seen(ops.attention(q_BHSd, k_BGSd, v_BGSd, masks.head, first_BS))
         return live_product(self.out, out_BHSd.permute(2, 0, 1, 3).flatten(2), masks.live_hidden, live.out_columns)
 
     def _own_rows(self, qkv_SBR: Tensor, live: LiveLayer) -> Tensor:
@@ -112,11 +113,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate_up = column_parallel(shape.hidden_size, 2 * shape.intermediate_size, config)
         self.down = row_parallel(shape.intermediate_size, shape.hidden_size, config)
+        self.units_seen = nn.Identity()  # a place for hooks: [S, B, F], what the intermediate units give
 
     def forward(self, x_SBD: Tensor, masks: LayerMasks) -> Tensor:
         """[S, B, D] to [S, B, D], summed over tensor-parallel ranks."""
         gate_up = live_product(self.gate_up, x_SBD, masks.live.gate_up_rows, masks.live_hidden)
-        out_SBF = ops.swiglu(gate_up, masks.intermediate)
+        out_SBF = self.units_seen(ops.swiglu(gate_up, masks.intermediate))
         return live_product(self.down, out_SBF, masks.live_hidden, masks.live.intermediate)
 
 

@@ -1,11 +1,13 @@
 """Finalisation of a run: the masked model becomes a plain dense LLaMA, and is shown to compute the same.
 
-From the model folder `masked` and the masks of pruning's last checkpoint, tensor by tensor (`masks/fold.py`), to the
-model folder `pruned` in fp32, so that folding rounds nothing away. Then both run on held-out text in fp32, under the
-run's own layout: logits must agree. Read next: `masks/keep.py` (what is kept, borderline units).
+From the model folder `masked` and the masks of pruning's last checkpoint, or from the source and its scores after
+one-shot pruning, tensor by tensor (`masks/fold.py`), to the model folder `pruned` in fp32, so that folding rounds
+nothing away. Then both run on held-out text in fp32, under the run's own layout: logits must agree. Read next:
+`masks/keep.py` (what is kept, borderline units).
 """
 
 import shutil
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +20,14 @@ from megashear.engine.pipeline import run_micro_batches
 from megashear.errors import CheckpointError, ModelError
 from megashear.files.atomic import atomic_folder
 from megashear.masks.fold import Fold
-from megashear.masks.keep import borderline_units, keep_sets
+from megashear.masks.keep import Borderline, KeepSets, borderline_units, keep_sets
 from megashear.masks.masks import Masks
+from megashear.masks.scores import open_units
 from megashear.masks.state import MaskState
+from megashear.masks.target import mask_specs
 from megashear.run.context import Context
 from megashear.run.evaluate import build_fp32
+from megashear.run.importance import read_scores
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
 from megashear.train.step import MicroBatch, local_rows, micro_batches
@@ -39,16 +44,15 @@ PROOF_SEQUENCES = 4
 
 def run_finalize(context: Context) -> None:
     """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
-    masks = load_masks(context)
+    cut = load_cut(context)
     folder = context.model_folder("pruned")
-    on_main(context.layout, lambda: fold_folder(context, masks))
-    deterministic = masks.deterministic("target")
+    on_main(context.layout, lambda: fold_folder(context, cut))
     data, sequences = context.config.data, context.config.prune.batch.eval_sequences
     heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
     assert context.target_shape is not None
     exact = context.config.prune.masking == "exact"
-    masked = build_fp32(context.open_model("masked"), context.config.parallel, context.layout, exact)
-    expected = heldout_logits(context, masked, heldout, deterministic)
+    masked = build_fp32(cut.masked, context.config.parallel, context.layout, exact)
+    expected = heldout_logits(context, masked, heldout, cut.masks)
     del masked
     pruned = build_fp32(ModelFolder.open(folder), context.config.parallel, context.layout, exact)
     difference = compare(context, expected, heldout_logits(context, pruned, heldout, None))
@@ -60,11 +64,10 @@ def run_finalize(context: Context) -> None:
             f"{context.folder}/identity.json"
         )
     losses = evaluate(heldout, context.layout, pruned, context.config.prune.batch.micro_batch)
-    borderline = [vars(one) for one in borderline_units(masks.log_alpha, masks.specs)]
     record: dict[str, Any] = {
         "name": "finalize",
         "logit_difference": difference,
-        "borderline": borderline,
+        "borderline": [vars(one) for one in cut.borderline],
         **loss_record(losses),
     }
     if context.layout.is_main:
@@ -72,11 +75,44 @@ def run_finalize(context: Context) -> None:
     context.finish("finalize", record)
 
 
-def load_masks(context: Context) -> MaskState:
-    """The masks at the end of pruning. Raises CheckpointError where pruning is not done."""
-    config, layout = context.config, context.layout
-    if context.done("prune") is None:
+@dataclass(frozen=True)
+class Cut:
+    """What pruning came to: the model to cut, what stays of it, and the masks under which it computes the same."""
+
+    masked: ModelFolder
+    keep: KeepSets
+    masks: Masks
+    """On the run's device, open exactly where `keep` keeps; after one-shot pruning exactly 1 there."""
+    borderline: list[Borderline]
+    provenance: dict[str, Any]
+
+
+def load_cut(context: Context) -> Cut:
+    """The outcome of pruning, by its method. Raises CheckpointError where pruning is not done or its files are gone."""
+    record = context.done("prune")
+    if record is None:
         raise CheckpointError(f"{context.folder}: pruning is not finished; run `megashear prune` (or `run`) first")
+    shape = context.source_shape
+    if context.config.prune.method == "one_shot":
+        assert context.source is not None and context.target_shape is not None
+        scores = read_scores(context).units
+        specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
+        masks, keep = _on(context.layout.device, open_units(scores, specs, shape)), keep_sets(scores, specs, shape)
+        return Cut(context.source, keep, masks, [], context.provenance([record]))
+    learned = load_masks(context)
+    keep = keep_sets(learned.log_alpha, learned.specs, shape)
+    borderline = borderline_units(learned.log_alpha, learned.specs)
+    masked = context.open_model("masked")
+    return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
+
+
+def _on(device: torch.device | str, masks: Masks) -> Masks:
+    return Masks(*(None if mask is None else mask.to(device) for mask in vars(masks).values()))
+
+
+def load_masks(context: Context) -> MaskState:
+    """The masks at the end of pruning. Raises CheckpointError where they are missing."""
+    config, layout = context.config, context.layout
     path = on_main(layout, lambda: newest_valid(context.folder / "prune"))
     last = step_folder(context.folder / "prune", config.prune.batch.steps)
     if path != last:
@@ -90,15 +126,11 @@ def load_masks(context: Context) -> MaskState:
     return masks
 
 
-def fold_folder(context: Context, masks: MaskState) -> None:
-    """Write the model folder `pruned` from `masked`, one tensor in memory at a time."""
-    masked = ModelFolder.open(context.model_folder("masked"))
-    target = context.target_shape
+def fold_folder(context: Context, cut: Cut) -> None:
+    """Write the model folder `pruned`, one tensor in memory at a time."""
+    masked, target = cut.masked, context.target_shape
     assert target is not None
-    deterministic = masks.deterministic("target")
-    keep = keep_sets(masks.log_alpha, masks.specs, context.source_shape)
-    on_cpu = Masks(*(None if m is None else m.cpu() for m in vars(deterministic).values()))
-    fold = Fold(context.source_shape, keep, on_cpu, context.config.prune.masking)
+    fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
     shutil.rmtree(context.model_folder("pruned"), ignore_errors=True)
     with atomic_folder(context.model_folder("pruned")) as temporary:
         with ShardedWriter.create(temporary, tensor_shapes(target), torch.float32) as writer:
@@ -107,7 +139,7 @@ def fold_folder(context: Context, masks: MaskState) -> None:
                 if folded is not None:
                     writer.write(*folded)
         write_settings(temporary, target, torch.float32, masked.config, masked.tokenizer_files + masked.companion_files)
-        seal_folder(temporary, masked.provenance)
+        seal_folder(temporary, cut.provenance)
 
 
 def heldout_logits(

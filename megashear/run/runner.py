@@ -20,13 +20,23 @@ from megashear.report import render
 from megashear.run.context import Context, open_context
 from megashear.run.export import run_export
 from megashear.run.finalize import run_finalize
+from megashear.run.one_shot import run_one_shot
 from megashear.run.summary import conclude
 from megashear.run.training import run_training
 from megashear.train.loop import stop_requested
 from megashear.train.signals import StopRequest
 
+
+def run_prune(context: Context) -> None:
+    """The stage `prune` by its method: learned masks, or scores alone."""
+    if context.config.prune.method == "one_shot":
+        run_one_shot(context)
+    else:
+        run_training(context, "prune")
+
+
 STAGES: dict[str, Callable[[Context], None]] = {
-    "prune": lambda context: run_training(context, "prune"),
+    "prune": run_prune,
     "finalize": run_finalize,
     "pretrain": lambda context: run_training(context, "pretrain"),
     "export": run_export,

@@ -4,10 +4,13 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 `train/loop.py`, `checkpoint/store.py`.
 """
 
+import logging
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch.nn import Module
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.schema import BatchConfig, PretrainConfig, PruneConfig
@@ -24,18 +27,23 @@ from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
 from megashear.errors import CheckpointError
 from megashear.files.atomic import write_json
+from megashear.masks.keep import unfinished
 from megashear.masks.state import MaskState
 from megashear.model.llama import Llama
 from megashear.model.load import RandomWeights, TensorSource, load_weights
 from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
 from megashear.run.context import Context, read_record
-from megashear.train.evaluate import Losses, evaluate, from_json, to_json
+from megashear.run.importance import importance_scores
+from megashear.run.teacher import build_teacher
+from megashear.train.evaluate import Losses, evaluate, from_json, mean_loss, to_json
 from megashear.train.loop import Counters, Stage, train
 from megashear.train.metrics import Metrics
 from megashear.train.profile import traced
 from megashear.train.progress import Progress
 from megashear.train.step import Stepper, local_rows
+
+logger = logging.getLogger(__name__)
 
 SOURCE_LOSSES = "source_losses.json"
 
@@ -49,11 +57,14 @@ def run_training(context: Context, name: str) -> None:
     section = config.prune if name == "prune" else config.pretrain
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
     settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
+    scores = importance_scores(context) if name == "prune" else None
     weights = build_weights(context, section, shape, starting_point(context, name, shape))
     masks = None
     if isinstance(section, PruneConfig):
         assert context.target_shape is not None
         masks = MaskState(shape, context.target_shape, section, config.run.seed, context.layout.device)
+        if scores is not None:
+            masks.warm_start(scores.units)
     metrics = Metrics(
         context.folder,
         config.logging.tensorboard,
@@ -67,6 +78,9 @@ def run_training(context: Context, name: str) -> None:
         stage.tick = tick
         with closing(stage.batches):
             losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
+    if masks is not None and context.layout.is_main:
+        for problem in unfinished(masks.log_alpha, masks.specs):
+            logger.warning("%s: masks at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     write_model(
@@ -127,9 +141,8 @@ def build_stage(
     length, batch = config.data.sequence_length, section.batch
     heldout = HeldOut(dataset, length, batch.eval_sequences, config.data.separate_documents)
     checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
-    references = reference_losses(
-        config.mixture, dataset.domains, _means(source_losses(context, heldout, weights, batch.micro_batch, checkpoint))
-    )
+    before = source_losses(context, heldout, weights.chunks, batch.micro_batch, checkpoint)
+    references = reference_losses(config.mixture, dataset.domains, _means(before))
     tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
     mixture = Mixture(config.mixture, tokens, references, batch.steps)
     if name == "pretrain":
@@ -142,7 +155,9 @@ def build_stage(
         config.data.repeat_limit,
     )
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
-    stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, section.optimizer.clip_norm, jointly)
+    teacher = build_teacher(context, section.distillation)
+    clip = section.optimizer.clip_norm
+    stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, clip, jointly, teacher)
     counters, losses = Counters(), None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, weights, masks)
@@ -153,7 +168,7 @@ def build_stage(
             print(f"{name}: going on from {checkpoint}", flush=True)
     metrics.resume(name, counters.step)
     done = counters.step * batch.global_batch * length
-    flops = shape.flops_per_token(length)
+    flops = shape.flops_per_token(length) + (0 if teacher is None else teacher.flops_per_token(length))
     progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
     return Stage(
         name,
@@ -170,6 +185,7 @@ def build_stage(
         progress,
         counters=counters,
         losses=losses,
+        source_loss=None if before is None or masks is None else mean_loss(before),
     )
 
 
@@ -192,7 +208,7 @@ def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
 
 
 def source_losses(
-    context: Context, heldout: HeldOut, weights: WeightOptimizer, micro_batch: int, checkpoint: Path | None
+    context: Context, heldout: HeldOut, chunks: list[Module], micro_batch: int, checkpoint: Path | None
 ) -> Losses | None:
     """Held-out losses of the source model, evaluated once a run, while its weights are what the stage starts from.
 
@@ -207,7 +223,7 @@ def source_losses(
             f"{path}: missing, and the source's weights have been trained since it was written; restore it, or choose "
             "another run.folder"
         )
-    losses = evaluate(heldout, context.layout, weights.chunks, micro_batch)
+    losses = evaluate(heldout, context.layout, chunks, micro_batch)
     on_main(context.layout, lambda: write_json(path, to_json(losses)))
     return losses
 

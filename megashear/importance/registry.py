@@ -1,0 +1,66 @@
+"""The criteria by name: what each measures on a sequence, and how sequences become a score.
+
+| criterion | value v of a sequence | score over sequences |
+|---|---|---|
+| magnitude | none: root of the sum of squares of the unit's weights | |
+| taylor_mask | abs(dL/dz) at z = 1 | mean (Michel et al. 2019, arXiv 1905.10650, equation 2; Molchanov et al. 2019) |
+| fisher | (dL/dz)^2 at z = 1 | mean: the empirical Fisher's diagonal (Kwon et al. 2022, arXiv 2204.09656) |
+| taylor_weight | sum over the unit's weights of abs(w dL/dw) | mean (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627) |
+| activation | mean over the sequence of abs(x) | root of the sum of squares (Minitron) |
+| block_influence, angular_distance | of layers: see `activations.py` | mean |
+
+taylor_weight sums absolute products: signed ones would add up to the mask's gradient again, once for each of the unit's
+matrices, since a unit's output is proportional to each of them. Key property: everything after `measure` is the same
+for all. Read next: `calibrate.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megashear.config.schema import ImportanceConfig
+from megashear.config.shape import ModelShape
+from megashear.engine.layout import Layout
+from megashear.importance import activations, gradients
+from megashear.model.llama import Llama
+from megashear.train.step import MicroBatch
+
+Measure = Callable[[Sequence[Llama], list[MicroBatch], ModelShape, Layout], dict[str, Tensor]]
+"""(chunks, this rank's sequences, shape, layout) -> granularity -> this rank's part of a sum, [N, *shape]."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a score comes about; `measure` None: from the weights alone."""
+
+    measure: Measure | None
+    value: Callable[[Tensor], Tensor] = torch.Tensor.double
+    """From what was measured, summed over ranks, to a sequence's value."""
+    root: bool = False
+    """The score is the root of the sum of sequences' values, else their mean."""
+
+
+REGISTRY: dict[str, Criterion] = {
+    "magnitude": Criterion(None),
+    "taylor_mask": Criterion(gradients.mask_gradients, torch.Tensor.abs),
+    "fisher": Criterion(gradients.mask_gradients, torch.Tensor.square),
+    "taylor_weight": Criterion(gradients.weight_products),
+    "activation": Criterion(activations.activation_sizes, torch.Tensor.square, root=True),
+    "block_influence": Criterion(activations.block_influence),
+    "angular_distance": Criterion(activations.angular_distance),
+}
+
+
+def criteria_of(config: ImportanceConfig, shape: ModelShape) -> dict[str, str]:
+    """Granularity -> criterion, for every granularity of a shape.
+
+    Layers have no activation of their own: Minitron scores them by block influence, and so does `activation`.
+    """
+    assert config.criterion is not None
+    layer = config.layer_criterion or config.criterion
+    names = ["hidden", "group", "query", "intermediate"]
+    if shape.queries_per_group == 1:
+        names.remove("query")
+    return dict.fromkeys(names, config.criterion) | {"layer": "block_influence" if layer == "activation" else layer}

@@ -1,0 +1,184 @@
+"""Scores of the source's units for a run: computed once, kept in `importance.safetensors`, told in a table.
+
+Key property: a file in the run folder is used where it was made from the same source, dataset and keys; a run that is
+stopped while calibrating begins calibrating again, which changes nothing. Read next: `importance/registry.py` (the
+criteria), `one_shot.py`, `masks/state.py` (what a warm start does with scores).
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.config.load import to_dict
+from megashear.data.mixture import starting_weights
+from megashear.engine.collectives import on_main
+from megashear.engine.parallel import transformer_config
+from megashear.engine.pipeline import build_chunks
+from megashear.errors import CheckpointError, Interrupted, TrainingError
+from megashear.importance.calibrate import calibrate, calibration_loader
+from megashear.importance.magnitude import magnitudes
+from megashear.importance.registry import REGISTRY, criteria_of
+from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
+from megashear.masks.target import mask_specs
+from megashear.model.llama import Llama
+from megashear.model.load import RandomWeights, TensorSource, load_weights
+from megashear.run.context import Context
+from megashear.train.loop import stop_requested
+from megashear.train.tables import table
+
+FILE_NAME = "importance.safetensors"
+USED_KEYS = ("criterion", "layer_criterion", "batches")
+"""Keys of `prune.importance` that scores depend on."""
+TOLD_EVERY = 10.0
+"""Seconds between lines of progress."""
+
+
+def importance_scores(context: Context) -> Scores | None:
+    """The run's scores, from its folder or computed now; None where `prune.importance.criterion` is not set.
+
+    Every rank calls it. Raises Interrupted after a stop was asked for, TrainingError where a score is not finite.
+    """
+    if context.config.prune.importance.criterion is None:
+        return None
+    path, wanted = context.folder / FILE_NAME, made_by(context)
+    if on_main(context.layout, lambda: path.exists() and load_scores(path)[1] == wanted):
+        return load_scores(path)[0]
+    started = time.monotonic()
+    scores = compute_scores(context)
+    if not finite(scores):
+        raise TrainingError(
+            "importance: scores are not finite numbers; look for losses that are not in the source "
+            "(`megashear eval SOURCE DATA`), or set precision: fp32"
+        )
+    on_main(context.layout, lambda: save_scores(path, scores, wanted))
+    if context.layout.is_main:
+        print(report(context, scores, time.monotonic() - started), flush=True)
+    return scores
+
+
+def read_scores(context: Context) -> Scores:
+    """The scores that one-shot pruning was done with. Raises CheckpointError where they are missing or others."""
+    path = context.folder / FILE_NAME
+    scores, found = on_main(context.layout, lambda: load_scores(path))
+    if found != made_by(context):
+        raise CheckpointError(
+            f"{path}: scores of another source, dataset or keys than this run's; restore the file, or remove it and "
+            f"{context.folder}/prune to prune again"
+        )
+    return scores
+
+
+def made_by(context: Context) -> dict[str, Any]:
+    """What scores depend on, as JSON values; the layout does not enter."""
+    config = context.config
+    known = {
+        "importance": {name: getattr(config.prune.importance, name) for name in USED_KEYS},
+        "masking": config.prune.masking,
+        "global_batch": config.prune.batch.global_batch,
+        "data": {name: to_dict(config.data)[name] for name in ("sequence_length", "separate_documents")},
+        "weights": calibration_weights(context),
+        "seed": config.run.seed,
+        "precision": config.precision,
+        "data_digest": context.dataset.digest(),
+        "source_digest": None if context.source is None else context.source.digest(),
+    }
+    return json.loads(json.dumps(known))
+
+
+def calibration_weights(context: Context) -> dict[str, float]:
+    """Domain weights of the mixture at its start."""
+    dataset = context.dataset
+    tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
+    return dict(zip(tokens, starting_weights(context.config.mixture, tokens).tolist(), strict=True))
+
+
+def calibration_tokens(context: Context) -> int:
+    """Tokens on which the run's scores are computed."""
+    config, shape = context.config.prune, context.source_shape
+    if all(REGISTRY[one].measure is None for one in criteria_of(config.importance, shape).values()):
+        return 0
+    return config.importance.batches * config.batch.global_batch * context.config.data.sequence_length
+
+
+def compute_scores(context: Context) -> Scores:
+    """Scores by the configured criteria, equal on every rank."""
+    config, shape = context.config, context.source_shape
+    source: TensorSource = RandomWeights(shape, config.run.seed) if context.source is None else context.source
+    criteria = criteria_of(config.prune.importance, shape)
+    by_weights = [name for name, one in criteria.items() if REGISTRY[one].measure is None]
+    scores = Scores({}, {}, criteria)
+    if len(by_weights) < len(criteria):
+        on_text = {name: one for name, one in criteria.items() if name not in by_weights}
+        scores = replace(_calibrated(context, source, on_text), criteria=criteria)
+    if by_weights:
+        norms: dict[str, Tensor] = on_main(context.layout, lambda: magnitudes(source, shape))
+        for name in by_weights:
+            scores.units[name] = norms[name].float()
+            scores.errors[name] = torch.zeros_like(scores.units[name])
+    return scores
+
+
+def _calibrated(context: Context, source: TensorSource, criteria: dict[str, str]) -> Scores:
+    config, batches = context.config, context.config.prune.importance.batches
+    data = config.data
+    loader = calibration_loader(
+        context.dataset, calibration_weights(context), data.sequence_length, config.run.seed, data.separate_documents
+    )
+    chunks = build_source(context, source)
+    each = _progress(context, ", ".join(dict.fromkeys(criteria.values())), batches)
+    return calibrate(chunks, context.layout, loader, batches, config.prune.batch.global_batch, criteria, each)
+
+
+def build_source(context: Context, source: TensorSource) -> list[Llama]:
+    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers."""
+    config, layout, shape = context.config, context.layout, context.source_shape
+    core = transformer_config(shape, config.parallel, context.dtype)
+    core.gradient_accumulation_fusion = False  # there is no buffer to add gradients to
+    exact, recompute = config.prune.masking == "exact", config.parallel.recompute == "full"
+
+    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
+        return Llama(shape, core, layout, layers, pre, post, mask_embedding=exact, recompute=recompute, vp_stage=stage)
+
+    chunks = build_chunks(shape.num_layers, layout, build)
+    for chunk in chunks:
+        load_weights(chunk, source)
+    return chunks
+
+
+def _progress(context: Context, criteria: str, batches: int) -> Callable[[int], None]:
+    """Tells how far calibration is, now and then, and stops where that was asked for."""
+    told = time.monotonic()
+
+    def each(done: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if context.layout.is_main and (done == batches or now - told >= TOLD_EVERY):
+            told = now
+            print(f"importance: {criteria}: batch {done} of {batches}", flush=True)
+        if done < batches and stop_requested(context.stop, context.layout):
+            raise Interrupted("stopped by a signal while scoring units; run the same command to begin scoring again")
+
+    return each
+
+
+def report(context: Context, scores: Scores, seconds: float) -> str:
+    """A table of the granularities that shrink: criterion, units, scores, their errors, units that noise may decide."""
+    assert context.target_shape is not None
+    specs = mask_specs(context.source_shape, context.target_shape, context.config.prune.granularities)
+    header = ["", "criterion", "rows", "units", "kept", "median score", "median error", "within an error of the cut"]
+    rows = []
+    for spec in specs:
+        score, error = scores.units[spec.name], scores.errors[spec.name]
+        sizes = [str(spec.rows), str(spec.units), str(spec.target_units), f"{float(score.median()):.3g}"]
+        noise = ["-", "-"]
+        if REGISTRY[scores.criteria[spec.name]].measure is not None:
+            noise = [f"{float(error.median()):.2g}", f"{near_cut(scores, spec)} of {score.numel()}"]
+        rows.append([spec.name, scores.criteria[spec.name], *sizes, *noise])
+    drawn = ", ".join(f"{name} {count}" for name, count in scores.samples.items() if count)
+    title = f"Importance ({seconds:.1f} s" + (f"; sequences: {drawn})" if drawn else ")")
+    return table(title, header, rows)

@@ -1,0 +1,38 @@
+"""`prune.method: one_shot`: the stage `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
+
+Key property: no copy of the source is written; its held-out losses are evaluated as by every run that starts from it.
+Read next: `importance.py`, `finalize.py`.
+"""
+
+import time
+from typing import Any
+
+from megashear.data.loader import HeldOut
+from megashear.run.context import Context
+from megashear.run.importance import build_source, calibration_tokens, calibration_weights, importance_scores
+from megashear.run.training import source_losses
+
+
+def run_one_shot(context: Context) -> None:
+    """Score the units and record the stage as done. Raises as `importance_scores`."""
+    started = time.monotonic()
+    assert context.source is not None
+    scores = importance_scores(context)
+    assert scores is not None
+    scored = time.monotonic()
+    data, batch = context.config.data, context.config.prune.batch
+    heldout = HeldOut(context.dataset, data.sequence_length, batch.eval_sequences, data.separate_documents)
+    source_losses(context, heldout, list(build_source(context, context.source)), batch.micro_batch, None)
+    record: dict[str, Any] = {
+        "name": "prune",
+        "method": "one_shot",
+        "criteria": scores.criteria,
+        "steps": 0,
+        "tokens": 0,
+        "calibration_tokens": calibration_tokens(context),
+        "skipped": 0,
+        "weights": calibration_weights(context),
+        "epochs": dict.fromkeys(context.dataset.domains, 0.0),
+    }
+    times = {"seconds": time.monotonic() - started, "evaluation_seconds": time.monotonic() - scored}
+    context.finish("prune", record | times)
