@@ -187,6 +187,12 @@ def gather_logits(logits: torch.Tensor) -> torch.Tensor:
     return mappings.gather_from_tensor_model_parallel_region(logits)
 
 
+@torch.no_grad()
+def gather_sequence(x: torch.Tensor) -> torch.Tensor:
+    """Activations split by sequence, [S / TP, ..], whole on every tensor-parallel rank, [S, ..]; without gradients."""
+    return mappings.gather_from_sequence_parallel_region(x)
+
+
 def tensor_group() -> Any:
     """The tensor-parallel process group."""
     return parallel_state.get_tensor_model_parallel_group()

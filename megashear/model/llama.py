@@ -14,13 +14,15 @@ from megashear import ops
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout
 from megashear.engine.module import StageModule
-from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, vocab_embedding
+from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, tensor_group, vocab_embedding
 from megashear.masks.masks import Masks
 from megashear.model.accumulate import accumulate_in_one_pass
+from megashear.model.distillation import Lesson
 from megashear.model.layer import Layer, Norm, Stream
 from megashear.model.live import WHOLE, LivePattern, LivePlanner
 from megashear.model.live_linear import live_product
 from megashear.model.masking import StageMasks, stage_masks
+from megashear.ops.distillation import VocabularyPart, distillation_losses
 
 
 class Llama(StageModule):
@@ -82,16 +84,37 @@ class Llama(StageModule):
         masks: Masks | None = None,
         pattern: LivePattern | None = None,
         first_BS: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
-        the last stage.
+        the last stage. With a teacher's lesson [3, B, S]: the mixed loss, cross entropy, KL times T^2.
 
         pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32
         [B, S], the first position that each token attends to, that of its document; None: 0.
         """
+        stage = self.stage(masks, pattern)
+        x_SBD = self._states(tokens_BS, stage, first_BS)
+        if not self.post_process:
+            return x_SBD
+        logits_SBV = self.logits(x_SBD, stage.live_hidden)
+        if labels_BS is None:
+            return self.without_padding(logits_SBV)
+        if lesson is None:
+            return self.losses(logits_SBV, labels_BS)
+        return self.taught_losses(logits_SBV, labels_BS, lesson)
+
+    def states(self, tokens_BS: Tensor, first_BS: Tensor | None = None) -> Tensor:
+        """Without masks: the normalised states [S, B, D] that the output layer takes, or what the next stage takes."""
+        return self._states(tokens_BS, self.stage(None, None), first_BS)
+
+    def stage(self, masks: Masks | None, pattern: LivePattern | None) -> StageMasks:
+        """What this chunk needs of the masks, and of which nothing is computed."""
         live = self.planner(pattern or WHOLE)
         dtype = self.config.params_dtype
-        stage = stage_masks(masks or Masks(), live, self.shape, self.layout, self.layer_range, dtype)
+        return stage_masks(masks or Masks(), live, self.shape, self.layout, self.layer_range, dtype)
+
+    def _states(self, tokens_BS: Tensor, stage: StageMasks, first_BS: Tensor | None) -> Tensor:
+        """The live dimensions of the normalised final states, or what the next stage receives."""
         stream = Stream(self.enter(tokens_BS, stage))
         rope = self.rope(tokens_BS.shape[1])
         for layer, layer_masks in zip(self.layers.values(), stage.layers, strict=True):
@@ -103,10 +126,7 @@ class Llama(StageModule):
                 stream = layer(stream, rope, layer_masks, first_BS)
         if not self.post_process:
             return self.leave(stream.total(), stage)
-        logits_SBV = self.logits(self.norm(stream, stage.hidden, stage.live_hidden)[1], stage.live_hidden)
-        if labels_BS is None:
-            return self.without_padding(logits_SBV)
-        return self.losses(logits_SBV, labels_BS)
+        return self.norm(stream, stage.hidden, stage.live_hidden)[1]
 
     def enter(self, tokens_BS: Tensor, stage: StageMasks) -> Tensor:
         """The residual stream [S, B, live D] at the chunk's start: masked embeddings, or the last stage's activations.
@@ -143,8 +163,11 @@ class Llama(StageModule):
 
     def logits(self, x_SBD: Tensor, live_D: Tensor | None = None) -> Tensor:
         """Vocabulary-parallel logits [S, B, V / TP], whose last columns may be padding."""
-        weight = self.embedding.weight if self.tied and self.pre_process else None
-        return live_product(self.output, x_SBD, None, live_D, weight)
+        return live_product(self.output, x_SBD, None, live_D, self.output_weight())
+
+    def output_weight(self) -> Tensor:
+        """The output layer's rows on this rank [V / TP, D]: the embedding's where they are one tensor."""
+        return self.embedding.weight if self.tied and self.pre_process else self.output.weight
 
     def real_columns(self, width: int) -> int:
         """How many of this rank's `width` columns of the vocabulary are not padding."""
@@ -167,3 +190,10 @@ class Llama(StageModule):
             logits_SBV, labels_SB, self.layout.tensor_rank * width, self.real_columns(width), overwrite=True
         )
         return cross_entropy(*terms).transpose(0, 1)
+
+    def taught_losses(self, logits_SBV: Tensor, labels_BS: Tensor, lesson: Lesson) -> Tensor:
+        """Mixed loss, cross entropy and T^2 KL per token [3, B, S]; the logits are overwritten with their gradient."""
+        width = logits_SBV.shape[-1]
+        labels_SB = labels_BS.transpose(0, 1).contiguous()
+        part = VocabularyPart(self.layout.tensor_rank * width, self.real_columns(width), tensor_group())
+        return distillation_losses(logits_SBV, labels_SB, lesson.logits, lesson.how, part).transpose(1, 2)

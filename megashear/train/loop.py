@@ -14,12 +14,14 @@ import torch
 
 from megashear import ops
 from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
+from megashear.config.shape import ModelShape
 from megashear.data.batches import Batches
 from megashear.data.blend import BatchPlan, BlendedStream
 from megashear.data.loader import HeldOut
 from megashear.data.mixture import Mixture
 from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
+from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
 from megashear.train.evaluate import Losses, evaluate
 from megashear.train.metrics import Metrics
@@ -199,11 +201,15 @@ def report_step(stage: Stage, result: StepResult) -> None:
     factor = learning_rate_factor(counters.step - 1, stage.batch.steps, stage.optimizer, stage.warmup_share)
     rate = factor * stage.optimizer.learning_rate
     head = {"stage": stage.name, "step": counters.step}
+    taught = {}
+    if result.distillation is not None:
+        taught = {"distillation": result.distillation, "teacher_flops": teacher_flops(stage)}
     stage.metrics.write(
         head
         | {
             "kind": "train",
             "loss": result.loss,
+            **taught,
             "lr": rate,
             "grad_norm": result.grad_norm,
             "tokens": stage.tokens,
@@ -234,4 +240,13 @@ def report_step(stage: Stage, result: StepResult) -> None:
             }
         )
     if stage.layout.is_main:
-        print(stage.progress.line(result.loss, result.grad_norm, rate, expected, target), flush=True)
+        line = stage.progress.line(result.loss, result.grad_norm, rate, expected, target, **taught)
+        print(line, flush=True)
+
+
+def teacher_flops(stage: Stage) -> float:
+    """The teacher's FLOPs as a share of those of training the whole model that the stage trains."""
+    stepper, length = stage.stepper, stage.batches.loader.sequence_length
+    assert stepper.teacher is not None
+    student: ModelShape = unwrap(stepper.weights.chunks[0]).shape
+    return stepper.teacher.flops_per_token(length) / student.flops_per_token(length)

@@ -71,11 +71,16 @@ class Progress:
         lr: float,
         expected: Mapping[str, float] | None = None,
         target: Mapping[str, float] | None = None,
+        distillation: float | None = None,
+        teacher_flops: float | None = None,
     ) -> str:
-        """The line for the step of the last `advance`. expected, target: sparsity (0 to 1) by granularity, or None."""
+        """The line for the step of the last `advance`. expected, target: sparsity (0 to 1) by granularity, or None;
+        distillation: KL from the teacher, and the teacher's FLOPs as a share of the model's own, or None.
+        """
         parts = [
             f"{self.stage} {self._step:>{len(str(self.steps))}}/{self.steps}",
             f"loss {loss:.4f}",
+            *([] if distillation is None else [f"distillation {distillation:.4f} (+{teacher_flops or 0:.0%} FLOPs)"]),
             f"grad {grad_norm:.3g}",
             f"lr {lr:.2e}",
             f"{self.tokens_per_second:,.0f} tok/s",

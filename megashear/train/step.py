@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches through the pipeline, gradients of weights and masks, clipping, update or skip.
 
 Key properties: the loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which
-the loss or a gradient is not finite anywhere updates nothing anywhere. Read next: `loop.py`.
+the loss or a gradient is not finite anywhere updates nothing anywhere. With a teacher the mean is of the mixed loss,
+and what it is mixed of is told. Read next: `loop.py`, `teacher.py`.
 """
 
 import math
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from megashear.engine.collectives import sum_over_world
 from megashear.engine.layout import Layout
-from megashear.engine.optimizer import WeightOptimizer
+from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.state import MaskState
 from megashear.model.live import LivePattern, flops_share, live_patterns
+from megashear.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: loss in nats per token, gradient norm before clipping, whether it was skipped, the constraint,
-    the share of the model's FLOPs that live units needed (mean over this rank's micro-batches), wall time.
+    """What a step did: cross entropy in nats per token, with a teacher T^2 KL in nats per token, gradient norm before
+    clipping, whether it was skipped, the constraint, the share of the model's FLOPs that live units needed (mean over
+    this rank's micro-batches), wall time.
     """
 
     loss: float
+    distillation: float | None
     grad_norm: float
     skipped: bool
     lagrangian: float | None
@@ -84,7 +88,7 @@ def local_rows(global_batch: int, layout: Layout, micro_batch: int) -> Tensor:
 
 
 class Stepper:
-    """Runs steps on this rank's chunks; `masks` is None outside pruning."""
+    """Runs steps on this rank's chunks; `masks` is None outside pruning, `teacher` where there is none."""
 
     def __init__(
         self,
@@ -95,23 +99,29 @@ class Stepper:
         micro_batch: int,
         clip_norm: float,
         clip_jointly: bool,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.layout, self.weights, self.masks = layout, weights, masks
+        self.layout, self.weights, self.masks, self.teacher = layout, weights, masks, teacher
         self.seed, self.micro_batch = seed, micro_batch
         self.clip_norm, self.clip_jointly = clip_norm, clip_jointly
         self._live_flops: float | None = None
 
     def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
-        """Accumulate and reduce the gradients of one global batch; returns its mean loss, fp64 [], on every rank."""
-
+        """Accumulate and reduce the gradients of one global batch; returns its mean losses on every rank, fp64: cross
+        entropy [1], with a teacher also T^2 KL [2].
+        """
         patterns = self._live_patterns([batch.index for batch in batches], step)
         length = batches[0].tokens_BS.shape[1]
         self._live_flops = self._share(list(patterns.values()), length)
+        taught = {} if self.teacher is None else self.teacher.states(batches, self.micro_batch)
 
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
-            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS)
-            return output, _mean_loss
+            lesson = None
+            if self.teacher is not None and unwrap(chunk).post_process:
+                lesson = self.teacher.lesson(taught.pop(batch.index))
+            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS, lesson)
+            return output, _mean_loss if lesson is None else _mean_losses
 
         self.weights.zero_gradients()
         if self.masks is not None:
@@ -119,7 +129,7 @@ class Stepper:
         losses = run_micro_batches(forward, self.weights.chunks, batches, length, self.micro_batch)
         if self.masks is not None:
             sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
-        return self._mean_over_world(losses, len(batches))
+        return self._mean_over_world(losses, len(batches), 1 if self.teacher is None else 2)
 
     @torch.no_grad()
     def _live_patterns(self, indices: list[int], step: int) -> dict[int, LivePattern]:
@@ -135,32 +145,35 @@ class Stepper:
             return None
         return sum(flops_share(one, self.masks.source, length) for one in patterns) / len(patterns)
 
-    def _mean_over_world(self, losses: list[Tensor], count: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+    def _mean_over_world(self, losses: list[Tensor], count: int, kinds: int) -> Tensor:
+        total = torch.zeros(kinds, dtype=torch.float64, device=self.layout.device)
         if losses and self.layout.tensor_rank == 0:
-            total += torch.stack(losses).double().sum() / (count * self.layout.data_size)
+            total += torch.stack(losses).double().view(-1, kinds).sum(0) / (count * self.layout.data_size)
         return sum_over_world(total)
 
     def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
         """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights.
 
-        The host waits for the device once, for four numbers that say whether and how far to step.
+        The host waits for the device once, for up to five numbers that say whether and how far to step.
         """
         started = time.monotonic()
-        numbers = [self.forward_backward(batches, step), self.weights.prepare()]
+        losses = self.forward_backward(batches, step)
+        numbers = [*losses, self.weights.prepare()]
         sparsity = None
         if self.masks is not None:
             value, sparsity = self.masks.add_lagrangian_gradients(step)
             numbers += [self.masks.grad_norm_squared().double(), value.double()]
-        loss, square, *rest = torch.stack(numbers).tolist()
+        values = torch.stack(numbers).tolist()
+        (loss, *taught), (square, *rest) = values[: len(losses)], values[len(losses) :]
         mask_square, lagrangian = rest or (0.0, None)
         total = math.sqrt(square + mask_square)
         clipped = total if self.clip_jointly else math.sqrt(square)
-        skipped = not (math.isfinite(loss) and math.isfinite(total))
+        skipped = not all(map(math.isfinite, (loss, *taught, total)))
         if not skipped:
             self._update(clipped, factor, learning_rate, step)
         seconds = time.monotonic() - started
-        return StepResult(loss, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
+        distillation = taught[0] if taught else None
+        return StepResult(loss, distillation, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
 
     def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
         """Clip by the norm and move weights, masks and multipliers."""
@@ -176,3 +189,9 @@ def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
     loss = losses_BS.mean()
     # The schedule divides its own copy in place; what is logged must not see that.
     return loss, loss.detach().clone()
+
+
+def _mean_losses(losses_3BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The mixed loss, and the two numbers it is mixed of."""
+    mixed, entropy, divergence = losses_3BS.mean((1, 2)).unbind()
+    return mixed.clone(), torch.stack((entropy, divergence)).detach()
