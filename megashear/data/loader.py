@@ -8,6 +8,7 @@ Legend: N rows read, T tokens of a row (S + 1).
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -73,6 +74,17 @@ class HeldOut:
                 )
             taken = min(windows, sequences_per_domain)
             self.rows += [(index, number * windows // taken) for number in range(taken)]
+
+    def first(self, sequences: int) -> "HeldOut":
+        """The first windows of each domain alone, so many of them at most."""
+        few = copy(self)
+        taken = dict.fromkeys(range(len(self.names)), 0)
+        few.rows = []
+        for domain, window in self.rows:
+            if taken[domain] < sequences:
+                few.rows.append((domain, window))
+                taken[domain] += 1
+        return few
 
     def read(self, rows: Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [N, S+1] in the files' dtype and domain indices int64 [N] of these entries of `rows`, on the CPU."""

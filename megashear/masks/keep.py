@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megashear.config.shape import ModelShape
 from megashear.masks.hard_concrete import SOFT_SLOPE, keep_largest
+from megashear.masks.lagrangian import expected_sparsity
 from megashear.masks.target import MaskSpec
 
 
@@ -58,6 +59,10 @@ def keep_sets(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], source
     )
 
 
+OFF_TARGET = 0.01
+"""Share of a granularity's units by which expected sparsity may miss its target at the end of pruning."""
+
+
 @dataclass(frozen=True)
 class Borderline:
     """How many kept units of a granularity the masks had nearly closed (deterministic value below a half)."""
@@ -81,3 +86,25 @@ def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec])
         values = torch.sigmoid(SOFT_SLOPE * rows[keep_largest(rows, spec.target_units)])
         reports.append(Borderline(spec.name, values.numel(), int((values < 0.5).sum()), float(values.min())))
     return reports
+
+
+def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> list[str]:
+    """What is wrong with masks at the end of pruning, a sentence for each granularity; nothing where all is well.
+
+    Wrong is an expected sparsity more than OFF_TARGET off its target, and a kept unit whose mask is below a half.
+    """
+    found = []
+    borderline = {one.granularity: one for one in borderline_units(log_alpha, specs)}
+    for spec in specs:
+        rows = log_alpha[spec.name].detach().reshape(spec.rows, spec.units)
+        sparsity = float(expected_sparsity(rows.double()).mean())
+        below = borderline[spec.name].below_half
+        if abs(sparsity - spec.target_sparsity) > OFF_TARGET:
+            how = "held open by the loss, or slower than" if sparsity < spec.target_sparsity else "closed beyond"
+            found.append(
+                f"{spec.name}: {sparsity:.1%} of the units are expected closed, the target is "
+                f"{spec.target_sparsity:.1%}: {how} the constraint; the cut to the exact shape costs the more"
+            )
+        if below:
+            found.append(f"{spec.name}: {below} of {borderline[spec.name].kept} kept units have a mask below 0.5")
+    return found

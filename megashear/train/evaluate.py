@@ -42,6 +42,11 @@ def evaluate(
     return {name: _mean_and_error(losses[domain_N == index]) for index, name in enumerate(heldout.names)}
 
 
+def mean_loss(losses: Losses) -> float:
+    """Mean over domains, in nats per token."""
+    return sum(loss for loss, _ in losses.values()) / len(losses)
+
+
 def to_json(losses: Losses) -> dict[str, list[float | None]]:
     """Losses and errors as JSON values that round-trip: [loss, error] by domain, null for what is not finite."""
     return {name: [value if math.isfinite(value) else None for value in pair] for name, pair in losses.items()}

@@ -23,7 +23,8 @@ from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
-from megashear.train.evaluate import Losses, evaluate
+from megashear.train import watch
+from megashear.train.evaluate import Losses, evaluate, mean_loss
 from megashear.train.metrics import Metrics
 from megashear.train.profile import Tick
 from megashear.train.progress import Progress
@@ -44,6 +45,9 @@ class Counters:
     """Of `seconds`, those that held-out evaluations took."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    smoothed_loss: float | None = None
+    warned: bool = False
+    """Whether the stage has said that its masks destroy the model."""
 
 
 @dataclass
@@ -69,6 +73,8 @@ class Stage:
     """Choices that were printed."""
     losses: Losses | None = None
     """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
+    source_loss: float | None = None
+    """Mean held-out loss of the source model, which pruning is watched by; None: not watched."""
 
     @property
     def tokens(self) -> int:
@@ -106,6 +112,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
         counters.step += 1
         counters.seconds = time.monotonic() - started
         report_step(stage, result)
+        watch_step(stage, result)
         finished = counters.step == steps
         if finished or counters.step % stage.batch.eval_interval == 0:
             evaluate_and_reweight(stage, update=not finished)
@@ -190,6 +197,25 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
     if deterministic is not None:
         found = {name: getattr(deterministic, name) for name in ("hidden", "head", "intermediate", "layer")}
         stage.metrics.write_masks({name: mask.cpu().numpy() for name, mask in found.items() if mask is not None})
+
+
+def watch_step(stage: Stage, result: StepResult) -> None:
+    """Warn once where a pruning stage's loss says that its masks destroy the model, and which of them (every rank)."""
+    counters, masks = stage.counters, stage.stepper.masks
+    if masks is None or stage.source_loss is None:
+        return
+    counters.smoothed_loss = average = watch.smoothed(counters.smoothed_loss, result.loss)
+    if counters.warned or not average > watch.limit(stage.source_loss, masks.source.vocab_size):
+        return
+    counters.warned = True
+    few, batch = stage.heldout.first(watch.SEQUENCES), stage.batch.micro_batch
+    chunks = stage.stepper.weights.chunks
+    with torch.no_grad():
+        drawn = watch.alone(masks.sample(stage.stepper.seed, counters.step, 0))
+    means = {}
+    for name, mask in {"open": None, **drawn}.items():
+        means[name] = mean_loss(evaluate(few, stage.layout, chunks, batch, mask))
+    logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means))
 
 
 def report_step(stage: Stage, result: StepResult) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
-from megashear.masks.keep import borderline_units, keep_sets
+from megashear.masks.keep import borderline_units, keep_sets, unfinished
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
 
@@ -62,3 +62,21 @@ def test_borderline_units_are_counted_with_the_worst(grouped_source):
     assert (first.granularity, first.kept, first.below_half) == ("intermediate", 30, 3)
     assert abs(first.worst - 1 / (1 + 2.718281828**5.52)) < 1e-6
     assert (second.granularity, second.kept, second.below_half) == ("layer", 2, 0)
+
+
+def test_masks_that_miss_their_targets_are_named(source, target):
+    specs = mask_specs(source, target)
+    settled = {}
+    for spec in specs:
+        rows = torch.full((spec.rows, spec.units), -16.0)
+        rows[:, : spec.target_units] = 16.0
+        settled[spec.name] = rows.view(spec.shape)
+    assert unfinished(settled, specs) == []
+    half = {name: value.clone() for name, value in settled.items()}
+    hidden = next(spec for spec in specs if spec.name == "hidden")
+    half["hidden"][: hidden.target_units] = -1.0
+    problems = unfinished(half, specs)
+    assert len(problems) == 2 and all(problem.startswith("hidden: ") for problem in problems)
+    assert "closed beyond" in problems[0] and f"{hidden.target_units} of {hidden.target_units} kept" in problems[1]
+    wide = {name: torch.full_like(value, 4.6) for name, value in settled.items()}
+    assert [problem.split(":")[0] for problem in unfinished(wide, specs)] == [spec.name for spec in specs]

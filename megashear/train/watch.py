@@ -1,0 +1,52 @@
+"""Watching a pruning stage's loss: a run whose masks destroy the model says so early, and which granularity does it.
+
+The training loss, smoothed, is compared with the source model's held-out loss. Where it has gone a third of the way
+from there to ln V, the loss of a model that knows nothing, masks of one granularity at a time are laid over the present
+weights and evaluated on a few held-out sequences. Said once a stage; nothing that is computed changes.
+Read next: `loop.py`.
+"""
+
+import math
+
+from megashear.masks.masks import Masks
+
+SHARE = 1.0 / 3.0
+"""Way from the source's loss to ln V at which a warning is due."""
+LEAST_RISE = 0.5
+"""Nats per token that the loss must have risen in any case."""
+MEMORY = 0.8
+"""Share of the smoothed loss that the next step keeps."""
+SEQUENCES = 2
+"""Held-out sequences a domain by which granularities are told apart."""
+GRANULARITIES = ("hidden", "head", "intermediate", "layer")
+
+
+def smoothed(average: float | None, loss: float) -> float:
+    """The exponential average after one more loss; a loss that is not finite (its step was skipped) does not enter."""
+    if not math.isfinite(loss):
+        return math.nan if average is None else average
+    return loss if average is None or math.isnan(average) else MEMORY * average + (1.0 - MEMORY) * loss
+
+
+def limit(source_loss: float, vocab_size: int) -> float:
+    """The smoothed loss, in nats per token, above which a model counts as being destroyed."""
+    return source_loss + max(LEAST_RISE, SHARE * (math.log(vocab_size) - source_loss))
+
+
+def alone(masks: Masks) -> dict[str, Masks]:
+    """The masks of one granularity at a time, by name, of those that are learned; `head` is group times query."""
+    values = {name: getattr(masks, name) for name in GRANULARITIES}
+    return {name: Masks(**{name: value}) for name, value in values.items() if value is not None}
+
+
+def verdict(step: int, loss: float, source_loss: float, means: dict[str, float]) -> str:
+    """The warning. means: mean held-out loss with the masks of one granularity alone, and with none under `open`."""
+    rises = {name: mean - means["open"] for name, mean in means.items() if name != "open"}
+    worst = max(rises, key=lambda name: rises[name])
+    parts = ", ".join(f"{name} {rise:+.2f}" for name, rise in sorted(rises.items(), key=lambda item: -item[1]))
+    return (
+        f"step {step}: the loss is {loss:.2f}, the source's was {source_loss:.2f}: the masks are destroying the model. "
+        f"What each granularity's masks do to the held-out loss alone: {parts}; the weights themselves are at "
+        f"{means['open']:.2f}. Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: "
+        "projected`, an `importance.criterion` to start from, or lower rates"
+    )

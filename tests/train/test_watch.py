@@ -1,0 +1,60 @@
+"""Watching a pruning stage: what counts as destroyed, which granularity is named; a sound run hears nothing."""
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from run_stages.conftest import tiny  # noqa: F401
+from run_stages.tiny import Tiny
+
+from megashear.masks.masks import Masks
+from megashear.run.runner import run
+from megashear.train.watch import alone, limit, smoothed, verdict
+
+
+def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
+    average = smoothed(None, 4.0)
+    assert average == 4.0
+    assert smoothed(average, 9.0) == pytest.approx(5.0)
+    assert smoothed(average, math.nan) == 4.0
+    assert smoothed(smoothed(None, math.inf), 3.0) == 3.0
+
+
+def test_the_limit_is_a_third_of_the_way_to_knowing_nothing() -> None:
+    assert limit(2.0, round(math.exp(5.0))) == pytest.approx(3.0, abs=1e-2)
+    assert limit(7.0, 100) == 7.5
+
+
+def test_masks_stand_alone_by_granularity() -> None:
+    hidden, layer = torch.ones(3), torch.zeros(2)
+    parts = alone(Masks(hidden=hidden, layer=layer))
+    assert list(parts) == ["hidden", "layer"]
+    assert parts["hidden"] == Masks(hidden=hidden) and parts["layer"] == Masks(layer=layer)
+
+
+def test_the_verdict_names_what_rises_most() -> None:
+    text = verdict(10, 7.0, 3.0, {"open": 3.1, "hidden": 3.6, "layer": 6.0})
+    assert "layer +2.90, hidden +0.50" in text and "Most of it is layer" in text and "step 10" in text
+
+
+def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:  # noqa: F811
+    with caplog.at_level(logging.WARNING):
+        run(tiny.config(folder, "run.stages=[prune]", *overrides))
+    return [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
+
+
+def test_a_run_that_is_destroyed_says_so_once(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Weights thrown about by a large rate: the loss of a random source is near ln V, and they take it far above."""
+    loud = ("prune.optimizer.learning_rate=1.0", "prune.optimizer.warmup_steps=0")
+    said = warnings_of(tiny, tmp_path / "loud", caplog, *loud)
+    assert len(said) == 1 and "hidden" in said[0] and "the weights themselves" in said[0]
+
+
+def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    assert warnings_of(tiny, tmp_path / "sound", caplog, "prune.optimizer.learning_rate=1e-4") == []
