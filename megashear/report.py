@@ -23,6 +23,11 @@ def render(config: Config, report: Report) -> str:
         parts.append(tables.shape_table(report.source, report.target))
     if stages:
         parts.append(tables.stage_table(stages, config.data.sequence_length))
+    if teachers := teacher_rows(config, report):
+        header = ["", "share of the loss", "temperature", "FLOPs/token", "of the teacher", "as a share"]
+        parts.append(
+            tables.table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers)
+        )
     if report.world_size is not None:
         parts.append(tables.layout_table(config.parallel, report.world_size))
     if report.memory:
@@ -39,14 +44,31 @@ def render(config: Config, report: Report) -> str:
 
 def memory_table(memory: dict[str, list[Memory]]) -> str:
     """Estimated GiB on a rank of each pipeline stage, by training stage."""
-    header = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "all"]
+    header = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "teacher", "all"]
     rows = []
     for name, ranks in memory.items():
         for index, rank in enumerate(ranks):
-            sizes = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.logits, rank.total)
+            parts = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.logits, rank.teacher)
             label = name if len(ranks) == 1 else f"{name}, pipeline {index}"
-            rows.append([label, tables.count(rank.parameters), *(f"{size / 2**30:.2f}" for size in sizes)])
+            rows.append(
+                [label, tables.count(rank.parameters), *(f"{size / 2**30:.2f}" for size in (*parts, rank.total))]
+            )
     return tables.table("Memory per rank, estimated (GiB, without CUDA's and NCCL's own)", header, rows)
+
+
+def teacher_rows(config: Config, report: Report) -> list[list[str]]:
+    """What the source as teacher costs each stage that has it as one; nothing where shapes are not known."""
+    rows = []
+    for name, stage in training_stages(config).items():
+        how = stage.distillation
+        if not how.weight or report.source is None:
+            continue
+        student = report.target if name == "pretrain" and report.target is not None else report.source
+        length = config.data.sequence_length
+        own, extra = student.flops_per_token(length), report.source.flops_per_token(length) / 3
+        shares = [f"{how.weight:g}", f"{how.temperature:g}"]
+        rows.append([name, *shares, tables.count(own), tables.count(extra), f"{extra / own:.0%}"])
+    return rows
 
 
 def disk_table(config: Config, report: Report) -> str:

@@ -19,6 +19,7 @@ from megashear.config.stages import (
     importance_problems,
     importance_warnings,
     schedule_problems,
+    teacher_problems,
     training_stages,
 )
 from megashear.errors import ConfigError, DataError
@@ -64,6 +65,7 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)
+        report.problems += teacher_problems(config, name)
         if stage.batch.eval_interval > stage.batch.steps and config.mixture.rule != "static":
             report.warnings.append(
                 f"{name}.batch.eval_interval: {stage.batch.eval_interval} is more than the {stage.batch.steps} steps, "
@@ -185,5 +187,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
             data_parallel=data_parallel,
             precision=config.precision,
             masked=name == "prune",
+            teacher=report.source if stage.distillation.weight else None,
+            chunk=stage.distillation.chunk,
         )
         report.memory[name] = stage_memory(shape, parallel, work)

@@ -23,16 +23,20 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """All of it in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.teacher
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does in a step: micro_batch sequences of sequence_length at a time, micro_batches of them."""
+    """What a rank does in a step: micro_batch sequences of sequence_length at a time, micro_batches of them.
+
+    teacher: the shape of a frozen teacher, or None; chunk: tokens of which its logits and the student's are in fp32.
+    """
 
     micro_batch: int
     micro_batches: int
@@ -40,6 +44,8 @@ class Work:
     data_parallel: int
     precision: str
     masked: bool
+    teacher: ModelShape | None = None
+    chunk: int = 1024
 
 
 def stage_memory(shape: ModelShape, parallel: ParallelConfig, work: Work) -> list[Memory]:
@@ -116,7 +122,28 @@ def _memory(shape: ModelShape, parallel: ParallelConfig, work: Work, stage: int)
     logits = 0
     if stage == parallel.pipeline - 1:  # logits and their gradient, and the softmax in fp32
         logits = (2 * _element(work) + 4) * tokens * shape.padded_vocab_size(parallel.tensor) // parallel.tensor
-    return Memory(count, _element(work) * count, 4 * count, optimizer, activations, logits)
+    return Memory(
+        count, _element(work) * count, 4 * count, optimizer, activations, logits, teacher_memory(parallel, work, stage)
+    )
+
+
+def teacher_memory(parallel: ParallelConfig, work: Work, stage: int) -> int:
+    """Bytes of a teacher on a rank of a stage: its weights, and what its lessons take on the last one.
+
+    These are the final states of all micro-batches, under sequence parallelism one of them gathered as well, and for a
+    chunk of tokens logits and five numbers in fp32 for each of the rank's part of the vocabulary. Its activations are
+    gone before the student's come.
+    """
+    if work.teacher is None:
+        return 0
+    size = _element(work) * rank_parameters(work.teacher, parallel, stage)
+    if stage < parallel.pipeline - 1:
+        return size
+    tokens = work.micro_batch * work.sequence_length
+    states = _element(work) * tokens * work.teacher.hidden_size
+    size += work.micro_batches * states // _sequence_split(parallel) + states * (_sequence_split(parallel) > 1)
+    columns = work.teacher.padded_vocab_size(parallel.tensor) // parallel.tensor
+    return size + min(work.chunk, tokens) * columns * (_element(work) + 5 * 4)
 
 
 def _element(work: Work) -> int:

@@ -91,3 +91,14 @@ def schedule_problems(config: Config, stage: str, optimizer: OptimizerConfig, ba
             "use fewer, or null"
         )
     return problems
+
+
+def teacher_problems(config: Config, stage: str) -> list[str]:
+    """A teacher that is not there: it is the model of the source's folder."""
+    weight = training_stages(config)[stage].distillation.weight
+    if not weight or config.source.folder is not None:
+        return []
+    return [
+        f"{stage}.distillation.weight: {weight:g}, but a run from scratch has no source to be the teacher; set it to "
+        "0, or give source.folder"
+    ]

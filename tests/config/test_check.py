@@ -15,6 +15,7 @@ from megashear.config.load import load_config
 from megashear.config.presets import PRESETS
 from megashear.config.schema import BatchConfig, Config
 from megashear.errors import ConfigError, DataError
+from megashear.report import render
 
 GOOD = """
 source: {shape: {preset: llama2-7b}, folder: nowhere/llama2-7b}
@@ -229,3 +230,30 @@ def test_evaluations_that_take_much_of_the_time(tmp_path: Path) -> None:
 def test_a_limit_of_repeating_where_nothing_repeats(tmp_path: Path) -> None:
     (message,) = problems(tmp_path, "data.repeat_limit=2", "data.exhausted=stop")
     assert "data.repeat_limit: 2, but data.exhausted is stop" in message
+
+
+@pytest.mark.parametrize("stage", ["prune", "pretrain"])
+def test_a_run_from_scratch_has_no_teacher(tmp_path: Path, stage: str) -> None:
+    scratch = GOOD.replace(", folder: nowhere/llama2-7b", "")
+    found = problems(tmp_path, f"{stage}.distillation.weight=0.5", "mixture.references=list", text=scratch)
+    words = f"{stage}.distillation.weight: 0.5, but a run from scratch has no source"
+    assert any(line.startswith(words) for line in found)
+    check(config(tmp_path, f"{stage}.distillation.weight=0.5"), None, None)
+
+
+def test_a_teacher_is_counted(tmp_path: Path) -> None:
+    """Its memory, and its forward FLOPs beside those of the stage."""
+    plain = check(config(tmp_path), None, 4)
+    taught_config = config(tmp_path, "prune.distillation.weight=0.5", "pretrain.distillation.weight=0.25")
+    taught = check(taught_config, None, 4)
+    for stage in ("prune", "pretrain"):
+        (without,), (with_it,) = plain.memory[stage], taught.memory[stage]
+        assert without.teacher == 0 and with_it.total == without.total + with_it.teacher
+        assert with_it.teacher > 2 * PRESETS["llama2-7b"].parameters() // 2, "bf16, over two ranks"
+    text = render(taught_config, taught)
+    lines = [line.split() for line in text[text.index("Teachers") :].splitlines()[3:5]]
+    assert [(line[0], line[1], line[2], line[-1]) for line in lines] == [
+        ("prune", "0.5", "1", "33%"),
+        ("pretrain", "0.25", "1", "84%"),  # (6.738 - 0.131) / (2.702 - 0.082) / 3: parameters but the embedding
+    ]
+    assert "Teachers" not in render(config(tmp_path), plain)

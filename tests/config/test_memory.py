@@ -1,5 +1,7 @@
 """The memory estimate: parameters add up, pipelines as the engine cuts them, activations as autograd keeps them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,3 +117,14 @@ def test_activations_are_what_autograd_keeps(precision: str, masked: bool) -> No
         assert 1.2 < ratio < 3.0
     else:
         assert 0.9 < ratio < 1.1
+
+
+def test_a_teacher_keeps_states_of_every_micro_batch_on_the_last_stage() -> None:
+    taught = replace(WORK, teacher=TINY, chunk=100)
+    first, last = stage_memory(TINY, ParallelConfig(pipeline=2), taught)
+    sizes = [rank_parameters(TINY, ParallelConfig(pipeline=2), stage) for stage in range(2)]
+    assert first.teacher == 2 * sizes[0]
+    assert last.teacher == 2 * sizes[1] + 8 * (2 * 2 * 64 * 128) + 100 * 512 * (2 + 20)
+    (split,) = stage_memory(TINY, ParallelConfig(tensor=2, sequence=True), taught)
+    states = 2 * 2 * 64 * 128
+    assert split.teacher == 2 * rank_parameters(TINY, ParallelConfig(tensor=2), 0) + 5 * states + 100 * 256 * 22
