@@ -9,27 +9,31 @@ document stands on both sides, or the pair is refused. Read next: `merge.py`, `m
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from megashear.data.documents import check_documents, document_digests, refuse_both_sides
+from megashear.data.documents import check_documents, chunk_count, document_digests, refuse_both_sides
 from megashear.data.indexed import IndexedTokens, pair
 from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
 from megashear.data.merge import Counts, Merging, merge_parts
-from megashear.data.parts import DOCUMENT, Part
+from megashear.data.parts import DOCUMENT, DocumentTable, Part
 from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_folder
 from megashear.files.manifest import NAME, check_files, read_manifest
 
 
-def part_of(name: str, opened: IndexedTokens) -> Part:
-    """A pair as a part of one domain, for `merge_parts`; no size of text is known."""
-    table = np.zeros(opened.documents, DOCUMENT)
-    for row, length, digest in document_digests(opened):
-        table[row]["length"] = length
-        table[row]["hash"], table[row]["check"] = np.frombuffer(digest, "<u8")
-    return Part([name], table, opened.bin_path, opened.dtype)
+def part_of(name: str, opened: IndexedTokens, path: Path) -> Part:
+    """A pair as a part of one domain, for `merge_parts`, its table in the file `path`; no size of text is known."""
+    with open(path, "wb") as file:
+        for chunk in range(chunk_count(opened)):
+            found = list(document_digests(opened, [chunk]))
+            table = np.zeros(len(found), DOCUMENT)
+            table["length"] = [length for _, length, _ in found]
+            table["hash"], table["check"] = np.frombuffer(b"".join(one for *_, one in found), "<u8").reshape(-1, 2).T
+            file.write(table.data)
+    return Part([name], DocumentTable(path), len(opened.tokens), opened.bin_path, opened.dtype)
 
 
 def adopt(
@@ -45,12 +49,13 @@ def adopt(
         check_documents(one, tokenizer.eos_id, tokenizer.vocab_size)
     with atomic_folder(output) as folder:
         if not heldout:
-            parts = [part_of(name, opened[name, "train"]) for name in sorted(pairs)]
-            counts, _ = merge_parts(folder, parts, tokenizer, merging, {"adopted": True})
-            return counts
+            with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as tables:
+                paths = [Path(tables) / str(number) for number in range(len(pairs))]
+                parts = [part_of(name, opened[name, "train"], p) for name, p in zip(sorted(pairs), paths, strict=True)]
+                return merge_parts(folder, parts, tokenizer, merging, {"adopted": True})[0]
         trained = [one for (_, split), one in opened.items() if split == "train"]
         refuse_both_sides(trained, [one for (_, split), one in opened.items() if split == "heldout"])
-        counts = {}
+        counts: Counts = {}
         for (name, split), one in sorted(opened.items(), key=lambda item: (item[0][0], SPLITS.index(item[0][1]))):
             for source, target in zip((one.bin_path, one.idx_path), pair(prefix(folder, name, split)), strict=True):
                 link(source, target)

@@ -105,8 +105,8 @@ class CheckedFile:
                 raise DataError(
                     f"{path}: {self.size} bytes, its digests are of {size}; the file is truncated or changed"
                 )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
-        self.bytes = np.frombuffer(mapped, dtype=np.uint8)
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self.bytes = np.frombuffer(self._mapped or b"", dtype=np.uint8)
         self.blocks = -(-self.size // block)
         self._good = bytearray(self.blocks) if crc_B is not None else bytearray(b"\1" * self.blocks)
 
@@ -120,6 +120,11 @@ class CheckedFile:
         for number in range(first, last + 1):
             if not good[number]:
                 self._check_block(number)
+
+    def release(self) -> None:
+        """Give back the memory of what was read; touching it again reads it from the page cache or the disk."""
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _check_block(self, number: int) -> None:
         assert self.crc_B is not None

@@ -18,6 +18,7 @@ from pathlib import Path
 from megashear.data.domains import NoDomain, shard_domain
 from megashear.data.indexed import token_dtype
 from megashear.data.inputs import find_shards
+from megashear.data.order import PLACE
 from megashear.data.parts import DOCUMENT, PartSettings
 from megashear.data.preprocess import Preprocessing, refuse_output
 from megashear.data.shards import BadLine, ShardReader
@@ -130,7 +131,7 @@ def estimate(job: Preprocessing, shards_sampled: int = SHARDS, limit: int = SAMP
         bad_fraction=sum(one.bad for one in samples) / max(lines, 1),
         tokenise_seconds=max(seconds / job.workers, longest),
         merge_seconds=total * item * digest_seconds() / job.workers,
-        running_bytes=final + total * item + sum(documents.values()) * DOCUMENT.itemsize,
+        running_bytes=final + total * item + sum(documents.values()) * (DOCUMENT.itemsize + PLACE.itemsize),
         final_bytes=final,
         free_bytes=shutil.disk_usage(next(p for p in job.output.absolute().parents if p.exists())).free,
     )

@@ -7,8 +7,9 @@ whatever the number of documents; given digests, no byte of a damaged block is r
 no table of documents in memory. Read next: `manifest.py`.
 """
 
+import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -115,6 +116,11 @@ class IndexedTokens:
             file, place = (self.tokens.file, number) if first else (self._idx, number - self.tokens.file.blocks)
             file.check(place * file.block, min((place + 1) * file.block, file.size))
 
+    def release(self) -> None:
+        """Give back the memory of both files' parts that were read."""
+        self.tokens.file.release()
+        self._idx.release()
+
     def document(self, number: int) -> np.ndarray:
         """Tokens of one document, [tokens]; raises DataError where the index points out of the `.bin` file."""
         first, last = (int(bound) for bound in self.bounds[number : number + 2])
@@ -165,37 +171,40 @@ class IndexedWriter:
 
     def _finish(self) -> None:
         """Complete the index: the lengths stand there already."""
-        self._idx.flush()
-        shape = (self.documents,)
-        length_N = np.memmap(self.idx_path, "<i4", "r", HEADER.size, shape) if self.documents else np.empty(0, "<i4")
-        for column in places(length_N, self.dtype):
-            self._idx.write(column.data)
-        self._idx.seek(0)
-        self._idx.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], self.documents, self.documents + 1))
+        finish_index(self._idx, self.dtype, self.documents)
 
 
-def write_index(path: Path, dtype: np.dtype, length_N: np.ndarray) -> None:
-    """Write the `.idx` of documents of these lengths in tokens, int32 [documents], in pieces: memory does not grow."""
-    count = len(length_N)
-    with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(dtype)], count, count + 1))
-        for start in range(0, count, CHUNK):
-            file.write(length_N[start : start + CHUNK].astype("<i4", copy=False).data)
-        for column in places(length_N, dtype):
-            file.write(column.data)
+def write_index(path: Path, dtype: np.dtype, pieces: Iterable[np.ndarray]) -> None:
+    """Write the `.idx` of documents of these lengths in tokens, any integer dtype [documents], piece after piece.
+
+    The pieces are taken once, and what is written is read back for the columns after them: memory holds one piece.
+    OSErrors of the disk pass through.
+    """
+    documents = 0
+    with open(path, "wb+") as file:
+        file.write(bytes(HEADER.size))
+        for length_C in pieces:
+            file.write(np.ascontiguousarray(length_C, dtype="<i4").data)
+            documents += len(length_C)
+        finish_index(file, dtype, documents)
 
 
-def places(length_N: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The rest of an index, piece by piece: byte offsets int64 [documents], then bounds int64 [documents + 1]."""
-    count, size, end = len(length_N), np.dtype(dtype).itemsize, 0
-    for start in range(0, count, CHUNK):
-        length_C = length_N[start : start + CHUNK]
-        end_C = np.cumsum(length_C, dtype="<i8")
-        end_C *= size
-        last = int(end_C[-1])
-        end_C -= np.multiply(length_C, size, dtype=np.int64)
+def finish_index(file: BinaryIO, dtype: np.dtype, documents: int) -> None:
+    """Complete an index that ends with its lengths: byte offsets int64 [documents], then bounds int64 [documents + 1],
+    then the header at its beginning. file: opened for reading and writing, at its end.
+    """
+    file.flush()
+    size, end, steps_C = np.dtype(dtype).itemsize, 0, np.arange(CHUNK, dtype="<i8")
+    for start in range(0, documents, CHUNK):
+        count = min(CHUNK, documents - start)
+        byte_C = np.frombuffer(os.pread(file.fileno(), 4 * count, HEADER.size + 4 * start), "<i4").astype("<i8")
+        byte_C *= size
+        end_C = np.cumsum(byte_C)
         end_C += end
-        yield end_C
-        end += last
-    for start in range(0, count + 1, CHUNK):
-        yield np.arange(start, min(start + CHUNK, count + 1), dtype="<i8")
+        end = int(end_C[-1])
+        end_C -= byte_C
+        file.write(end_C.data)
+    for start in range(0, documents + 1, CHUNK):
+        file.write((steps_C[: documents + 1 - start] + start).data)
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(dtype)], documents, documents + 1))

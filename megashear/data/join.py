@@ -1,8 +1,8 @@
 """Pairs put together and cut apart, document by document in their order, without holding an index in memory.
 
-Key properties: chunk by chunk, some MiB at a time whatever the number of documents; sequences of a document stay
-together, as megatron-core's builder keeps them; the `.idx` gets its name last. Read next: `indexed.py`; a dataset
-folder is made of pairs by `adopt.py`.
+Key properties: chunk by chunk, some MiB at a time whatever the number of documents, mapped files included; sequences of
+a document stay together, as megatron-core's builder keeps them; the `.idx` gets its name last. Read next: `indexed.py`;
+a dataset folder is made of pairs by `adopt.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -91,13 +91,16 @@ def write_runs(target: Path, runs: Sequence[Run], dtype: np.dtype) -> IndexedTok
                 start, stop = run.tokens()
                 for at in range(start, stop, TOKENS):
                     file.write(run.source.tokens[at : min(at + TOKENS, stop)].data)
+                    run.source.release()
     return IndexedTokens(target)
 
 
 def columns(runs: Sequence[Run], size: int) -> Iterator[np.ndarray]:
     """The three columns of an index, piece by piece; raises DataError where sequences do not lie back to back."""
     for run in runs:
-        yield from (run.source.lengths[chunk] for chunk in run.chunks())
+        for chunk in run.chunks():
+            yield run.source.lengths[chunk]
+            run.source.release()
     end = 0
     for run in runs:
         begin = run.tokens()[0] * size - end
@@ -107,10 +110,12 @@ def columns(runs: Sequence[Run], size: int) -> Iterator[np.ndarray]:
             if (byte_C < 0).any() or (run.source.offsets[chunk] != offset_C + begin).any():
                 raise DataError(f"{run.source.idx_path}: sequences do not lie back to back; make the pair again")
             yield offset_C.astype("<i8")
+            run.source.release()
             end = int(offset_C[-1] + byte_C[-1])
     yield np.zeros(1, "<i8")
     before = 0
     for run in runs:
         for start in range(run.low + 1, run.high + 1, CHUNK):
             yield run.source.bounds[start : min(start + CHUNK, run.high + 1)] - run.first + before
+            run.source.release()
         before += run.last - run.first

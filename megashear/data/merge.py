@@ -1,9 +1,8 @@
 """Parts to a dataset: documents split into training and held-out, shuffled, and written domain by domain.
 
-Key properties: the order is a keyed permutation of the document's number (shards in order, lines in order), so the
-bytes are the same whatever the number of workers; where a document comes to lie is known before any token moves, so
-that a pair's `.bin` is written in pieces by many processes at once; only document tables are held in memory (about 60
-bytes a document), tokens are copied from memory-mapped parts. Read next: `manifest.py`.
+Key properties: the bytes are the same whatever the number of workers; where a document comes to lie is known before any
+token moves (`order.py`), so that a pair's `.bin` is written in pieces by many processes at once; no table of documents
+is held in memory, tokens are copied from memory-mapped parts. Read next: `order.py`, `manifest.py`.
 """
 
 import json
@@ -12,19 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from megashear.data.duplicates import find_duplicates
-from megashear.data.heldout import HeldOutRule, heldout_hashes
+from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import pair, token_dtype, write_index
 from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
+from megashear.data.order import Documents, Layout
 from megashear.data.parts import Part
-from megashear.data.report import DomainReport, describe, report_text
-from megashear.data.samples import Permutation
+from megashear.data.report import DomainReport, report_text
 from megashear.data.tokenizer import Tokenizer
-from megashear.errors import DataError
 
 Counts = dict[str, dict[str, dict[str, int]]]
 PIECE = 1 << 24  # tokens written at a time, about
@@ -41,27 +39,6 @@ class Merging:
     seed: int = 0
     drop_duplicates: bool = False
     draw: Callable[[Sequence[DomainReport], Path], None] | None = None
-
-
-class DomainTable:
-    """The documents of one domain in order: part number, first token in the part, hash and length, each [documents]."""
-
-    def __init__(self, name: str, parts: list[Part], duplicates: list[np.ndarray], drop: bool) -> None:
-        """duplicates: of every part, bool [documents]; drop: leave them out."""
-        self.name = name
-        chosen, starts, self.duplicates = [], [], 0
-        for part, duplicate_N in zip(parts, duplicates, strict=True):
-            mine_N = part.table["domain"] == (part.domains.index(name) if name in part.domains else -1)
-            self.duplicates += int((mine_N & duplicate_N).sum())
-            chosen.append(np.flatnonzero(mine_N & ~duplicate_N if drop else mine_N))
-            ends_N = np.cumsum(part.table["length"], dtype=np.int64)
-            starts.append((ends_N - part.table["length"])[chosen[-1]])
-        picked = [part.table[rows] for part, rows in zip(parts, chosen, strict=True)]
-        self.part_N = np.repeat(np.arange(len(parts), dtype=np.int32), [len(rows) for rows in chosen])
-        self.start_N = np.concatenate(starts)
-        self.hash_N = np.concatenate([rows["hash"] for rows in picked])
-        self.length_N = np.concatenate([rows["length"] for rows in picked])
-        self.report = describe(name, self.length_N, np.concatenate([rows["bytes"] for rows in picked]), self.duplicates)
 
 
 @dataclass(frozen=True)
@@ -96,75 +73,55 @@ def merge_parts(
     and the domains' reports. Raises DataError where a domain is left without training documents; OSErrors of the disk
     pass through.
     """
-    names = sorted({name for part in parts for name in part.domains})
-    if not names:
-        raise DataError("no document in all shards; check the inputs, --text-key and bad_lines.jsonl")
-    duplicates = find_duplicates([part.table for part in parts])
-    tables = [DomainTable(name, parts, duplicates, merging.drop_duplicates) for name in names]
-    counts: Counts = {}
-    pieces: list[Iterator[Piece]] = []
-    for table, held_N in zip(tables, held_out(tables, merging.heldout), strict=True):
-        for split, rows in zip(SPLITS, (np.flatnonzero(~held_N), np.flatnonzero(held_N)), strict=True):
-            order = Permutation(len(rows), merging.seed, table.name, split)(np.arange(len(rows))) if len(rows) else rows
-            pieces.append(lay_out(prefix(folder, table.name, split), table, rows[order], parts, tokenizer))
-            counted = {"tokens": int(table.length_N[rows].sum(dtype=np.int64)), "documents": len(rows)}
-            counts.setdefault(table.name, {})[split] = counted
-    for written in each(write_piece, (piece for several in pieces for piece in several)):
-        on_progress(written)
+    with TemporaryDirectory(prefix=".order", dir=folder) as order:
+        found = Documents(parts, merging.drop_duplicates, Path(order))
+        targets = [(name, split) for name in found.names for split in SPLITS]
+        held_U = found.held_out(merging.heldout)
+        layout = Layout(found, held_U, [(merging.seed, *target) for target in targets], Path(order))
+        pieces = (
+            piece
+            for number, target in enumerate(targets)
+            for piece in lay_out(prefix(folder, *target), layout, number, parts, tokenizer)
+        )
+        for written in each(write_piece, pieces):
+            on_progress(written)
+    counts = {
+        name: {split: {"tokens": t, "documents": d} for split, t, d in zip(SPLITS, *both, strict=True)}
+        for name, *both in zip(found.names, layout.tokens.tolist(), layout.documents.tolist(), strict=True)
+    }
     (folder / "tokenizer").mkdir()
     for file in tokenizer.files:
         shutil.copyfile(file, folder / "tokenizer" / file.name)
     write_bad_lines(folder / "bad_lines.jsonl", parts)
-    reports = [table.report for table in tables]
-    (folder / "report.txt").write_text(report_text(reports, merging.drop_duplicates), encoding="utf-8")
+    (folder / "report.txt").write_text(report_text(found.reports, merging.drop_duplicates), encoding="utf-8")
     if merging.draw is not None:
-        merging.draw(reports, folder)
-    found = {"found": {table.name: table.duplicates for table in tables}, "dropped": merging.drop_duplicates}
-    write_dataset_manifest(folder, counts, tokenizer, {**extra, "duplicates": found}, each)
-    return counts, reports
+        merging.draw(found.reports, folder)
+    duplicates = {report.name: report.duplicates for report in found.reports}
+    copies = {"found": duplicates, "dropped": merging.drop_duplicates}
+    write_dataset_manifest(folder, counts, tokenizer, {**extra, "duplicates": copies}, each)
+    return counts, found.reports
 
 
-def held_out(tables: list[DomainTable], rule: HeldOutRule) -> list[np.ndarray]:
-    """Which documents are held out, bool [documents] of every table; a text that one domain holds out, all do."""
-    for table in tables:
-        if not len(table.hash_N):
-            raise DataError(
-                f"domain {table.name!r}: every one of its {table.duplicates} documents stood earlier in the input; "
-                "leave the domain out, or run without --drop-duplicates"
-            )
-    held_U = np.unique(np.concatenate([heldout_hashes(table.hash_N, table.length_N, rule) for table in tables]))
-    held = [np.isin(table.hash_N, held_U) for table in tables]
-    for table, held_N in zip(tables, held, strict=True):
-        if held_N.all():
-            raise DataError(
-                f"domain {table.name!r}: every one of its {len(held_N)} documents would be held out; "
-                "add text, give it to another domain (--domain-map) or lower --heldout-fraction"
-            )
-    return held
-
-
-def lay_out(
-    target: Path, table: DomainTable, rows: np.ndarray, parts: list[Part], tokenizer: Tokenizer
-) -> Iterator[Piece]:
+def lay_out(target: Path, layout: Layout, number: int, parts: list[Part], tokenizer: Tokenizer) -> Iterator[Piece]:
     """Write the index of a pair and an empty `.bin` of its size; yield the pieces that fill it.
 
-    target: path without `.bin`/`.idx`; rows: the table's documents that it holds, in order.
+    target: path without `.bin`/`.idx`; number: of the pair in the layout.
     """
     dtype, (bin_path, idx_path) = token_dtype(tokenizer.vocab_size), pair(target)
-    length_N = table.length_N[rows]
-    write_index(idx_path, dtype, length_N)
-    end_N = np.cumsum(length_N, dtype=np.int64)
+    write_index(idx_path, dtype, (place_N["length"] for place_N in layout.places(number)))
     with open(bin_path, "wb") as file:
-        file.truncate(int(end_N[-1]) * dtype.itemsize if len(end_N) else 0)
-    first = 0
-    while first < len(rows):
-        at = int(end_N[first] - length_N[first])
-        last = max(first + 1, int(np.searchsorted(end_N, at + PIECE, side="right")))
-        here = rows[first:last]
-        used, part_N = np.unique(table.part_N[here], return_inverse=True)
-        sources = [(parts[number].tokens_path, parts[number].dtype) for number in used]
-        yield Piece(bin_path, at, dtype, sources, part_N, table.start_N[here], length_N[first:last])
-        first = last
+        file.truncate(int(layout.tokens.flat[number]) * dtype.itemsize)
+    at = 0
+    for place_N in layout.places(number):
+        end_N = at + np.cumsum(place_N["length"], dtype=np.int64)
+        first = 0
+        while first < len(place_N):
+            last = max(first + 1, int(np.searchsorted(end_N, at + PIECE, side="right")))
+            here = place_N[first:last]
+            used, part_N = np.unique(here["part"], return_inverse=True)
+            sources = [(parts[part].tokens_path, parts[part].dtype) for part in used]
+            yield Piece(bin_path, at, dtype, sources, part_N, here["start"].astype(np.int64), here["length"].copy())
+            first, at = last, int(end_N[last - 1])
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megashear.data.tokenizer import Tokenizer
 from megashear.errors import DataError
 from megashear.files.atomic import atomic_folder, write_json
 
+CHUNK = 1 << 17  # documents of a table read at a time
 FORMAT = 3  # of a part; parts of another are made again
 # hash, check: blake2b of the text, 128 bits (`hash` decides on the held-out side, both on what is a duplicate);
 # bytes: of the text; domain: index into the part's domains; length: tokens, end included.
@@ -130,16 +131,33 @@ def write_part(
     return writer.tokens
 
 
+class DocumentTable:
+    """The documents of a part, in a file of DOCUMENT records that is read some records at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """OSErrors pass through."""
+        self.path, self._count = Path(path), os.stat(path).st_size // DOCUMENT.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All documents in their order, DOCUMENT [up to CHUNK] each."""
+        for start in range(0, self._count, CHUNK):
+            yield np.fromfile(self.path, DOCUMENT, CHUNK, offset=start * DOCUMENT.itemsize)
+
+
 @dataclass
 class Part:
-    """Documents and their tokens: `domains`; `table`, DOCUMENT [documents]; `tokens_path`, ids back to back in `dtype`.
+    """Documents and their tokens: `domains`; `table`, the documents; `tokens_path`, ids back to back in `dtype`.
 
-    `lines`, `bad`: read; `bad_lines`: the file that holds the bad ones, where there can be any; `piece`: number of the
-    piece of its shard.
+    `tokens`: how many the documents have; `lines`, `bad`: read; `bad_lines`: the file that holds the bad ones, where
+    there can be any; `piece`: number of the piece of its shard.
     """
 
     domains: list[str]
-    table: np.ndarray
+    table: DocumentTable
+    tokens: int
     tokens_path: Path
     dtype: np.dtype
     lines: int = 0
@@ -147,19 +165,16 @@ class Part:
     bad_lines: Path | None = None
     piece: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens the documents have."""
-        return int(self.table["length"].sum(dtype=np.int64))
-
 
 def open_part(folder: Path, dtype: np.dtype) -> Part:
     """A finished part; raises DataError where it is damaged."""
     try:
         described = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+        table = DocumentTable(folder / "documents.bin")
         part = Part(
             domains=described["domains"],
-            table=np.fromfile(folder / "documents.bin", dtype=DOCUMENT),
+            table=table,
+            tokens=sum(int(chunk["length"].sum(dtype=np.int64)) for chunk in table.chunks()),
             tokens_path=folder / "tokens.bin",
             dtype=dtype,
             lines=int(described["lines"]),

@@ -27,6 +27,23 @@ class DomainReport:
     documents_L: np.ndarray
     tokens_L: np.ndarray
 
+    def __add__(self, other: "DomainReport") -> "DomainReport":
+        """Both together; the name is the first's."""
+        bins = max(len(self.documents_L), len(other.documents_L))
+        documents_L, tokens_L = np.zeros(bins, np.int64), np.zeros(bins, np.int64)
+        for one in (self, other):
+            documents_L[: len(one.documents_L)] += one.documents_L
+            tokens_L[: len(one.tokens_L)] += one.tokens_L
+        return DomainReport(
+            self.name,
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.duplicates + other.duplicates,
+            documents_L,
+            tokens_L,
+        )
+
 
 def describe(name: str, length_N: np.ndarray, byte_N: np.ndarray, duplicates: int) -> DomainReport:
     """Count the documents of a domain. length_N: tokens of each, 1 or more; byte_N: bytes of its text."""

@@ -60,6 +60,21 @@ class Permutation:
             outside_N = outside_N[value_N[outside_N] >= self.count]
         return value_N.astype(np.int64)
 
+    def inverse(self, number_N: np.ndarray) -> np.ndarray:
+        """The positions of these numbers: int64 [N] in 0..count-1 -> int64 [N]."""
+        value_N = self._rounds_back(np.asarray(number_N).astype(np.uint64))
+        outside_N = np.flatnonzero(value_N >= self.count)
+        while outside_N.size:
+            value_N[outside_N] = self._rounds_back(value_N[outside_N])
+            outside_N = outside_N[value_N[outside_N] >= self.count]
+        return value_N.astype(np.int64)
+
+    def _rounds_back(self, value_N: np.ndarray) -> np.ndarray:
+        left_N, right_N = value_N >> self._half, value_N & self._mask
+        for key in self._keys[::-1]:
+            left_N, right_N = right_N ^ (mix(left_N ^ key) & self._mask), left_N
+        return (left_N << self._half) | right_N
+
 
 def samples_at(cursor_N: np.ndarray, count: int, seed: int, domain: str) -> np.ndarray:
     """Sample numbers at positions of a domain's endless order: epoch after epoch, each in an order of its own.

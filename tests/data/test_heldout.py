@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.data.heldout import HeldOutRule, heldout_hashes
+from megashear.data.heldout import HeldOutRule, TokensByHash, heldout_hashes
 
 
 def random_documents(count: int, seed: int = 0, length: int = 100):
@@ -57,3 +57,32 @@ def test_independent_of_order_and_some_text_stays(documents, fraction, sequences
     random.shuffle(shuffled)
     assert np.array_equal(held, heldout_hashes(hash_N[shuffled], length_N[shuffled], rule))
     assert len(held) < len(np.unique(hash_N))
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 3000),
+    st.integers(0, 5),
+    st.sampled_from([-0.1, 0.0, 0.0003, 0.01, 0.5, 0.999, 1.0, 2.0]),
+    st.integers(0, 3000),
+    st.sampled_from([0.0, 0.001, 0.2, 1.0]),
+)
+def test_the_documents_up_to_the_bound_say_the_same_as_all(count, seed, fraction, sequences, limit):
+    """What a merge looks at (hashes up to a bound, and the domain's tokens) decides as all documents do."""
+    rule = HeldOutRule(fraction, sequences, 64, limit)
+    hash_N, length_N = random_documents(count, seed)
+    hash_N[: count // 4] = hash_N[count // 4 : count // 4 + count // 4]  # texts that stand twice
+    counted = TokensByHash()
+    for some in np.array_split(np.arange(count), 3):
+        counted.add(hash_N[some], length_N[some])
+    low_N = hash_N <= np.uint64(counted.bound(rule))
+    found = heldout_hashes(hash_N[low_N], length_N[low_N], rule, int(length_N.sum()))
+    assert np.array_equal(found, heldout_hashes(hash_N, length_N, rule))
+
+
+def test_few_documents_are_looked_at():
+    """The bound is no further than the threshold needs: half a percent of a domain that has enough."""
+    hash_N, length_N = random_documents(200_000)
+    counted = TokensByHash()
+    counted.add(hash_N, length_N)
+    assert (hash_N <= np.uint64(counted.bound(HeldOutRule(0.005, 10, 100)))).mean() < 0.0055

@@ -1,9 +1,10 @@
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from megashear.data.indexed import CHUNK, IndexedTokens, IndexedWriter, token_dtype
+from megashear.data.indexed import CHUNK, IndexedTokens, IndexedWriter, token_dtype, write_index
 from megashear.errors import DataError
 
 VOCAB = {"uint16": 32000, "int32": 128256}
@@ -120,3 +121,23 @@ def test_an_error_while_writing_leaves_no_index(tmp_path):
         writer.add_document(np.array([1, 2]))
         raise RuntimeError
     assert not (tmp_path / "p.idx").exists()
+
+
+def test_an_index_in_pieces_is_the_one_written_document_by_document(tmp_path):
+    """Pieces of any size and integer dtype; the lengths are of documents, none of which need have any token."""
+    lengths = np.random.default_rng(0).integers(0, 9, 2 * CHUNK + 3)
+    prefix = write(tmp_path / "p", [np.ones(length, np.int64) for length in lengths], 100)
+    pieces = np.split(lengths, [0, 1, 1, 70, CHUNK, CHUNK + 9])
+    write_index(tmp_path / "pieces.idx", np.dtype(np.uint16), (piece.astype(np.int32) for piece in pieces))
+    write_index(tmp_path / "whole.idx", np.dtype(np.uint16), [lengths])
+    for name in ("pieces", "whole"):
+        assert (tmp_path / f"{name}.idx").read_bytes() == (prefix.with_name("p.idx")).read_bytes()
+
+
+def test_writing_an_index_holds_one_piece(tmp_path):
+    """Five million documents, whose index has 100 MB: less than 8 MiB are held at the peak."""
+    tracemalloc.start()
+    write_index(tmp_path / "many.idx", np.dtype(np.uint16), (np.full(10_000, 3, np.int32) for _ in range(500)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "many.idx").stat().st_size == 34 + 20 * 5_000_000 + 8 and peak < 8 << 20

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,18 @@ from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
 from megashear.data.manifest import SPLITS, Dataset
 from megashear.data.merge import Merging, merge_parts
-from megashear.data.parts import Part, PartSettings, open_part, part_name, text_digest, write_part
+from megashear.data.order import Documents, Layout
+from megashear.data.parts import (
+    DOCUMENT,
+    DocumentTable,
+    Part,
+    PartSettings,
+    open_part,
+    part_name,
+    text_digest,
+    write_part,
+)
+from megashear.data.samples import Permutation
 from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
@@ -145,6 +157,63 @@ def test_a_piece_is_any_number_of_documents(tmp_path, tokenizer, shards, monkeyp
     pieces = merge(tmp_path / "pieces", parts, tokenizer)
     for path in whole.folder.glob("*.*"):
         assert path.read_bytes() == (pieces.folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("records", [1, 7])
+def test_buckets_of_any_size(tmp_path, tokenizer, shards, monkeypatch, records):
+    """Tables are read and places kept some documents at a time; the dataset does not depend on how many."""
+    parts = make_parts(tmp_path, shards, tokenizer)
+    whole = merge(tmp_path / "whole", parts, tokenizer)
+    for name in ("order.RECORDS", "parts.CHUNK", "buckets.WAITING"):
+        monkeypatch.setattr(f"megashear.data.{name}", records)
+    pieces = merge(tmp_path / "pieces", parts, tokenizer)
+    names = sorted(path.name for path in whole.folder.iterdir())
+    assert names == sorted(path.name for path in pieces.folder.iterdir())
+    for path in whole.folder.glob("*.*"):
+        assert path.read_bytes() == (pieces.folder / path.name).read_bytes()
+
+
+def test_the_order_is_the_permutation_of_the_documents_numbers(tmp_path, tokenizer, shards):
+    """Each pair beside its documents in the order of the shards, permuted in memory."""
+    parts = make_parts(tmp_path, shards, tokenizer)
+    dataset = merge(tmp_path / "dataset", parts, tokenizer, seed=3)
+    entries = shards["a_00000.jsonl"] + shards["b_00000.jsonl"]
+    for domain in dataset.domains:
+        for split in SPLITS:
+            found = documents(dataset, domain, split)
+            mine = [e["text"] for e in entries if e["domain"] == domain and e["text"] in set(found)]
+            order = Permutation(len(mine), 3, domain, split)(np.arange(len(mine)))
+            assert found == [mine[number] for number in order]
+
+
+def test_merging_holds_no_table_of_documents(tmp_path, monkeypatch):
+    """600 000 documents more: one byte each for duplicates, and what waits to be freed; their tables would have 28."""
+    for name in ("duplicates.RECORDS", "order.RECORDS", "parts.CHUNK", "buckets.WAITING"):
+        monkeypatch.setattr(f"megashear.data.{name}", 1 << 13)
+    peaks = []
+    for count in (200_000, 800_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        table = np.zeros(count, DOCUMENT)
+        table["hash"] = np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64)
+        table["check"], table["length"], table["bytes"] = table["hash"], 1, 1
+        table.tofile(folder / "documents.bin")
+        del table
+        tracemalloc.start()
+        found = Documents([part_of_table(folder)], False, folder)
+        held_U = found.held_out(HeldOutRule(0.005, 10, 32))
+        (folder / "places").mkdir()
+        layout = Layout(found, held_U, [(0, "web", split) for split in SPLITS], folder / "places")
+        assert sum(len(place_N) for pair in (0, 1) for place_N in layout.places(pair)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 6 * 600_000, peaks
+
+
+def part_of_table(folder) -> Part:
+    """A part of the documents in `documents.bin`, all of the domain web; its tokens are not needed."""
+    table = DocumentTable(folder / "documents.bin")
+    return Part(["web"], table, len(table), folder / "tokens.bin", np.dtype(np.uint16))
 
 
 def test_no_document_at_all(tmp_path, tokenizer):

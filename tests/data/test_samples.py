@@ -10,6 +10,7 @@ from megashear.data.samples import Permutation, read_sample, sample_count, sampl
 def test_every_key_gives_a_bijection(count, seed, domain, epoch):
     order = Permutation(count, seed, domain, epoch)(np.arange(count))
     assert np.array_equal(np.sort(order), np.arange(count))
+    assert np.array_equal(Permutation(count, seed, domain, epoch).inverse(order), np.arange(count))
 
 
 def test_part_by_part_equals_all_at_once():

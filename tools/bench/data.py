@@ -6,7 +6,8 @@ FOLDER takes some 3 GB for the time of the run (10^7 documents). Every measureme
 taking turns; the table shows medians, their spread (half the distance between the quartiles, in percent), and memory
 that the process gained at its peak.
 
-    index    the `.idx` of so many documents, lengths in memory: `write_index` against IndexedDatasetBuilder.finalize
+    index    the `.idx` of so many documents: `write_index`, lengths coming in pieces as from a merge, against
+             IndexedDatasetBuilder.finalize, lengths in lists as its users collect them (making them is not timed)
     open     ready to give samples: `Dataset.open` and one sample against GPTDataset (no cache yet) and one sample
     samples  4096 + 1 consecutive tokens at random, copied, per second, after a first pass over the data: against a bare
              memmap, IndexedDataset.get and GPTDataset (which adds masks and positions)
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from megashear.data.manifest import SPLITS, Dataset, prefix, write_dataset_manif
 from megashear.data.tokenizer import load_tokenizer
 from megashear.files.atomic import write_json
 
-LENGTH, SEQUENCE, SAMPLES, STREAM = 100, 4096, 20_000, 1 << 27
+LENGTH, SEQUENCE, SAMPLES, STREAM, PIECE = 100, 4096, 20_000, 1 << 27, 1 << 20
 FORMS = {
     "index": ("ours", "megatron-core"),
     "open": ("ours", "megatron-core"),
@@ -65,13 +66,18 @@ def resident(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def pieces(documents: int, length: int = LENGTH) -> Iterator[np.ndarray]:
+    """Lengths of so many documents, int32 [documents], in pieces as large as a merge's."""
+    for start in range(0, documents, PIECE):
+        yield np.full(min(PIECE, documents - start), length, np.int32)
+
+
 def index_ours(folder: Path, documents: int) -> Callable[[], float]:
-    """Seconds of writing an index."""
+    """Seconds of writing an index; making its lengths is timed as well."""
 
     def run() -> float:
-        length_N = np.full(documents, LENGTH, np.int32)
         start = time.perf_counter()
-        write_index(folder / "ours.idx", np.dtype(np.uint16), length_N)
+        write_index(folder / "ours.idx", np.dtype(np.uint16), pieces(documents))
         return time.perf_counter() - start
 
     return run
@@ -235,7 +241,7 @@ def make_data(folder: Path, documents: int) -> None:
         counts = {}
         for split, documents_here in zip(SPLITS, (count, 1), strict=True):
             bin_path, idx_path = pair(prefix(folder / name, "web", split))
-            write_index(idx_path, np.dtype(np.uint16), np.full(documents_here, length, np.int32))
+            write_index(idx_path, np.dtype(np.uint16), pieces(documents_here, length))
             with open(bin_path, "wb") as file:
                 if name == "stream":
                     for number in range(documents_here):
