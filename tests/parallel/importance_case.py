@@ -1,0 +1,51 @@
+"""Scores of a drawn model on real text under a layout; called on the ranks of `launch.Ranks` and in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megashear.config.schema import ImportanceConfig, ParallelConfig
+from megashear.config.shape import ModelShape
+from megashear.data.loader import Loader
+from megashear.data.manifest import Dataset
+from megashear.importance.calibrate import calibrate, calibration_loader
+from megashear.importance.registry import criteria_of
+from megashear.masks.scores import Scores
+from parallel.models import SHAPES, Drawn, build_model
+
+WEIGHTS = {"library": 0.5, "command": 0.3, "help": 0.2}
+LENGTH, BATCHES, GLOBAL_BATCH = 24, 3, 4
+RUNS = {  # criterion, and that of the layers
+    "taylor_mask": "taylor_mask",
+    "fisher": "fisher",
+    "taylor_weight": "angular_distance",
+    "activation": "block_influence",
+}
+
+
+def drawn_shape(name: str, layers: int = 3) -> ModelShape:
+    """A shape of `SHAPES` with the vocabulary of the tiny dataset."""
+    return replace(SHAPES[name], vocab_size=400, num_layers=layers)
+
+
+def open_loader(data: Path, separate_documents: bool = False) -> Loader:
+    return calibration_loader(Dataset.open(data), WEIGHTS, LENGTH, 5, separate_documents)
+
+
+def score(
+    data: str, shape: str, parallel: dict[str, Any], layers: int = 3, dtype: str = "float32", recompute: bool = False
+) -> dict[str, dict[str, Any]]:
+    """The scores of every run of RUNS: {criterion: fields of `Scores`}."""
+    source = drawn_shape(shape, layers)
+    kind = getattr(torch, dtype)
+    layout, chunks = build_model(source, ParallelConfig(**parallel), Drawn(source), kind, recompute)
+    found: dict[str, Scores] = {}
+    for criterion, layer in RUNS.items():
+        criteria = criteria_of(ImportanceConfig(criterion=criterion, layer_criterion=layer), source)
+        # 4 sequences are 2 micro-batches for 2 data-parallel ranks, which an interleaved pipeline of 2 can take.
+        found[criterion] = calibrate(chunks, layout, open_loader(Path(data)), BATCHES, GLOBAL_BATCH, criteria)
+    assert all(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
+    assert all(parameter.grad is None for chunk in chunks for parameter in chunk.parameters())
+    return {name: vars(one) for name, one in found.items()}

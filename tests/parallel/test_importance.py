@@ -1,0 +1,94 @@
+"""Scores under every layout equal a single process's to 1e-5, by every criterion that reads text.
+
+Tolerances are relative to the largest score of a granularity. Errors are differences between batches, of which rounding
+is a larger part.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from run_stages.conftest import tiny  # noqa: F401
+from run_stages.tiny import Tiny
+
+from parallel.launch import Ranks
+from parallel.test_step import GQA, MHA, Case
+
+SCORE, ERROR = 1e-5, 1e-4
+
+CASES = [
+    Case(MHA, tensor=2),
+    Case(GQA, tensor=2, sequence=True),
+    Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
+    Case(GQA, data=2),
+    Case(GQA, tensor=4),  # more ranks than groups
+    Case(GQA, tensor=2, pipeline=2, sequence=True),
+    Case(MHA, pipeline=2, data=2),
+]
+SLOW_CASES = [
+    Case(shape, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence, layers=5)
+    for shape in ("multi-head tied", "grouped", "grouped untied", "grouped by 2")
+    for tensor, pipeline, data in [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]
+    + [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
+    for sequence in ((False, True) if tensor > 1 else (False,))
+]
+
+
+@pytest.fixture(scope="module")
+def single(ranks: Callable[[int], Ranks], tiny: Tiny) -> Callable[[str, int], dict[str, Any]]:  # noqa: F811
+    """The single process's scores for (shape, layers)."""
+
+    @cache
+    def scores(shape: str, layers: int) -> dict[str, Any]:
+        arguments = {"data": str(tiny.data), "shape": shape, "layers": layers}
+        return ranks(1).call("parallel.importance_case", "score", parallel={}, **arguments)
+
+    return scores
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_equal_the_single_process_s(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+    check(ranks, single, tiny, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW_CASES, ids=str)
+def test_scores_equal_the_single_process_s_on_more_layouts(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+    check(ranks, single, tiny, case)
+
+
+@pytest.mark.parametrize("case", [Case(GQA), Case(GQA, pipeline=2)], ids=str)
+def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+    found = score(ranks, tiny, case, recompute=True)
+    for run, wanted in single(case.shape, case.layers).items():
+        for name, value in wanted["units"].items():
+            if case.world == 1:
+                assert torch.equal(found[run]["units"][name], value)
+            close(found[run]["units"][name], value, SCORE, f"{run} {name}")
+
+
+def score(ranks, tiny: Tiny, case: Case, **options: Any) -> dict[str, Any]:  # noqa: F811
+    arguments = {"data": str(tiny.data), "shape": case.shape, "layers": case.layers, "parallel": case.parallel()}
+    return ranks(case.world).call("parallel.importance_case", "score", **arguments, **options)
+
+
+def check(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+    found, wanted = score(ranks, tiny, case), single(case.shape, case.layers)
+    assert found.keys() == wanted.keys()
+    for run, one in wanted.items():
+        other = found[run]
+        assert other["samples"] == one["samples"]
+        assert other["units"].keys() == one["units"].keys()
+        for name, value in one["units"].items():
+            close(other["units"][name], value, SCORE, f"{run} {name}")
+            close(other["errors"][name], one["errors"][name], ERROR, f"error of {run} {name}")
+            for domain, units in one["domains"].items():
+                close(other["domains"][domain][name], units[name], SCORE, f"{run} {name} on {domain}")
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float, what: str) -> None:
+    assert wanted.abs().max() > 0, f"{what}: nothing to compare"
+    worst = float((found - wanted).abs().max() / wanted.abs().max())
+    assert worst <= tolerance, f"{what}: {worst:.1e} of its largest apart"
