@@ -94,7 +94,7 @@ def run_training(context: Context, name: str) -> None:
         context.provenance([*earlier_records(context, name), record]),
     )
     times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
-    context.finish(name, record | times)
+    context.finish(name, record | times | {"stream": stage.stream.state_dict()})
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
@@ -154,6 +154,7 @@ def build_stage(
         config.data.exhausted,
         config.data.repeat_limit,
     )
+    taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
     teacher = build_teacher(context, section.distillation)
     clip = section.optimizer.clip_norm
@@ -186,6 +187,7 @@ def build_stage(
         counters=counters,
         losses=losses,
         source_loss=None if before is None or masks is None else mean_loss(before),
+        taken=taken,
     )
 
 
@@ -195,6 +197,18 @@ def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) ->
     loader = Loader(context.dataset, stream, data.sequence_length, data.separate_documents)
     rows = local_rows(batch.global_batch, layout, batch.micro_batch).numpy()
     return Batches(loader, rows, batch.global_batch, data.prefetch, layout.device.type == "cuda")
+
+
+def take_up_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
+    """Have pre-training go on where pruning left the stream, so that no sample comes twice before its domain is used up.
+
+    Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
+    """
+    pruned, weights = context.done("prune"), stream.weights
+    if pruned is not None and "stream" in pruned:
+        stream.load_state_dict(pruned["stream"])
+        stream.set_weights(weights)
+    return stream.tokens()
 
 
 def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:

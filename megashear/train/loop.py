@@ -73,6 +73,8 @@ class Stage:
     """Choices that were printed."""
     losses: Losses | None = None
     """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
+    taken: dict[str, int] = field(default_factory=dict)
+    """Tokens of each domain that earlier stages took of the stream."""
     source_loss: float | None = None
     """Mean held-out loss of the source model, which pruning is watched by; None: not watched."""
 
@@ -243,7 +245,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
             "step_seconds": result.seconds,
             "seconds": counters.seconds,
             "evaluation_seconds": counters.evaluation_seconds,
-            "domain_tokens": stage.stream.tokens(),
+            "domain_tokens": {d: n - stage.taken.get(d, 0) for d, n in stage.stream.tokens().items()},
             "domain_epochs": stage.stream.epochs(),
             "skipped": counters.skipped,
         }

@@ -11,7 +11,7 @@ Records, schema 1: one JSON object a line; a number that is not finite is null.
           "grad_norm": float, "tokens": int (of the stage so far), "tokens_per_second": float, "step_seconds": float
           (of this step alone), "seconds": float (since the stage's start), "evaluation_seconds": float (of these, in
           held-out evaluations), "domain_tokens": {domain: int (so far)},
-          "domain_epochs": {domain: float (so far)}, "skipped": int (steps so far)}
+          "domain_epochs": {domain: float (of the run)}, "skipped": int (steps so far)}
   mask   {"stage", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
           "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float,
           "live_flops": share of the source's FLOPs that this step's live units needed | null}

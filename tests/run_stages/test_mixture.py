@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megashear import cli
 from megashear.config.load import load_config
+from megashear.data.blend import BatchPlan
+from megashear.data.loader import Loader
+from megashear.data.manifest import Dataset
 from megashear.data.rules import update_weights
 from run_stages.tiny import TEXTS, Tiny, break_off, finish, make_dataset, records
 
@@ -82,6 +86,28 @@ def test_static_weights_stay(tiny: Tiny, tmp_path: Path) -> None:
     assert {one["reference"] for one in found} == {None}
     last = [one for one in records(tmp_path / "run") if one["kind"] == "train"][-1]
     assert last["domain_tokens"] == {"library": 1024, "command": 512, "help": 512}
+
+
+def test_no_sample_comes_twice_in_a_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pre-training goes on where pruning left the stream, also when it is broken off in its midst; epochs add up."""
+    taken: list[tuple[int, int]] = []
+    read = Loader.read
+
+    def noted(self: Loader, plan: BatchPlan, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        taken.extend(zip(plan.domain_B.tolist(), plan.sample_B.tolist(), strict=True))
+        return read(self, plan, rows)
+
+    monkeypatch.setattr(Loader, "read", noted)
+    config = tiny.config(tmp_path / "run", "data.prefetch=0")
+    assert break_off(config, ("pretrain", 4))
+    finish(config)
+    assert len(taken) == 8 * (8 + 6) and len(set(taken)) == len(taken)
+    last = [one for one in records(tmp_path / "run") if one["kind"] == "train"][-1]
+    assert last["step"] == 6 and sum(last["domain_tokens"].values()) == 8 * 6 * 32
+    dataset = Dataset.open(tiny.data)
+    for index, name in enumerate(dataset.domains):
+        there = sum(domain == index for domain, _ in taken) / (len(dataset.stream(name)) // 32)
+        assert last["domain_epochs"][name] == pytest.approx(there, rel=0.05)
 
 
 def test_a_domain_that_runs_out_is_told_and_shared(
