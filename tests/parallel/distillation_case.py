@@ -71,7 +71,7 @@ class Other(Drawn):
 
 
 def parts_of_a_vocabulary(how: dict[str, Any], vocabulary: int = 101, tokens: int = 37) -> dict[str, Tensor]:
-    """Losses and gradient [tokens, padded vocabulary] with the vocabulary over all ranks, the last ones' part padding."""
+    """Losses and gradient [tokens, columns] with the vocabulary over all ranks, the last of them holding padding."""
     rank, world = dist.get_rank(), dist.get_world_size()
     width = -(-vocabulary // world) + 30  # so that a rank of four holds padding alone
     generator = torch.Generator().manual_seed(1)
