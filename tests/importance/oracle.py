@@ -52,7 +52,7 @@ def loss(model: LlamaForCausalLM, tokens: Tensor, weights: dict[str, Tensor] | N
 
 
 def masked_weights(model: LlamaForCausalLM, shape: ModelShape, z: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's weights with units scaled by z: hidden [d], group [L, G], query [L, G, q], intermediate [L, I], ..."""
+    """The model's weights with units scaled by z, of the shapes that `ones` gives."""
     w = {name: value.detach() for name, value in model.state_dict().items()}
     hidden = z["hidden"]
     w["model.embed_tokens.weight"] = w["model.embed_tokens.weight"] * hidden
@@ -163,7 +163,7 @@ def sequence_values(model: LlamaForCausalLM, shape: ModelShape, tokens: Tensor) 
 
 
 def scores(values: list[list[Values]], criterion: str, granularity: str) -> tuple[np.ndarray, np.ndarray]:
-    """Score and standard error from [batch][sequence]: mean and error of the mean of batch means, or the root of all."""
+    """Score and standard error from [batch][sequence]: the mean of batch means, or the root of the sum of all."""
     batch_B = np.stack([np.sum([one[criterion][granularity] for one in batch], axis=0) for batch in values])
     spread = batch_B.std(axis=0, ddof=1) / math.sqrt(len(values))
     if criterion != "activation":

@@ -27,11 +27,11 @@ CASES = [
     Case(GQA, tensor=2, pipeline=2, sequence=True),
     Case(MHA, pipeline=2, data=2),
 ]
+PRODUCTS = [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 SLOW_CASES = [
     Case(shape, tensor=tensor, pipeline=pipeline, data=data, sequence=sequence, layers=5)
     for shape in ("multi-head tied", "grouped", "grouped untied", "grouped by 2")
-    for tensor, pipeline, data in [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)]
-    + [(2, 2, 1), (2, 1, 2), (1, 2, 2)]
+    for tensor, pipeline, data in PRODUCTS
     for sequence in ((False, True) if tensor > 1 else (False,))
 ]
 

@@ -1,0 +1,51 @@
+"""Keys of importance and one-shot pruning that do not go together."""
+
+from pathlib import Path
+
+import pytest
+
+from config.test_check import config, problems
+from megashear.config.check import examine
+from megashear.config.stages import training_stages
+
+ONE_SHOT = "prune.method=one_shot"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([ONE_SHOT], "prune.importance.criterion is null"),
+        (
+            [ONE_SHOT, "prune.importance.criterion=fisher", "source.folder=null", "mixture.rule=static"],
+            "source.folder is null",
+        ),
+        (
+            [ONE_SHOT, "prune.importance.criterion=fisher", "prune.batch.global_batch=33"],
+            "prune.batch.global_batch: 33",
+        ),
+        (["prune.importance.layer_criterion=block_influence"], "prune.importance.criterion is null"),
+        (["prune.importance.batches=1"], "prune.importance.batches"),
+        (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
+        (["prune.method=two_shots"], "prune.method"),
+    ],
+)
+def test_each_rule(tmp_path: Path, overrides: list[str], words: str) -> None:
+    found = problems(tmp_path, *overrides)
+    assert len(found) == 1, found
+    assert words in found[0]
+
+
+def test_one_shot_pruning_is_no_stage_of_training(tmp_path: Path) -> None:
+    chosen = config(tmp_path, ONE_SHOT, "prune.importance.criterion=magnitude")
+    assert list(training_stages(chosen)) == ["pretrain"]
+    report = examine(chosen, None, None)
+    assert report.problems == []
+    assert "prune" not in report.memory
+
+
+def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
+    keys = ["prune.importance.criterion=fisher", "prune.importance.layer_criterion=angular_distance"]
+    said = [text for text in examine(config(tmp_path, *keys), None, None).warnings if "layer_criterion" in text]
+    assert len(said) == 1  # LLaMA2-7B to 2.7B keeps its layers
+    other = examine(config(tmp_path, *keys, "target.num_layers=24"), None, None)
+    assert not [text for text in other.warnings if "layer_criterion" in text]
