@@ -54,6 +54,13 @@ def test_unknown_device_has_no_mfu_and_no_masks_no_sparsity() -> None:
     assert parsed["loss"] == "nan" and parsed["eta"] == "-" and parsed["rate"] == "0"
 
 
+def test_a_teacher_stands_beside_the_loss_with_its_cost() -> None:
+    line = Progress("prune", 100, 1e9, "cpu", 2, clock=Clock()).line(
+        2.5, 0.5, 1e-4, distillation=0.12344, teacher_flops=1 / 3
+    )
+    assert "  loss 2.5000  distillation 0.1234 (+33% FLOPs)  grad 0.5  " in line
+
+
 def test_resumed_rate_counts_this_process_only() -> None:
     clock = Clock()
     progress = Progress("pretrain", 2000, 1e9, "cpu", 1, step=1000, tokens=1000 * 512, clock=clock)
