@@ -1,8 +1,9 @@
-"""The time of a training step on the CPU, whole: forward, backward, clipping, Adam. Three comparisons.
+"""The time of a training step on the CPU, whole: forward, backward, clipping, Adam. Four comparisons.
 
     python tools/bench/step.py plain    ours against transformers' LlamaForCausalLM, same weights and tokens
     python tools/bench/step.py masked   a pruning step in which every unit lives, against a plain step
     python tools/bench/step.py live     pruning steps at the sparsities of Sheared-LLaMA 2.7B and 1.3B, against plain
+    python tools/bench/step.py taught   a plain step with a teacher of its own shape, against one without
     ... [--threads 2] [--rounds 7] [--steps 1] [--json FILE]
 
 The model is a LLaMA of 58 million parameters in bf16, on 4 sequences of 512 tokens. Everyone has a process of its own;
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from megashear.config.schema import OptimizerConfig, ParallelConfig, PruneConfig
+from megashear.config.schema import DistillationConfig, OptimizerConfig, ParallelConfig, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.device import keep_freed_memory
 from megashear.engine.layout import Layout, distributed
@@ -39,6 +40,7 @@ from megashear.model.live import flops_share, live_patterns
 from megashear.model.llama import Llama
 from megashear.model.load import RandomWeights, TensorSource, load_weights
 from megashear.train.step import MicroBatch, Stepper
+from megashear.train.teacher import Teacher
 from megashear.weights.folder import ModelFolder
 
 SHAPE = ModelShape(512, 8, 8, 8, 64, 1376, 32000)
@@ -51,6 +53,7 @@ MODES = {
     "plain": ("megashear", "transformers", "transformers, memory kept"),
     "masked": ("plain", "masked"),
     "live": ("plain", *TARGETS),
+    "taught": ("plain", "taught"),
 }
 AGREEMENT = 2e-3
 """Largest relative difference of the first loss between two bf16 models of equal weights."""
@@ -66,6 +69,13 @@ def tokens() -> torch.Tensor:
 
 def build_weights(shape: ModelShape, layout: Layout, source: TensorSource) -> WeightOptimizer:
     """Our model in bf16 under its optimizer."""
+    return WeightOptimizer(
+        build_model(shape, layout, source), OptimizerConfig(learning_rate=RATE), torch.bfloat16, True
+    )
+
+
+def build_model(shape: ModelShape, layout: Layout, source: TensorSource) -> list[Llama]:
+    """Our model in bf16."""
     core = transformer_config(shape, ParallelConfig(), torch.bfloat16)
 
     def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
@@ -74,12 +84,18 @@ def build_weights(shape: ModelShape, layout: Layout, source: TensorSource) -> We
     chunks = build_chunks(shape.num_layers, layout, build)
     for chunk in chunks:
         load_weights(chunk, source)
-    return WeightOptimizer(chunks, OptimizerConfig(learning_rate=RATE), torch.bfloat16, True)
+    return chunks
 
 
-def our_step(layout: Layout, weights: WeightOptimizer, masks: MaskState | None, batch: torch.Tensor) -> Step:
+def our_step(
+    layout: Layout,
+    weights: WeightOptimizer,
+    masks: MaskState | None,
+    batch: torch.Tensor,
+    teacher: Teacher | None = None,
+) -> Step:
     """A step of our trainer on a batch [sequences, length + 1]."""
-    stepper = Stepper(layout, weights, masks, SEED, len(batch), clip_norm=1.0, clip_jointly=True)
+    stepper = Stepper(layout, weights, masks, SEED, len(batch), clip_norm=1.0, clip_jointly=True, teacher=teacher)
     batches = [MicroBatch(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), 0)]
     return lambda number: stepper.run(batches, number, 1.0, RATE).loss
 
@@ -167,12 +183,17 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
             masks, numbers = all_living(layout, SHAPE, TARGETS["live 1.3B"])
         elif name in TARGETS:
             masks = closed(layout, SHAPE, TARGETS[name])
-        share = None
+        share = teacher = None
+        if name == "taught":
+            taught = build_model(SHAPE, layout, RandomWeights(SHAPE, SEED + 1))
+            teacher = Teacher(taught, DistillationConfig(0.5), layout)
+            share = 1 + teacher.flops_per_token(LENGTH) / SHAPE.flops_per_token(LENGTH)
         if masks is not None:
             with torch.no_grad():
                 (pattern,) = live_patterns([masks.sample(SEED, numbers[0], 0)])
             share = flops_share(pattern, SHAPE, LENGTH)
-        _serve(our_step(layout, build_weights(SHAPE, layout, source), masks, tokens()), numbers, share, pipe)
+        weights = build_weights(SHAPE, layout, source)
+        _serve(our_step(layout, weights, masks, tokens(), teacher), numbers, share, pipe)
 
 
 def _serve(step: Step, numbers: list[int], share: float | None, pipe: Connection) -> None:
