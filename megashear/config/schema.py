@@ -313,6 +313,11 @@ class PretrainConfig:
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "Adam for the weights")
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
+    moments: str = key(
+        "pruned",
+        "Adam's moments at the start: pruned (those of pruning, cut with the model, where its masks settled), or fresh",
+        ("pruned", "fresh"),
+    )
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,12 @@ from megashear.masks.target import mask_specs
 from megashear.run.context import Context
 from megashear.run.evaluate import build_fp32
 from megashear.run.importance import read_scores
+from megashear.run.moments import fold_moments, write_folded
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
-from megashear.weights.names import tensor_shapes
-from megashear.weights.writer import ShardedWriter
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, as a share of the largest logit: two fp32 computations of one function."""
@@ -47,6 +46,7 @@ def run_finalize(context: Context) -> None:
     cut = load_cut(context)
     folder = context.model_folder("pruned")
     on_main(context.layout, lambda: fold_folder(context, cut))
+    on_main(context.layout, lambda: fold_moments(context, cut.keep))
     data, sequences = context.config.data, context.config.prune.batch.eval_sequences
     heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
     assert context.target_shape is not None
@@ -133,11 +133,7 @@ def fold_folder(context: Context, cut: Cut) -> None:
     fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
     shutil.rmtree(context.model_folder("pruned"), ignore_errors=True)
     with atomic_folder(context.model_folder("pruned")) as temporary:
-        with ShardedWriter.create(temporary, tensor_shapes(target), torch.float32) as writer:
-            for name in tensor_shapes(context.source_shape):
-                folded = fold(name, masked.read(name).float())
-                if folded is not None:
-                    writer.write(*folded)
+        write_folded(temporary, masked, fold, context, torch.float32)
         write_settings(temporary, target, torch.float32, masked.config, masked.tokenizer_files + masked.companion_files)
         seal_folder(temporary, cut.provenance)
 

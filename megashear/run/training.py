@@ -35,6 +35,7 @@ from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
 from megashear.run.context import Context, read_record
 from megashear.run.importance import importance_scores
+from megashear.run.moments import drop_moments, take_moments, write_moments
 from megashear.run.teacher import build_teacher
 from megashear.train.evaluate import Losses, evaluate, from_json, mean_loss, to_json
 from megashear.train.loop import Counters, Stage, train
@@ -58,7 +59,10 @@ def run_training(context: Context, name: str) -> None:
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
     settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
     scores = importance_scores(context) if name == "prune" else None
-    weights = build_weights(context, section, shape, starting_point(context, name, shape))
+    start = starting_point(context, name, shape)
+    weights = build_weights(context, section, shape, start)
+    if name == "pretrain":
+        take_moments(context, weights, start)
     masks = None
     if isinstance(section, PruneConfig):
         assert context.target_shape is not None
@@ -93,8 +97,12 @@ def run_training(context: Context, name: str) -> None:
         context.companions(),
         context.provenance([*earlier_records(context, name), record]),
     )
+    if masks is not None:
+        write_moments(context, weights, masks)
     times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
     context.finish(name, record | times | {"stream": stage.stream.state_dict()})
+    if name == "pretrain":
+        drop_moments(context)
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
@@ -200,7 +208,7 @@ def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) ->
 
 
 def take_up_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
-    """Have pre-training go on where pruning left the stream, so that no sample comes twice before its domain is used up.
+    """Have pre-training go on where pruning left the stream: no sample comes twice before its domain is used up.
 
     Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
     """

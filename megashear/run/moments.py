@@ -1,0 +1,95 @@
+"""Adam's moments from pruning into pre-training: written with the masked model, cut with it, taken up by pre-training.
+
+A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning stage has
+reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
+moments: pre-training goes on as if pruning had. Key property: the files are model folders like any other, so that
+layouts may change between the stages; without them pre-training starts a fresh Adam. They go when it is done.
+Read next: `training.py`, `finalize.py`.
+"""
+
+import shutil
+
+import torch
+
+from megashear.engine.collectives import on_main
+from megashear.engine.moments import MOMENTS, count_steps, shown_moment, take_moment
+from megashear.engine.optimizer import WeightOptimizer, unwrap
+from megashear.files.atomic import atomic_folder
+from megashear.masks.fold import Fold
+from megashear.masks.keep import KeepSets
+from megashear.masks.masks import Masks
+from megashear.masks.state import MaskState
+from megashear.model.load import TensorSource, load_weights
+from megashear.model.write import write_model
+from megashear.run.context import Context
+from megashear.weights.finish import seal_folder, write_settings
+from megashear.weights.folder import ModelFolder
+from megashear.weights.names import tensor_shapes
+from megashear.weights.writer import ShardedWriter
+
+FOLDER = "moments"
+
+
+def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) -> None:
+    """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
+    config = context.config
+    goes_on = "pretrain" in config.run.stages and config.pretrain.moments == "pruned"
+    if not goes_on or not masks.closing.settled(config.prune.batch.steps):
+        return
+    folder, shape = context.folder / FOLDER, context.source_shape
+    on_main(context.layout, lambda: shutil.rmtree(folder, ignore_errors=True))
+    on_main(context.layout, folder.mkdir)
+    for name in MOMENTS:
+        with shown_moment(weights, name):
+            path = folder / f"masked-{name}"
+            write_model(weights.chunks, shape, context.dtype, path, context.layout, context.hf_config(), [], {})
+
+
+def fold_moments(context: Context, keep: KeepSets) -> None:
+    """Cut the moments as the model is cut (rank 0 alone); nothing where pruning wrote none."""
+    assert context.target_shape is not None
+    fold = Fold(context.source_shape, keep, Masks())
+    for name in MOMENTS:
+        path = context.folder / FOLDER / f"masked-{name}"
+        if not path.exists():
+            continue
+        with atomic_folder(path.with_name(f"pruned-{name}")) as temporary:
+            write_folded(temporary, ModelFolder.open(path, digests=True), fold, context, context.dtype)
+            write_settings(temporary, context.target_shape, context.dtype, context.hf_config(), [])
+            seal_folder(temporary, {})
+        shutil.rmtree(path)
+
+
+def write_folded(folder: Path, model: ModelFolder, fold: Fold, context: Context, dtype: torch.dtype) -> None:
+    """Write what folding leaves of a model's tensors into `folder`, one tensor in memory at a time."""
+    assert context.target_shape is not None
+    with ShardedWriter.create(folder, tensor_shapes(context.target_shape), dtype) as writer:
+        for name in tensor_shapes(context.source_shape):
+            folded = fold(name, model.read(name).float())
+            if folded is not None:
+                writer.write(*folded)
+
+
+def take_moments(context: Context, weights: WeightOptimizer, source: TensorSource) -> None:
+    """Start pre-training's Adam with the pruned moments, if there are any; `source`: what its weights come from."""
+    folder = context.folder / FOLDER
+    paths = {name: folder / f"pruned-{name}" for name in MOMENTS}
+    there = on_main(context.layout, lambda: all(path.exists() for path in paths.values()))
+    if not there or context.config.pretrain.moments != "pruned":
+        return
+    for name, path in paths.items():
+        model = context.open_model(f"{FOLDER}/{path.name}")
+        for chunk in weights.chunks:
+            load_weights(unwrap(chunk), model)
+        take_moment(weights, name)
+    count_steps(weights, context.config.prune.batch.steps)
+    for chunk in weights.chunks:
+        load_weights(unwrap(chunk), source)
+    weights.reload_weights()
+    if context.layout.is_main:
+        print("pretrain: Adam goes on with the moments of pruning", flush=True)
+
+
+def drop_moments(context: Context) -> None:
+    """Remove the files once pre-training is done."""
+    on_main(context.layout, lambda: shutil.rmtree(context.folder / FOLDER, ignore_errors=True))

@@ -1,0 +1,77 @@
+"""Adam's moments go from pruning into pre-training: the two stages together are one long stage with settled masks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megashear.engine.moments import MOMENTS
+from megashear.run import moments
+from megashear.weights.folder import ModelFolder
+from run_stages.tiny import Tiny, break_off, finish, records
+
+STEADY = {"learning_rate": 1e-3, "warmup_steps": 0, "min_ratio": 1.0}
+SETTLING = {
+    "constraint": "projected",
+    "clip": "weights",
+    "mask_learning_rate": 0.1,
+    "sparsity_warmup_steps": 4,
+    "optimizer": STEADY,
+}
+
+
+def stage(steps: int) -> dict:
+    return {"steps": steps, "global_batch": 8, "micro_batch": 2, "eval_interval": 100, "eval_sequences": 2}
+
+
+def run(tiny: Tiny, folder: Path, prune_steps: int, stages: list[str], kept: str = "pruned", *overrides: str) -> list:
+    """Losses of every training step; masks settle after step 5 whatever the number of steps."""
+    prune = SETTLING | {"batch": stage(prune_steps), "settle_steps": prune_steps - 5}
+    pretrain = {"batch": stage(6), "optimizer": STEADY, "moments": kept}
+    weights = {"library": 0.5, "command": 0.25, "help": 0.25}
+    sections = {
+        "run": {"seed": 3, "stages": stages},
+        "mixture": {"rule": "static", "initial_weights": weights},
+        "prune": prune,
+        "pretrain": pretrain,
+    }
+    finish(tiny.config(folder, *overrides, **sections))
+    return [one["loss"] for one in records(folder) if one["kind"] == "train"]
+
+
+def test_pruning_and_pre_training_are_one_long_stage(tiny: Tiny, tmp_path: Path) -> None:
+    long = run(tiny, tmp_path / "long", 14, ["prune"])
+    parts = run(tiny, tmp_path / "parts", 8, ["prune", "finalize", "pretrain"])
+    fresh = run(tiny, tmp_path / "fresh", 8, ["prune", "finalize", "pretrain"], "fresh")
+    np.testing.assert_allclose(parts, long, rtol=2e-6)
+    np.testing.assert_array_equal(fresh[:9], parts[:9])
+    assert np.abs(np.array(fresh[9:]) - parts[9:]).max() > 1e-3
+    assert not (tmp_path / "parts" / moments.FOLDER).exists(), "they go when pre-training is done"
+
+
+def test_moments_wait_for_a_pre_training_that_is_broken_off(tiny: Tiny, tmp_path: Path) -> None:
+    whole = run(tiny, tmp_path / "whole", 8, ["prune", "finalize", "pretrain"])
+    file = tiny.config(
+        tmp_path / "broken",
+        run={"seed": 3, "stages": ["prune", "finalize", "pretrain"]},
+        mixture={"rule": "static", "initial_weights": {"library": 0.5, "command": 0.25, "help": 0.25}},
+        prune=SETTLING | {"batch": stage(8), "settle_steps": 3},
+        pretrain={"batch": stage(6), "optimizer": STEADY},
+    )
+    assert break_off(file, ("pretrain", 2))
+    for name in MOMENTS:
+        cut = ModelFolder.open(tmp_path / "broken" / moments.FOLDER / f"pruned-{name}", digests=True)
+        assert cut.shape.hidden_size == 24 and not (tmp_path / "broken" / moments.FOLDER / f"masked-{name}").exists()
+        values = cut.read("model.norm.weight")
+        assert values.dtype == torch.float32 and bool(values.abs().sum() > 0)
+        assert name == "exp_avg" or bool((values >= 0).all())
+    finish(file)
+    assert [one["loss"] for one in records(tmp_path / "broken") if one["kind"] == "train"] == whole
+
+
+@pytest.mark.parametrize("settle", [0, 3])
+def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path, settle: int) -> None:
+    prune = SETTLING | {"batch": stage(8), "settle_steps": settle}
+    finish(tiny.config(tmp_path / "run", run={"seed": 3, "stages": ["prune", "finalize"]}, prune=prune))
+    assert not (tmp_path / "run" / moments.FOLDER).exists(), "not settled, or nothing goes on"
