@@ -127,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     one = verb("plot", "draw losses, sparsities and the mixture of a run")
     one.add_argument("run", type=Path, help="run folder")
     one.add_argument("--output", type=Path, help="folder of the pictures (default: plots in the run folder)")
+    one = verb("report", "write one HTML file about a run: losses, what was kept, cost, pictures")
+    one.add_argument("run", type=Path, help="run folder")
+    one.add_argument("other", type=Path, nargs="?", help="run folder to compare it with")
+    one.add_argument("--output", type=Path, metavar="FILE", help="HTML file (default: report.html in the run folder)")
     return parser
 
 
@@ -271,3 +275,9 @@ def _plot(options: argparse.Namespace) -> None:
 
     for path in plot_run(options.run, options.output):
         print(path)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megashear.plot.report import write_report
+
+    print(write_report(options.run, options.other, options.output))

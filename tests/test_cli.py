@@ -12,7 +12,9 @@ import pytest
 
 from megashear import cli, errors
 
-VERBS = ("import", "check", "run", "prune", "finalize", "pretrain", "export", "eval", "mixture", "env", "plot")
+VERBS = (
+    *("import", "check", "run", "prune", "finalize", "pretrain", "export", "eval", "mixture", "env", "plot", "report"),
+)
 GOOD = """
 source: {shape: {preset: llama2-7b}}
 target: {preset: sheared-1.3b}
@@ -106,6 +108,7 @@ def test_every_problem_of_a_run_file_is_a_line_without_a_traceback(good: Path) -
         (["run", "none.yaml"], 2, "none.yaml: cannot be read"),
         (["import", "/nowhere", "/nowhere2"], 4, "/nowhere"),
         (["plot", "/nowhere"], 3, "/nowhere"),
+        (["report", "/nowhere"], 3, "/nowhere"),
         (["frobnicate"], 2, "invalid choice"),
         (["eval", "a", "b", "--sequences", "0"], 2, "'0' is not a whole number above 0"),
         (["export", "a", "b", "--max-shard-gb", "nan"], 2, "'nan' is not a size above 0"),

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megashear.plot.series import Stage, names_in
-from megashear.plot.style import label_ends, label_room, line_styles, new_figure, stage_panels
+from megashear.plot.style import domain_lines, label_ends
 
 
 def draw_epochs(stages: Sequence[Stage]) -> Figure | None:
@@ -15,14 +15,12 @@ def draw_epochs(stages: Sequence[Stage]) -> Figure | None:
     drawn = [stage for stage in stages if stage.records.get("train")]
     if not domains or not drawn:
         return None
-    styles = line_styles(domains)
-    figure = new_figure(
-        8.05 + label_room(domains),
-        4.6,
+    figure, axes, styles = domain_lines(
         "Epochs of each domain",
         "sequences read of a domain's training data, over the sequences that it has",
+        domains,
+        drawn,
     )
-    axes = stage_panels(figure, (0.75, 0.55, 7.3, 3.2), drawn)
     ends = dict.fromkeys(domains, np.nan)
     for stage, panel in zip(drawn, axes, strict=True):
         steps = np.concatenate([[0.0], stage.steps("train")])
@@ -30,7 +28,6 @@ def draw_epochs(stages: Sequence[Stage]) -> Figure | None:
             epochs = np.concatenate([[0.0], stage.values("train", "domain_epochs", domain)])
             panel.plot(steps, epochs, zorder=3, **styles[domain])
             ends[domain] = epochs[-1]
-        panel.set_xlabel("step")
     axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("epochs")
     label_ends(axes[-1], ends, styles)

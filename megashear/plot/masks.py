@@ -13,6 +13,7 @@ from megashear.plot.style import GREY, PALETTE, new_figure, panel, per_cent
 # White is gone, dark is kept: told apart in grey and by every kind of colour blindness.
 MASK_COLOURS = LinearSegmentedColormap.from_list("mask", ["#FFFFFF", "#9EC9E2", PALETTE[0], "#08306B"])
 
+COLUMNS = 1000  # of a map, at most: more than that are not told apart
 PANELS = {"layer": (0.28, 0.8), "head": (3.3, 0.5), "intermediate": (2.0, 0.85), "hidden": (2.3, 0.3)}  # width, gap
 
 
@@ -41,6 +42,31 @@ def draw_masks(masks: Mapping[str, np.ndarray]) -> Figure | None:
             first = axes
         axes.set_title(f"{name}: {np.count_nonzero(mask):,}\nof {mask.size:,} kept", pad=6)
         left += sum(PANELS[name])
+    return figure
+
+
+def draw_maps(masks: Mapping[str, np.ndarray]) -> Figure | None:
+    """The values of layers x heads above those of layers x intermediate units; masks as for `draw_masks`.
+
+    A column is a unit, or the mean of neighbours where there are more than COLUMNS. None without either.
+    """
+    shown = [name for name in ("head", "intermediate") if name in masks and masks[name].size]
+    if not shown:
+        return None
+    each = 2.3
+    figure = new_figure(9.2, 0.6 + each * len(shown), "Masks, unit by unit", "dark: kept   white: pruned")
+    for index, name in enumerate(shown):
+        mask = np.asarray(masks[name], dtype=np.float64)
+        axes = panel(figure, 0.75, 0.5 + each * (len(shown) - 1 - index), 8.2, each - 0.65)
+        axes.grid(False)
+        starts = np.arange(0, mask.shape[1], -(-mask.shape[1] // COLUMNS))
+        mean = np.add.reduceat(mask, starts, axis=1) / np.diff([*starts, mask.shape[1]])
+        place = (-0.5, mask.shape[1] - 0.5, mask.shape[0] - 0.5, -0.5)
+        axes.imshow(mean, cmap=MASK_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=place)
+        frame(axes, mask.shape[1], mask.shape[0])
+        layer_axis(axes, mask.shape[0], labelled=True)
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.set_xlabel({"head": "head", "intermediate": "intermediate unit"}[name])
     return figure
 
 

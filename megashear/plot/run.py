@@ -5,7 +5,7 @@ which nothing is recorded is left out; every PNG is written whole or not at all.
 """
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,13 +25,13 @@ from megashear.plot.weights import draw_weights
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 
 PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
-    "weights.png": draw_weights,
-    "epochs.png": draw_epochs,
-    "losses.png": draw_losses,
-    "sparsity.png": draw_sparsity,
-    "multipliers.png": draw_multipliers,
-    "speed.png": draw_speed,
-    "training.png": draw_training,
+    "weights": draw_weights,
+    "epochs": draw_epochs,
+    "losses": draw_losses,
+    "sparsity": draw_sparsity,
+    "multipliers": draw_multipliers,
+    "speed": draw_speed,
+    "training": draw_training,
 }
 
 
@@ -61,17 +61,21 @@ def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
         raise DataError(f"{run_folder / FILE_NAME}: a record without {error}; not a file of a run") from None
     masks = read_masks(run_folder / MASKS_NAME)
     output = Path(output) if output is not None else run_folder / "plots"
-    written = []
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        for name, draw in PICTURES.items():
-            figure = draw(stages)
-            if figure is not None:
-                written.append(save(figure, output / name))
-        figure = draw_masks(masks)
-        if figure is not None:
-            written.append(save(figure, output / "masks.png"))
+        written = [save(figure, output / f"{name}.png") for name, figure in draw_pictures(stages, masks)]
     if not written:
         raise DataError(
             f"{run_folder / FILE_NAME}: nothing to draw yet; wait for the first progress line and try again"
         )
     return written
+
+
+def draw_pictures(stages: Sequence[Stage], masks: dict[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
+    """Every picture for which something is recorded, with its name; the caller has set the style."""
+    for name, draw in PICTURES.items():
+        figure = draw(stages)
+        if figure is not None:
+            yield name, figure
+    figure = draw_masks(masks)
+    if figure is not None:
+        yield "masks", figure

@@ -43,6 +43,7 @@ STYLE: dict[str, Any] = {
     "ytick.major.size": 3,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # a domain's name may hold dollar signs
 }
 
 
@@ -110,6 +111,17 @@ def stage_panels(
             new.text(0.5, 1.0, stage.name, transform=new.transAxes, ha="center", va="bottom", fontsize=8, color=GREY)
         axes.append(new)
     return axes
+
+
+def domain_lines(
+    title: str, subtitle: str, domains: Sequence[str], stages: Sequence[Stage]
+) -> tuple[Figure, list[Axes], dict[str, dict[str, Any]]]:
+    """A figure for a line a domain: one axes a stage, room for the names right of the last, and the lines' styles."""
+    figure = new_figure(8.05 + label_room(domains), 4.6, title, subtitle)
+    axes = stage_panels(figure, (0.75, 0.55, 7.3, 3.2), stages)
+    for one in axes:
+        one.set_xlabel("step")
+    return figure, axes, line_styles(domains)
 
 
 def step_axis(axes: Axes, last_step: int, width: float, last: bool = True) -> None:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megashear.plot.series import Stage, names_in, realised_mix
-from megashear.plot.style import label_ends, label_room, line_styles, markers, new_figure, per_cent, stage_panels
+from megashear.plot.style import domain_lines, label_ends, markers, per_cent
 
 TITLE = "Domain weights and the mix that was read"
 LEGEND = "line: weight set by the last evaluation   ring: share of the tokens read between two evaluations"
@@ -19,14 +19,7 @@ def draw_weights(stages: Sequence[Stage], title: str = TITLE, subtitle: str = LE
     drawn = [s for s in stages if s.records.get("eval") or s.records.get("train")]
     if not domains or not drawn:
         return None
-    styles = line_styles(domains)
-    figure = new_figure(
-        8.05 + label_room(domains),
-        4.6,
-        title,
-        subtitle,
-    )
-    axes = stage_panels(figure, (0.75, 0.55, 7.3, 3.2), drawn)
+    figure, axes, styles = domain_lines(title, subtitle, domains, drawn)
     smallest, ends = 1.0, dict.fromkeys(domains, np.nan)
     for stage, panel in zip(drawn, axes, strict=True):
         steps = stage.steps("eval")
@@ -42,7 +35,6 @@ def draw_weights(stages: Sequence[Stage], title: str = TITLE, subtitle: str = LE
                 panel.plot(x, y, drawstyle="steps-post", zorder=3, **styles[domain], **markers(len(weight)))
             if len(seen):
                 ends[domain] = seen[len(weight) - 1] if len(weight) else seen[-1]
-        panel.set_xlabel("step")
     if smallest < 0.02:
         axes[0].set_yscale("log", nonpositive="mask")
         axes[0].set_ylim(smallest / 1.4, 1.0)

@@ -1,0 +1,109 @@
+"""Two runs side by side: losses of each domain with their difference, what each cost, and both curves in one picture.
+
+Key property: runs are told apart by the names of their folders. Read next: `report.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from megashear.plot.cost import costs, curves
+from megashear.plot.html import Html, paragraph, picture, section, table
+from megashear.plot.record import Losses, RunRecord
+from megashear.plot.series import names_in
+from megashear.plot.style import PALETTE, markers, new_figure, panel
+from megashear.train.tables import count, loss_cells
+
+
+def names_of(first: RunRecord, second: RunRecord) -> tuple[str, str]:
+    """What the runs are called: their folders' names, or their paths where those are equal."""
+    both = (first.name, second.name)
+    return both if both[0] != both[1] else (str(first.folder), str(second.folder))
+
+
+def comparison(first: RunRecord, second: RunRecord) -> Html:
+    """The section that compares two runs."""
+    names = names_of(first, second)
+    parts = [paragraph(f"{names[0]} beside {names[1]}.")]
+    if first.losses and second.losses:
+        parts.append(loss_differences(names, *(list(run.losses.items())[-1] for run in (first, second))))
+    else:
+        parts.append(paragraph("One of the runs has no held-out losses yet."))
+    parts.append(cost_beside(names, (first, second)))
+    figure = draw_curves(names, (first, second))
+    if figure is not None:
+        caption = "Held-out loss over tokens and over training FLOPs of all stages; a line breaks where a stage ends."
+        parts.append(picture(figure, caption))
+    return section("Comparison", parts)
+
+
+def loss_differences(names: Sequence[str], first: tuple[str, Losses], second: tuple[str, Losses]) -> Html:
+    """Losses of both by domain, second minus first, and whether that is more than two standard errors of it."""
+    (column, mine), (other_column, other) = first, second
+    shared = [domain for domain in mine if domain in other]
+    rows = [difference_row(domain, mine[domain], other[domain]) for domain in shared]
+    if len(shared) > 1:
+        means = []
+        for losses in (mine, other):
+            values, errors = np.array([losses[domain] for domain in shared]).T
+            means.append((float(values.mean()), float(np.sqrt((errors**2).sum()) / len(shared))))
+        rows.append(difference_row(f"mean of {len(shared)}", *means))
+    header = ["domain", *(f"{n} ({c})" for n, c in zip(names, (column, other_column), strict=True))]
+    caption = (
+        "Nats per token with standard errors; difference: the second less the first. Errors are added as if the "
+        "held-out texts were drawn anew for each run; what another seed would change is not in them."
+    )
+    return table([*header, "difference", "beyond 2 standard errors"], rows, caption)
+
+
+def difference_row(name: str, mine: tuple[float, float], other: tuple[float, float]) -> list[str]:
+    """One line of the table."""
+    difference, error = other[0] - mine[0], math.hypot(mine[1], other[1])
+    shown = f"{difference:+.4f} +- {error:.4f}" if math.isfinite(difference) else "-"
+    if not math.isfinite(error) or not math.isfinite(difference):
+        beyond = "not known"
+    elif abs(difference) <= 2 * error:
+        beyond = "no"
+    else:
+        beyond = "yes, lower" if difference < 0 else "yes, higher"
+    return [name, loss_cells(mine)[0], loss_cells(other)[0], shown, beyond]
+
+
+def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
+    """Tokens, FLOPs and time of both."""
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        spent = costs(run)
+        flops = sum(cost.flops + cost.teacher_flops for cost in spent)
+        hours = sum(cost.seconds for cost in spent) / 3600
+        shown = [count(sum(cost.tokens for cost in spent)), "not known" if math.isnan(flops) else f"{flops:.3g}"]
+        size = "not known" if run.target is None else count(run.target.parameters())
+        rows.append([name, size, *shown, "not known" if math.isnan(hours) else f"{hours:.2f}"])
+    return table(["run", "parameters", "tokens", "training FLOPs", "hours"], rows, "All training stages together.")
+
+
+def draw_curves(names: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None:
+    """Left: mean loss over tokens; right: over training FLOPs. None where the runs share no evaluated domain."""
+    found = [names_in(run.stages, "eval", "loss") for run in runs]
+    shared = [domain for domain in found[0] if domain in found[1]]
+    if not shared:
+        return None
+    figure = new_figure(9.2, 4.4, "Held-out loss of both runs", f"mean of {len(shared)} domains, nats per token")
+    both = [curves(run, shared) for run in runs]
+    for index, (field, label) in enumerate((("tokens", "tokens"), ("flops", "training FLOPs"))):
+        axes = panel(figure, 0.75 + 4.35 * index, 0.6, 3.75, 2.9)
+        for colour, name, parts in zip(PALETTE, names, both, strict=False):
+            for number, part in enumerate(parts):
+                style = {"color": colour, **markers(len(part.loss)), "label": name if number == 0 else None}
+                axes.plot(getattr(part, field), part.loss, **style)
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x) if x < 1e13 else f"{x:.3g}"))
+        axes.locator_params(axis="x", nbins=5)
+        if index == 0:
+            axes.set_ylabel("nats per token")
+            axes.legend(frameon=False, loc="upper right", fontsize=8.5)
+    return figure

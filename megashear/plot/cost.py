@@ -1,0 +1,129 @@
+"""What a run has cost: tokens, training FLOPs and wall time by stage, and the FLOPs at every step.
+
+FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
+counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
+a teacher's forward pass counts as what was recorded, or a third of a training step of the source; evaluation is told in
+seconds alone. Read next: `report.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megashear.plot.record import RunRecord
+from megashear.plot.series import Stage
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One training stage: tokens; FLOPs of the model and of a teacher, and of the whole source on the same tokens (NaN
+    where the shape is not known); live: mean share of the source's FLOPs in pruning (NaN: not measured, counted as 1);
+    seconds, and how many of them were held-out evaluation (NaN where not recorded).
+    """
+
+    stage: str
+    tokens: float
+    flops: float
+    teacher_flops: float
+    source_flops: float
+    live: float
+    seconds: float
+    evaluation_seconds: float
+
+
+def costs(run: RunRecord) -> list[StageCost]:
+    """The cost of every training stage that has begun."""
+    found = []
+    for name in ("prune", "pretrain"):
+        stage, tokens = run.stage(name), run.tokens(name)
+        if not tokens:
+            continue
+        dense = flops_per_token(run, name)
+        steps = np.array([stage.last_step()])
+        live = float(live_steps(stage, steps)[0] / steps[0]) if name == "prune" else 1.0
+        measured = name == "prune" and np.isfinite(stage.values("mask", "live_flops")).any()
+        done = run.done.get(name, {})
+        recorded = {key: stage.values("train", key) for key in ("seconds", "evaluation_seconds")}
+        seconds, evaluating = (
+            float(done.get(key, values[-1] if len(values) else math.nan)) for key, values in recorded.items()
+        )
+        source = run.source.flops_per_token(_length(run)) if run.source is not None else math.nan
+        found.append(
+            StageCost(
+                name,
+                tokens,
+                tokens * dense * live,
+                tokens * dense * teacher_share(run, name),
+                tokens * source,
+                live if measured else math.nan,
+                seconds,
+                evaluating,
+            )
+        )
+    return found
+
+
+def _length(run: RunRecord) -> int:
+    return run.config.data.sequence_length if run.config is not None else 0
+
+
+def flops_per_token(run: RunRecord, stage: str) -> float:
+    """Training FLOPs per token of the whole model of a stage; NaN where its shape or the run file is not known."""
+    shape = run.source if stage == "prune" else run.target
+    return math.nan if shape is None or run.config is None else float(shape.flops_per_token(_length(run)))
+
+
+def teacher_share(run: RunRecord, stage: str) -> float:
+    """FLOPs of a teacher's forward pass as a share of those of training the whole model; 0 without a teacher."""
+    section = getattr(run.config, stage, None)
+    distillation = getattr(section, "distillation", None)
+    if distillation is None or not distillation.weight > 0:
+        return 0.0
+    recorded = run.stage(stage).values("train", "teacher_flops")
+    known = recorded[np.isfinite(recorded)]
+    if len(known):
+        return float(known[-1])
+    return (
+        math.nan if run.source is None else run.source.flops_per_token(_length(run)) / 3 / flops_per_token(run, stage)
+    )
+
+
+def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
+    """Steps so far, each counted as the share of FLOPs that it needed: [n] -> [n]. A record's share is that of the
+    steps since the record before; 1 where none was measured.
+    """
+    at, share = stage.steps("mask"), stage.values("mask", "live_flops")
+    if not len(at) or not np.isfinite(share).any():
+        return np.asarray(steps, dtype=np.float64)
+    share = np.where(np.isfinite(share), share, 1.0)
+    edges = np.concatenate([[0.0], at])
+    counted = np.concatenate([[0.0], np.cumsum(np.diff(edges) * share)])
+    beyond = np.maximum(np.asarray(steps) - edges[-1], 0.0) * share[-1]
+    return np.interp(steps, edges, counted) + beyond
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean held-out loss over domains at the evaluations of one stage, and what the run had cost by then, [n] each."""
+
+    stage: str
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+
+
+def curves(run: RunRecord, domains: list[str]) -> list[Curve]:
+    """The evaluations of every stage, over all that the run cost before; domains: whose mean is taken."""
+    found, tokens, flops = [], 0.0, 0.0
+    for cost in costs(run):
+        stage = run.stage(cost.stage)
+        steps, last = stage.steps("eval"), stage.last_step()
+        if len(steps):
+            loss = np.mean([stage.values("eval", "loss", domain) for domain in domains], axis=0)
+            share = (live_steps(stage, steps) if cost.stage == "prune" else steps) / last
+            whole = live_steps(stage, np.array([last]))[0] / last if cost.stage == "prune" else 1.0
+            spent = cost.flops * share / whole + cost.teacher_flops * steps / last
+            found.append(Curve(cost.stage, tokens + cost.tokens * steps / last, flops + spent, loss))
+        tokens, flops = tokens + cost.tokens, flops + cost.flops + cost.teacher_flops
+    return found

@@ -1,0 +1,154 @@
+"""What a run folder tells, for a report: config, shapes, finished stages, losses, metrics, masks.
+
+Key properties: reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
+source is still there; what is missing is said, what is damaged is one DataError. Read next: `cost.py`, `report.py`.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megashear.config.load import load_config
+from megashear.config.presets import resolve_shape
+from megashear.config.schema import Config
+from megashear.config.shape import ModelShape
+from megashear.errors import ConfigError, DataError, MegashearError
+from megashear.plot.run import read_masks
+from megashear.plot.series import Stage, stages_of
+from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
+from megashear.weights.hf_config import read_config, shape_of_config
+
+CONFIG, IDENTITY, DONE, SOURCE_LOSSES = "config.yaml", "identity.json", "done.json", "source_losses.json"
+COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
+Losses = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds.
+
+    config: None where the run file cannot be read any more; source, target: None where not known; done: records of the
+    finished stages; stages: of `metrics.jsonl`; masks: of the last evaluation while pruning; losses: by model (source,
+    pruned, final, or the last evaluation of a stage that goes on), {domain: (nats per token, standard error)};
+    missing: what the run has not, in sentences.
+    """
+
+    folder: Path
+    config: Config | None
+    source: ModelShape | None
+    target: ModelShape | None
+    done: dict[str, dict[str, Any]]
+    stages: list[Stage]
+    masks: dict[str, np.ndarray]
+    losses: dict[str, Losses]
+    missing: list[str]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    def stage(self, name: str) -> Stage:
+        """The metrics of a stage; none of any kind where it has not begun."""
+        return next((stage for stage in self.stages if stage.name == name), Stage(name, {}))
+
+    def tokens(self, stage: str) -> float:
+        """Tokens that a stage trained on so far."""
+        recorded = self.stage(stage).values("train", "tokens")
+        return float(self.done.get(stage, {}).get("tokens") or (recorded[-1] if len(recorded) else 0))
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder. Raises DataError where it is none, or a file of it is damaged."""
+    folder = Path(folder)
+    if not (folder / FILE_NAME).is_file() and not (folder / IDENTITY).is_file():
+        raise DataError(f"{folder}: no {IDENTITY} and no {FILE_NAME} here; give the folder of a run (run.folder)")
+    missing: list[str] = []
+    config = _config(folder / CONFIG, missing)
+    names = list(config.run.stages) if config is not None else ["prune", "finalize", "pretrain"]
+    done = {name: record for name in names if (record := read_json(folder / name / DONE)) is not None}
+    try:
+        stages = stages_of(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).is_file() else []
+        losses = _losses(folder, done, stages)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder}: a record that is not one of a run ({error!r}); restore the file") from None
+    missing += [f"The stage {name} has not finished." for name in names if name not in done]
+    source, target = _shapes(folder, config)
+    if source is None:
+        missing.append("The source's shape is not known here, so FLOPs are not counted.")
+    return RunRecord(folder, config, source, target, done, stages, read_masks(folder / MASKS_NAME), losses, missing)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file. Raises DataError where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it to read the rest") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a record of a run; remove it to read the rest")
+    return value
+
+
+def _config(path: Path, missing: list[str]) -> Config | None:
+    try:
+        return load_config(path)
+    except (ConfigError, OSError) as error:
+        missing.append(f"The run file cannot be read: {str(error).splitlines()[0]}")
+        return None
+
+
+def _shapes(folder: Path, config: Config | None) -> tuple[ModelShape | None, ModelShape | None]:
+    """The shapes that the run began with and ends with; None where no folder or key tells."""
+    source = _shape(folder / "masked")
+    if source is None and config is not None:
+        if config.source.folder is not None:
+            source = _shape(Path(config.source.folder))
+        else:
+            source = _resolved(config.source.shape, None)
+    target = _shape(folder / "final") or _shape(folder / "pruned")
+    if target is None and config is not None and source is not None:
+        target = _resolved(config.target, source) if "prune" in config.run.stages else source
+    return source or (target if config is not None and "prune" not in config.run.stages else None), target
+
+
+def _shape(folder: Path) -> ModelShape | None:
+    try:
+        return shape_of_config(read_config(folder), folder)
+    except MegashearError:
+        return None
+
+
+def _resolved(section: Any, source: ModelShape | None) -> ModelShape | None:
+    try:
+        return resolve_shape(section, source)
+    except MegashearError:
+        return None
+
+
+def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) -> dict[str, Losses]:
+    """Held-out losses by model, in the order in which a run makes them."""
+    columns: dict[str, Losses] = {}
+    source = read_json(folder / SOURCE_LOSSES)
+    if source is not None:
+        columns["source"] = {name: (_number(pair[0]), _number(pair[1])) for name, pair in source.items()}
+    for stage, column in COLUMNS.items():
+        if stage in done:
+            record = done[stage]
+            columns[column] = {n: (_number(v), _number(record["errors"].get(n))) for n, v in record["losses"].items()}
+    last = stages[-1] if stages else None
+    if last is not None and last.name not in done and last.records.get("eval"):
+        record = last.records["eval"][-1]
+        name = f"{last.name}, step {int(record['step']):,}"
+        columns[name] = {n: (_number(v), _number((record["error"] or {}).get(n))) for n, v in record["loss"].items()}
+    return columns
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,217 @@
+"""One HTML file about a run: `megashear report RUN [OTHER]`.
+
+Key properties: the file stands alone (pictures inside, no script, no link) and prints; it is written whole or not at
+all; a run that goes on, that only pre-trains, or that has no masks has a shorter report. Read next: `record.py` (what
+is read), `cost.py` (FLOPs), `compare.py` (two runs), `html.py` (the page).
+"""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from megashear.errors import DataError
+from megashear.files.atomic import write_text
+from megashear.plot.compare import comparison
+from megashear.plot.cost import costs
+from megashear.plot.html import Html, bullets, page, paragraph, picture, section, table
+from megashear.plot.masks import draw_maps
+from megashear.plot.record import RunRecord, read_run
+from megashear.plot.run import draw_pictures
+from megashear.plot.style import STYLE
+from megashear.train.progress import duration
+from megashear.train.tables import count, loss_cells
+
+NAME = "report.html"
+CAPTIONS = {
+    "weights": "The weight of each domain after every evaluation, and the share of it in what was then read.",
+    "epochs": "How often each domain's training data has been read.",
+    "losses": "Held-out loss of each domain at every evaluation, beside the reference that drives its weight.",
+    "sparsity": "The share of units that the masks close, as expected and as the schedule asks for.",
+    "multipliers": "The multipliers that draw expected sparsity to its target.",
+    "speed": "What closing masks saves: live FLOPs and the time of a step.",
+    "training": "Training loss and tokens per second at every progress line.",
+    "masks": "What the masks keep: layers, heads, the share of intermediate units in each layer, hidden units.",
+}
+
+
+def write_report(folder: Path, other: Path | None = None, output: Path | None = None) -> Path:
+    """Write the report of a run, compared with a second one where it is named; returns the file.
+
+    output: by default `report.html` in the run folder. Raises DataError where a folder is not one of a run or its
+    records are damaged, StorageError where the file cannot be written.
+    """
+    run = read_run(folder)
+    second = read_run(other) if other is not None else None
+    output = Path(output) if output is not None else Path(folder) / NAME
+    try:
+        with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+            text = render(run, second)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder}: a record that is not one of a run ({error!r}); restore the file") from error
+    write_text(output, text)
+    return output
+
+
+def render(run: RunRecord, second: RunRecord | None = None) -> str:
+    """The page as text; the caller has set the pictures' style."""
+    parts = [headline(run)]
+    if run.missing:
+        parts.append(section("What is missing", [bullets(run.missing)]))
+    for made in (losses, kept, cost, mixture, pictures):
+        parts += made(run)
+    if second is not None:
+        parts.append(comparison(run, second))
+    return page(f"megashear: {run.name}", parts)
+
+
+def headline(run: RunRecord) -> Html:
+    """What was sheared to what."""
+    if run.target is None:
+        return paragraph("The shape of this run's model is not known.")
+    size = count(run.target.parameters())
+    sheared = run.source is not None and run.source.parameters() != run.target.parameters()
+    if sheared:
+        assert run.source is not None
+        share = run.target.parameters() / run.source.parameters()
+        said = f"{count(run.source.parameters())} parameters sheared to {size} ({share:.1%})."
+    else:
+        said = f"A model of {size} parameters, trained in its own shape."
+    shapes = {"source": run.source, "target": run.target} if sheared else {"model": run.target}
+    fields = {
+        "hidden size": "hidden_size",
+        "layers": "num_layers",
+        "query heads": "num_heads",
+        "key/value heads": "num_query_groups",
+        "intermediate size": "intermediate_size",
+        "vocabulary": "vocab_size",
+    }
+    rows = [[name, *(f"{getattr(shape, key):,}" for shape in shapes.values())] for name, key in fields.items()]
+    rows.append(["parameters", *(f"{shape.parameters():,}" for shape in shapes.values() if shape is not None)])
+    return Html(paragraph(said) + table(["", *shapes], rows))
+
+
+def losses(run: RunRecord) -> list[Html]:
+    """Held-out losses of every model of the run."""
+    columns = run.losses
+    if not columns:
+        return []
+    domains = list(dict.fromkeys(domain for column in columns.values() for domain in column))
+    rows = [[d, *(cell for column in columns.values() for cell in loss_cells(column.get(d)))] for d in domains]
+    shared = [domain for domain in domains if all(domain in column for column in columns.values())]
+    if len(shared) > 1:
+        means = []
+        for column in columns.values():
+            values, errors = np.array([column[domain] for domain in shared]).T
+            means += loss_cells((float(values.mean()), float(np.sqrt((errors**2).sum()) / len(shared))))
+        rows.append([f"mean of {len(shared)}", *means])
+    header = ["domain", *(text for name in columns for text in (name, "perplexity"))]
+    caption = "Nats per token with the standard error of the evaluation, and perplexity, on held-out text."
+    return [section("Held-out losses", [table(header, rows, caption)])]
+
+
+def kept(run: RunRecord) -> list[Html]:
+    """What pruning kept: units by granularity, and by layer."""
+    parts = []
+    rows = []
+    near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
+    for name in dict.fromkeys([*run.masks, *near]):
+        mask, cut = run.masks.get(name), near.get(name)
+        shown = ["-"] if mask is None else [f"{np.count_nonzero(mask):,} of {mask.size:,}"]
+        shown += ["-"] * 3 if cut is None else [f"{cut['kept']:,}", f"{cut['below_half']:,}", f"{cut['worst']:.3f}"]
+        rows.append([str(name), *shown])
+    if rows:
+        caption = (
+            "Open: masks that are not exactly 0 at the last evaluation, over all layers. Borderline: units that the "
+            "cut keeps although their mask is below one half; lowest: the least mask among the kept. A group is the "
+            "query heads that share a key/value head."
+        )
+        header = ["granularity", "open at the last evaluation", "kept by the cut", "borderline", "lowest"]
+        parts.append(table(header, rows, caption))
+    grids: dict[str, np.ndarray] = {name: run.masks[name] for name in ("head", "intermediate") if name in run.masks}
+    if grids or "layer" in run.masks:
+        parts.append(by_layer(run, grids))
+    figure = draw_maps(run.masks)
+    if figure is not None:
+        parts.append(picture(figure, "Layers by heads and layers by intermediate units at the last evaluation."))
+    return [section("What was kept", parts)] if parts else []
+
+
+def by_layer(run: RunRecord, grids: dict[str, np.ndarray]) -> Html:
+    """Open units of every layer."""
+    layer = run.masks.get("layer")
+    number = len(layer) if layer is not None else len(next(iter(grids.values())))
+    header = ["layer", *(["mask of the layer"] if layer is not None else []), *(f"open, {name}" for name in grids)]
+    rows = []
+    for row in range(number):
+        cells = [f"{layer[row]:.3f}" if layer[row] else "pruned"] if layer is not None else []
+        cells += [f"{np.count_nonzero(mask[row]):,} of {mask.shape[1]:,}" for mask in grids.values()]
+        rows.append([str(row), *cells])
+    return table(header, rows, "Open units of each layer at the last evaluation while pruning.")
+
+
+def cost(run: RunRecord) -> list[Html]:
+    """Tokens, FLOPs and time by stage."""
+    found = costs(run)
+    if not found:
+        return []
+    rows = []
+    for one in found:
+        evaluation = one.evaluation_seconds / one.seconds if one.seconds else math.nan
+        live = "-" if one.stage != "prune" else "not measured" if math.isnan(one.live) else f"{one.live:.1%}"
+        cells = [number(one.flops), number(one.teacher_flops) if one.teacher_flops else "-", number(one.source_flops)]
+        time = "not known" if math.isnan(one.seconds) else duration(one.seconds)
+        share = "not known" if math.isnan(evaluation) else f"{evaluation:.1%}"
+        rows.append([one.stage, count(one.tokens), live, *cells, time, share])
+    sums = [sum(getattr(one, key) for one in found) for key in ("flops", "teacher_flops", "source_flops")]
+    seconds = sum(one.seconds for one in found)
+    time = "not known" if math.isnan(seconds) else duration(seconds)
+    cells = [number(sums[0]), number(sums[1]) if sums[1] else "-", number(sums[2])]
+    rows.append(["all", count(sum(one.tokens for one in found)), "", *cells, time, ""])
+    header = ["stage", "tokens", "live share", "training FLOPs", "teacher FLOPs", "the source on these tokens"]
+    caption = (
+        "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
+        "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
+        "of a training step of the source. Held-out evaluation is in the time and not in the FLOPs."
+    )
+    return [section("Cost", [table([*header, "time (h:mm)", "of it evaluation"], rows, caption)])]
+
+
+def number(value: float) -> str:
+    """FLOPs with three digits."""
+    return "not known" if math.isnan(value) else f"{value:.3g}"
+
+
+def mixture(run: RunRecord) -> list[Html]:
+    """Weights of the domains and epochs of their data."""
+    columns: dict[str, dict[str, float]] = {}
+    for stage in run.stages:
+        evaluated, trained = stage.records.get("eval", []), stage.records.get("train", [])
+        first: dict[str, float] = next((record["weights"] for record in evaluated if record.get("weights")), {})
+        last = run.done.get(stage.name, {}).get("weights") or (evaluated[-1].get("weights") if evaluated else {})
+        epochs = run.done.get(stage.name, {}).get("epochs") or (trained[-1].get("domain_epochs") if trained else {})
+        columns |= {f"{stage.name}, first weight": first, f"{stage.name}, last weight": last or {}}
+        columns[f"{stage.name}, epochs"] = epochs or {}
+    columns = {name: values for name, values in columns.items() if values}
+    domains = list(dict.fromkeys(domain for values in columns.values() for domain in values))
+    if not domains:
+        return []
+    rows = [
+        [
+            d,
+            *(
+                ("-" if d not in v else f"{v[d]:.4f}" if n.endswith("epochs") else f"{v[d]:.2%}")
+                for n, v in columns.items()
+            ),
+        ]
+        for d in domains
+    ]
+    caption = "First weight: after the first evaluation of the stage. Epochs: of a domain's training data, so far."
+    return [section("Mixture", [table(["domain", *columns], rows, caption)])]
+
+
+def pictures(run: RunRecord) -> list[Html]:
+    """All that `megashear plot` draws."""
+    drawn = [picture(figure, CAPTIONS[name]) for name, figure in draw_pictures(run.stages, run.masks)]
+    return [section("Pictures", drawn)] if drawn else []

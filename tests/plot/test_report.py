@@ -1,0 +1,235 @@
+"""Reports of real record files: every number where it belongs, and nothing in the page that could run."""
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from plot.conftest import DOMAINS, SyntheticRun
+
+from megashear.config.load import load_config, save_config
+from megashear.config.presets import resolve_shape
+from megashear.errors import DataError
+from megashear.plot.compare import difference_row
+from megashear.plot.cost import costs, curves, live_steps
+from megashear.plot.record import read_run
+from megashear.plot.report import write_report
+from megashear.plot.series import Stage
+
+KEYS = [
+    "source.shape.preset=llama2-7b",
+    "target.preset=sheared-1.3b",
+    "data.folder=data",
+    "data.sequence_length=4096",
+    "run.stages=[prune,finalize,pretrain]",
+]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Pictures of few pixels: what is in them is tested by test_run.py and test_pictures.py."""
+    monkeypatch.setattr("megashear.plot.html.DPI", 30)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.cells: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.cells.append(data)
+
+
+def stage_done(folder: Path, stage: str, names: tuple[str, ...], loss: float, **more: object) -> None:
+    """The record of a finished stage; losses rise by 0.1 from domain to domain."""
+    losses = {name: loss + 0.1 * number for number, name in enumerate(names)}
+    (folder / stage).mkdir(parents=True)
+    record = {"name": stage, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
+    (folder / stage / "done.json").write_text(json.dumps(record))
+
+
+def make_run(folder: Path, keys=(), names=DOMAINS, finished: bool = True, final: float = 1.8) -> Path:
+    """A run of both stages, as `megashear run` leaves it; unfinished: while it prunes."""
+    folder.mkdir()
+    save_config(load_config(None, [*KEYS, f"run.folder={folder}", *keys]), folder / "config.yaml")
+    (folder / "identity.json").write_text("{}")
+    (folder / "source_losses.json").write_text(json.dumps({name: [1.5, 0.01] for name in names}))
+    run = SyntheticRun(folder)
+    run.domains = names
+    run.stage("prune", steps=40, batch=8, interval=20, log=10)
+    run.masks(layers=4, heads=8, intermediate=64, hidden=32)
+    if finished:
+        run.stage("pretrain", steps=40, batch=8, interval=20, log=10)
+        near = [{"granularity": "head", "kept": 20, "below_half": 3, "worst": 0.125}]
+        times = {"seconds": 7200.0, "evaluation_seconds": 1800.0}
+        stage_done(folder, "prune", names, 2.5, tokens=1_000_000, **times)
+        stage_done(folder, "finalize", names, 2.4, borderline=near)
+        stage_done(folder, "pretrain", names, final, tokens=3_000_000, **times)
+    run.metrics.close()
+    return folder
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine")
+    assert write_report(run) == run / "report.html"
+    page = Page(run / "report.html")
+    text = " ".join(page.cells)
+    for heading in ("Held-out losses", "What was kept", "Cost", "Mixture", "Pictures"):
+        assert heading in page.cells
+    assert "What is missing" not in page.cells and "Comparison" not in page.cells
+    assert "6.74 B parameters sheared to 1.35 B (20.0%)." in text
+    at = page.cells.index(DOMAINS[0])
+    assert page.cells[at + 1 : at + 7] == [
+        *("1.5000 +- 0.0100", f"{math.exp(1.5):.2f}", "2.4000 +- 0.0100", f"{math.exp(2.4):.2f}"),
+        *("1.8000 +- 0.0100", f"{math.exp(1.8):.2f}"),
+    ]
+    at = page.cells.index("head")
+    assert page.cells[at + 1 : at + 5] == ["20 of 32", "20", "3", "0.125"]
+    assert page.cells[page.cells.index("1.00 M") + 5 :][:2] == ["2:00", "25.0%"]
+    pictures = [value for name, value in page.attributes if name == "src"]
+    assert len(pictures) == 9  # those of `megashear plot`, and the maps
+    for source in pictures:
+        assert source is not None
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+
+
+def test_the_same_records_give_the_same_file_and_no_temporary_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", finished=False)
+    for name in ("a", "b"):
+        write_report(run, None, tmp_path / "out" / f"{name}.html")
+    assert (tmp_path / "out" / "a.html").read_bytes() == (tmp_path / "out" / "b.html").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.html", "b.html"]
+
+
+def test_nothing_from_a_run_folder_can_run_or_load(tmp_path: Path) -> None:
+    """Names with markup in them, of domains, granularities and the folder itself, are shown as text."""
+    bad = "<script>alert(1)</script>"
+    names = (bad, '"><img src=x onerror=alert(1)>', "</title><iframe src=//a>", "$\\nothing{$ &amp;", *DOMAINS[4:])
+    run = make_run(tmp_path / "<b onclick=1>mine", names=names)
+    record = json.loads((run / "finalize" / "done.json").read_text())
+    record["borderline"][0]["granularity"] = bad
+    (run / "finalize" / "done.json").write_text(json.dumps(record))
+    page = Page(write_report(run, run, tmp_path / "report.html"))
+    allowed = (
+        "html head meta title style body section h1 h2 p ul li table caption thead tbody tr th td figure img figcaption"
+    )
+    assert set(page.tags) <= set(allowed.split())
+    assert {name for name, _ in page.attributes} <= {"lang", "charset", "name", "http-equiv", "content", "src", "alt"}
+    assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+    assert bad in page.cells and names[1] in page.cells and names[3] in page.cells
+
+
+def test_cost_by_hand(tmp_path: Path) -> None:
+    """Tokens times 6 a weight and half the attention; pruning by the live share of the records, each for its steps."""
+    run = read_run(make_run(tmp_path / "mine"))
+    config = load_config(tmp_path / "mine" / "config.yaml")
+    source = resolve_shape(config.source.shape, None)
+    target = resolve_shape(config.target, source)
+    live = np.mean([record["live_flops"] for record in run.stage("prune").records["mask"]])
+    prune, pretrain = costs(run)
+    assert prune.live == pytest.approx(live) and 0.3 < live < 0.6
+    assert prune.flops == pytest.approx(1e6 * source.flops_per_token(4096) * live)
+    assert prune.source_flops == 1e6 * source.flops_per_token(4096)
+    assert pretrain.flops == 3e6 * target.flops_per_token(4096)
+    assert pretrain.source_flops == 3e6 * source.flops_per_token(4096)
+    assert prune.teacher_flops == pretrain.teacher_flops == 0
+    first, second = curves(run, list(DOMAINS))
+    assert first.tokens.tolist() == [5e5, 1e6] and second.tokens.tolist() == [1e6, 2.5e6, 4e6]
+    assert first.flops[-1] == second.flops[0] == pytest.approx(prune.flops)
+    assert second.flops[-1] == pytest.approx(prune.flops + pretrain.flops)
+    assert first.loss[0] == np.mean(list(run.stage("prune").records["eval"][0]["loss"].values()))
+
+
+def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "mine", ["pretrain.distillation.weight=0.5"]))
+    assert run.source is not None
+    prune, pretrain = costs(run)
+    assert prune.teacher_flops == 0
+    assert pretrain.teacher_flops == pytest.approx(3e6 * run.source.flops_per_token(4096) / 3)
+
+
+def test_live_steps_between_and_beyond_records() -> None:
+    records = [{"step": step, "live_flops": share} for step, share in ((10, 1.0), (20, 0.5), (30, None))]
+    stage = Stage("prune", {"mask": records})
+    found = live_steps(stage, np.array([0, 5, 10, 15, 20, 30, 40]))
+    assert found.tolist() == [0, 5, 10, 12.5, 15, 25, 35]  # nothing measured: counted whole
+    assert live_steps(Stage("prune", {}), np.array([7])).tolist() == [7]
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "mine", finished=False)))
+    for stage in ("prune", "finalize", "pretrain"):
+        assert f"The stage {stage} has not finished." in page.cells
+    assert "prune, step 40" in page.cells and "final" not in page.cells
+
+
+def test_pretraining_alone_and_no_metrics_yet(tmp_path: Path) -> None:
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / "identity.json").write_text("{}")
+    keys = ["run.stages=[pretrain]", "source.shape.preset=sheared-1.3b", "data.folder=data"]
+    save_config(load_config(None, keys), run / "config.yaml")
+    page = Page(write_report(run))
+    assert "A model of 1.35 B parameters, trained in its own shape." in page.cells
+    assert "Pictures" not in page.cells and "The stage pretrain has not finished." in page.cells
+
+
+def test_without_its_run_file_a_run_has_no_flops(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine")
+    (run / "config.yaml").write_text("prune: {no_such_key: 1}")
+    text = " ".join(Page(write_report(run)).cells)
+    assert "The run file cannot be read" in text and "no_such_key" in text and "not known" in text
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "mine"), make_run(tmp_path / "yours", final=1.7)
+    page = Page(write_report(first, second, tmp_path / "both.html"))
+    at = page.cells.index("mine (final)")
+    assert page.cells[at + 1 : at + 4] == ["yours (final)", "difference", "beyond 2 standard errors"]
+    assert page.cells[at + 4 :][:5] == [
+        DOMAINS[0],
+        "1.8000 +- 0.0100",
+        "1.7000 +- 0.0100",
+        "-0.1000 +- 0.0141",
+        "yes, lower",
+    ]
+    assert len([value for name, value in page.attributes if name == "src"]) == 10
+
+
+@pytest.mark.parametrize(
+    "mine, other, said",
+    [
+        ((2.0, 0.03), (2.09, 0.04), "no"),
+        ((2.0, 0.03), (2.11, 0.04), "yes, higher"),
+        ((2.0, 0.03), (1.89, 0.04), "yes, lower"),
+        ((2.0, math.nan), (1.0, 0.04), "not known"),
+        ((math.nan, 0.03), (1.0, 0.04), "not known"),
+    ],
+)
+def test_beyond_two_standard_errors_of_the_difference(mine, other, said) -> None:
+    """3, 4 and 5: the error of the difference is 0.05."""
+    assert difference_row("web", mine, other)[-1] == said
+
+
+def test_what_is_no_run_or_damaged_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no identity\.json and no metrics\.jsonl"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "mine")
+    done = run / "pretrain" / "done.json"
+    for content in ("{", "[]", '{"losses": 3}', '{"losses": {"a": "x"}, "errors": {}}'):
+        done.write_text(content)
+        with pytest.raises(DataError, match="mine"):
+            write_report(run)
+    assert not (run / "report.html").exists()
