@@ -8,6 +8,7 @@ Read next: `training.py`, `finalize.py`.
 """
 
 import shutil
+from pathlib import Path
 
 import torch
 
