@@ -6,6 +6,7 @@ which nothing is recorded is left out; every PNG is written whole or not at all.
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from megashear.errors import DataError
 from megashear.plot.epochs import draw_epochs
+from megashear.plot.importance import importance_picture
 from megashear.plot.losses import draw_losses
 from megashear.plot.masks import draw_masks
 from megashear.plot.series import Stage, stages_of
@@ -22,7 +24,7 @@ from megashear.plot.speed import draw_speed
 from megashear.plot.style import STYLE, save
 from megashear.plot.training import draw_training
 from megashear.plot.weights import draw_weights
-from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
+from megashear.train.metrics import FILE_NAME, MASKS_NAME, SCORES_NAME, read_metrics
 
 PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
     "weights": draw_weights,
@@ -52,7 +54,7 @@ def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
     Raises DataError where the folder has nothing to draw, StorageError where a picture cannot be written.
     """
     run_folder = Path(run_folder)
-    if not (run_folder / FILE_NAME).exists() and not (run_folder / MASKS_NAME).exists():
+    if not any((run_folder / name).exists() for name in (FILE_NAME, MASKS_NAME, SCORES_NAME)):
         raise DataError(f"{run_folder}: no {FILE_NAME} here; give the folder of a run that has trained (run.folder)")
     records = read_metrics(run_folder / FILE_NAME) if (run_folder / FILE_NAME).exists() else []
     try:
@@ -62,7 +64,8 @@ def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
     masks = read_masks(run_folder / MASKS_NAME)
     output = Path(output) if output is not None else run_folder / "plots"
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        written = [save(figure, output / f"{name}.png") for name, figure in draw_pictures(stages, masks)]
+        drawn = chain(draw_pictures(stages, masks), importance_picture(run_folder))
+        written = [save(figure, output / f"{name}.png") for name, figure in drawn]
     if not written:
         raise DataError(
             f"{run_folder / FILE_NAME}: nothing to draw yet; wait for the first progress line and try again"

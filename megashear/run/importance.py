@@ -29,9 +29,9 @@ from megashear.model.llama import Llama
 from megashear.model.load import RandomWeights, TensorSource, load_weights
 from megashear.run.context import Context
 from megashear.train.loop import stop_requested
+from megashear.train.metrics import SCORES_NAME
 from megashear.train.tables import table
 
-FILE_NAME = "importance.safetensors"
 USED_KEYS = ("criterion", "layer_criterion", "batches")
 """Keys of `prune.importance` that scores depend on."""
 TOLD_EVERY = 10.0
@@ -45,7 +45,7 @@ def importance_scores(context: Context) -> Scores | None:
     """
     if context.config.prune.importance.criterion is None:
         return None
-    path, wanted = context.folder / FILE_NAME, made_by(context)
+    path, wanted = context.folder / SCORES_NAME, made_by(context)
     if on_main(context.layout, lambda: path.exists() and load_scores(path)[1] == wanted):
         return load_scores(path)[0]
     started = time.monotonic()
@@ -63,7 +63,7 @@ def importance_scores(context: Context) -> Scores | None:
 
 def read_scores(context: Context) -> Scores:
     """The scores that one-shot pruning was done with. Raises CheckpointError where they are missing or others."""
-    path = context.folder / FILE_NAME
+    path = context.folder / SCORES_NAME
     scores, found = on_main(context.layout, lambda: load_scores(path))
     if found != made_by(context):
         raise CheckpointError(

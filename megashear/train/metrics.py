@@ -38,6 +38,7 @@ from megashear.files.atomic import atomic_file, write_text
 
 FILE_NAME = "metrics.jsonl"
 MASKS_NAME = "masks.npz"
+SCORES_NAME = "importance.safetensors"
 Record = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
