@@ -45,7 +45,7 @@ class Work:
     precision: str
     masked: bool
     teacher: ModelShape | None = None
-    chunk: int = 1024
+    chunk: int = 256
 
 
 def stage_memory(shape: ModelShape, parallel: ParallelConfig, work: Work) -> list[Memory]:

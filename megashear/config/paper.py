@@ -23,7 +23,7 @@ PAPER: dict[str, Any] = {
     },
     "method": "learned",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
-    "distillation": {"weight": 0.0, "temperature": 1.0, "chunk": 1024},
+    "distillation": {"weight": 0.0, "temperature": 1.0, "chunk": 256},
     "constraint": "lagrangian",
     "mask_learning_rate": 1.0,
     "lambda_learning_rate": 1.0,

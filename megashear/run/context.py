@@ -4,6 +4,7 @@ Key property: a run folder belongs to one run file. Keys that change what is com
 on resume; the layout, checkpoints, logging and export may. Read next: `training.py`.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,14 @@ from megashear.weights.folder import ModelFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
-FREE_KEYS = (("data", "folder"), ("data", "prefetch"), ("data", "max_epochs"), ("source", "folder"))
+FREE_KEYS = (
+    ("data", "folder"),
+    ("data", "prefetch"),
+    ("data", "max_epochs"),
+    ("source", "folder"),
+    ("prune", "distillation", "chunk"),
+    ("pretrain", "distillation", "chunk"),
+)
 IDENTITY, DONE = "identity.json", "done.json"
 
 
@@ -151,9 +159,10 @@ def identity(config: Config) -> dict[str, Any]:
     values = to_dict(config)
     own = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": values["run"]["seed"]}
-    for section, free in FREE_KEYS:
-        own[section].pop(free)
-    return json.loads(json.dumps(own))
+    own = json.loads(json.dumps(own))
+    for *sections, free in FREE_KEYS:
+        functools.reduce(dict.__getitem__, sections, own).pop(free)
+    return own
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
