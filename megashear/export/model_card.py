@@ -67,7 +67,13 @@ def _stage(stage: dict[str, Any]) -> str:
     """One stage of training: steps, tokens and the last held-out loss of each domain."""
     text = f"\n## {str(stage.get('name', 'training')).capitalize()}\n"
     counts = [f"{stage[key]:,} {key}" for key in ("steps", "tokens") if key in stage]
-    text += f"{', '.join(counts)}.\n" if counts else ""
+    if stage.get("method") == "one_shot":
+        criteria = ", ".join(dict.fromkeys((stage.get("criteria") or {}).values()))
+        on_text = stage.get("calibration_tokens") or 0
+        text += f"Units kept by their scores ({criteria}" + (f"; {on_text:,} tokens of text" if on_text else "")
+        text += "), without training.\n"
+    else:
+        text += f"{', '.join(counts)}.\n" if counts else ""
     losses = stage.get("losses") or {}
     if losses:
         text += "\n| domain | held-out loss (nats per token) |\n|---|---|\n"

@@ -22,6 +22,16 @@ def test_full_provenance():
     assert f"{SHAPE.parameters():,} parameters (bfloat16)" in card
 
 
+def test_units_kept_by_scores_alone():
+    stage = {"name": "prune", "method": "one_shot", "steps": 0, "tokens": 0, "calibration_tokens": 65536}
+    stage["criteria"] = {"hidden": "activation", "intermediate": "activation", "layer": "block_influence"}
+    card = model_card(SHAPE, "float32", {"stages": [stage]})
+    assert "(activation, block_influence; 65,536 tokens of text), without training." in card
+    assert "0 steps" not in card
+    by_weights = stage | {"criteria": {"hidden": "magnitude"}, "calibration_tokens": 0}
+    assert "(magnitude), without training." in model_card(SHAPE, "float32", {"stages": [by_weights]})
+
+
 def test_absent_keys_are_not_mentioned():
     for provenance in ({}, {"source": None, "stages": None}, {"stages": [{}]}, {"source": {}, "stages": []}):
         card = model_card(SHAPE, "float32", provenance)

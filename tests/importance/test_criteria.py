@@ -76,6 +76,15 @@ def test_the_gradient_on_a_mask_is_the_loss_s_slope(tiny: Tiny, name: str) -> No
         assert gradient.flat[unit] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=TOLERANCE), granularity
 
 
+def test_scores_of_a_model_in_bf16_are_near(alone: Layout, tiny: Tiny) -> None:
+    """Each activation and gradient is off by up to 2^-9, and roundings mostly cancel: a few hundredths of the largest."""
+    exact, rough = (score(str(tiny.data), "grouped", {}, dtype=dtype) for dtype in ("float64", "bfloat16"))
+    for run, one in exact.items():
+        for granularity, value in one["units"].items():
+            worst = (rough[run]["units"][granularity] - value).abs().max() / value.max()
+            assert worst <= 0.03, f"{run} {granularity}: {worst:.1e}"
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_magnitude_is_the_norm_of_a_unit_s_weights(name: str) -> None:
     shape = drawn_shape(name)
