@@ -11,11 +11,23 @@ from typing import Any
 STAGES = ("prune", "finalize", "pretrain", "export")
 
 
+UNCHANGED = object()
+"""Of a key's `before`: runs older than the key computed what its default says."""
+
+
 def key(
-    default: Any, meaning: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any,
+    meaning: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    before: Any = UNCHANGED,
 ) -> Any:
-    """A config key: default, meaning in one sentence, the words allowed (also as items of a list), inclusive bounds."""
-    metadata = {"help": meaning, "choices": choices, "low": low, "high": high}
+    """A config key: default, meaning in one sentence, the words allowed (also as items of a list), inclusive bounds.
+
+    before: the value that stands for what runs older than the key computed, where that is not its default.
+    """
+    metadata = {"help": meaning, "choices": choices, "low": low, "high": high, "before": before}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -215,7 +227,10 @@ class ImportanceConfig:
         CRITERIA,
     )
     layer_criterion: str | None = key(
-        None, "score of the layers where it is another; null: `criterion`", (*CRITERIA, *LAYER_CRITERIA)
+        None,
+        "score of the layers where it is another; null: `criterion`, and block_influence for `activation`, as layers "
+        "have none of their own",
+        (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
         5.0, "log-alpha at the start, before the constraint: units of each row at equal distances over +-spread", low=0
