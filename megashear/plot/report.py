@@ -113,8 +113,12 @@ def losses(run: RunRecord) -> list[Html]:
 
 def kept(run: RunRecord) -> list[Html]:
     """What pruning kept: units by granularity, and by layer."""
-    parts = []
-    rows = []
+    parts, rows = [], []
+    pruned = run.done.get("prune", {})
+    if pruned.get("method") == "one_shot":
+        criteria = ", ".join(f"{name} by {criterion}" for name, criterion in pruned["criteria"].items())
+        tokens = count(pruned.get("calibration_tokens") or 0)
+        parts.append(paragraph(f"Chosen at once: {criteria}; {tokens} tokens of calibration are not in the cost."))
     near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
     for name in dict.fromkeys([*run.masks, *near]):
         mask, cut = run.masks.get(name), near.get(name)

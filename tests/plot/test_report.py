@@ -186,6 +186,17 @@ def test_pretraining_alone_and_no_metrics_yet(tmp_path: Path) -> None:
     assert "Pictures" not in page.cells and "The stage pretrain has not finished." in page.cells
 
 
+def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine", ["prune.method=one_shot", "prune.importance.criterion=fisher"], finished=False)
+    for name in ("metrics.jsonl", "masks.npz"):
+        (run / name).unlink()
+    criteria = {"head": "fisher", "layer": "block_influence"}
+    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, calibration_tokens=65_536)
+    cells = Page(write_report(run)).cells
+    said = "Chosen at once: head by fisher, layer by block_influence; 65.5 k tokens of calibration are not in the cost."
+    assert said in cells and "Cost" not in cells
+
+
 def test_without_its_run_file_a_run_has_no_flops(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine")
     (run / "config.yaml").write_text("prune: {no_such_key: 1}")
