@@ -3,7 +3,7 @@
 | criterion | value v of a sequence | score over sequences |
 |---|---|---|
 | magnitude | none: root of the sum of squares of the unit's weights | |
-| taylor_mask | abs(dL/dz) at z = 1 | mean (Michel et al. 2019, arXiv 1905.10650, equation 2; Molchanov et al. 2019) |
+| taylor_mask | abs(dL/dz) at z = 1 | mean (Michel et al. 2019, arXiv 1905.10650; Molchanov et al. 2019) |
 | fisher | (dL/dz)^2 at z = 1 | mean: the empirical Fisher's diagonal (Kwon et al. 2022, arXiv 2204.09656) |
 | taylor_weight | sum over the unit's weights of abs(w dL/dw) | mean (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627) |
 | activation | mean over the sequence of abs(x) | root of the sum of squares (Minitron) |

@@ -1,7 +1,7 @@
 """Scores under every layout equal a single process's to 1e-5, by every criterion that reads text.
 
 Tolerances are relative to the largest score of a granularity. Errors are differences between batches, of which rounding
-is a larger part.
+is a larger part. More layouts and shapes: `bash tests/run.sh --slow`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ CASES = [
     Case(MHA, tensor=2),
     Case(GQA, tensor=2, sequence=True),
     Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
-    Case(GQA, data=2),
     Case(GQA, tensor=4),  # more ranks than groups
     Case(GQA, tensor=2, pipeline=2, sequence=True),
     Case(MHA, pipeline=2, data=2),
@@ -59,14 +58,12 @@ def test_scores_equal_the_single_process_s_on_more_layouts(ranks, single, tiny: 
     check(ranks, single, tiny, case)
 
 
-@pytest.mark.parametrize("case", [Case(GQA), Case(GQA, pipeline=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(GQA)], ids=str)
 def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
     found = score(ranks, tiny, case, recompute=True)
     for run, wanted in single(case.shape, case.layers).items():
         for name, value in wanted["units"].items():
-            if case.world == 1:
-                assert torch.equal(found[run]["units"][name], value)
-            close(found[run]["units"][name], value, SCORE, f"{run} {name}")
+            assert torch.equal(found[run]["units"][name], value), f"{run} {name}"
 
 
 def score(ranks, tiny: Tiny, case: Case, **options: Any) -> dict[str, Any]:  # noqa: F811
