@@ -4,7 +4,8 @@ These functions are the only door: they take the kernel where one was built for 
 reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference,
 MEGASHEAR_ATTENTION one form of attention on a GPU: compiled (the best kernel), reference (torch's), wgmma, tensor_cores
 or plain.
-Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form).
+Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form), `distillation.py` (a loss with a
+teacher, in plain torch on every device).
 """
 
 import torch

@@ -49,7 +49,7 @@ def ours(
     return losses.detach(), leaf.grad
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 40),
     width=st.integers(2, 300),
