@@ -108,7 +108,7 @@ def _chunk(
         if heat != 1:
             log_q_NV.add_(warm_N.unsqueeze(-1)).mul_(heat).sub_(cold_N.unsqueeze(-1))
         gradient_NV.add_(log_q_NV.exp_(), alpha=kept)
-        gradient_NV.scatter_add_(-1, column_N1, torch.where(here_N, -kept, 0.0).to(q_NV).unsqueeze(-1))
+        gradient_NV.scatter_add_(-1, column_N1, here_N.to(q_NV.dtype).mul_(-kept).unsqueeze(-1))
     return entropy_N, divergence_N, gradient_NV
 
 

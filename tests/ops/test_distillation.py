@@ -76,6 +76,17 @@ def test_loss_and_gradient_against_float64(
     assert not gradient[:, columns:].any(), "padding has no gradient"
 
 
+def test_float64_stays_float64() -> None:
+    student, teacher, labels, counts = draw(20, 50, 47, 9, torch.float64)
+    how = DistillationConfig(0.6, 1.7, 6)
+    found, gradient = ours(student, teacher, labels, counts, how, 47)
+    leaf = student.clone().requires_grad_()
+    expected = reference(leaf, labels, teacher, how, 47)
+    (expected[0] * counts).sum().backward()
+    torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_mean_divergence_to_1e_6(temperature: float) -> None:
     student, teacher, labels, counts = draw(256, 5000, 5000, 1)
