@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from masks import masked_llama
-from parallel.importance_case import BATCHES, GLOBAL_BATCH, RUNS, drawn_shape, open_loader, score
+from parallel.importance_case import BATCHES, RUNS, drawn_shape, open_loader, score
 from parallel.models import Drawn
 from run_stages.tiny import Tiny
 
@@ -36,7 +36,7 @@ def test_scores_are_those_of_transformers(alone: Layout, tiny: Tiny, name: str) 
     model, loader = oracle.llama(shape), open_loader(tiny.data)
     values, domains = [], []
     for _ in range(BATCHES):
-        samples, domain_N = loader.read(loader.stream.next_batch(GLOBAL_BATCH), slice(None))
+        samples, domain_N = loader.read(loader.stream.next_batch(4), slice(None))
         values.append([oracle.sequence_values(model, shape, tokens) for tokens in samples.long()])
         domains += [loader.stream.names[index] for index in domain_N]
     found = score(str(tiny.data), name, {}, dtype="float64")
@@ -77,7 +77,7 @@ def test_the_gradient_on_a_mask_is_the_loss_s_slope(tiny: Tiny, name: str) -> No
 
 
 def test_scores_of_a_model_in_bf16_are_near(alone: Layout, tiny: Tiny) -> None:
-    """Each activation and gradient is off by up to 2^-9, and roundings mostly cancel: a few hundredths of the largest."""
+    """Activations and gradients are off by up to 2^-9 each, which mostly cancels: a few hundredths of the largest."""
     exact, rough = (score(str(tiny.data), "grouped", {}, dtype=dtype) for dtype in ("float64", "bfloat16"))
     for run, one in exact.items():
         for granularity, value in one["units"].items():

@@ -16,7 +16,7 @@ from megashear.masks.scores import Scores
 from parallel.models import SHAPES, Drawn, build_model
 
 WEIGHTS = {"library": 0.5, "command": 0.3, "help": 0.2}
-LENGTH, BATCHES, GLOBAL_BATCH = 24, 3, 4
+LENGTH, BATCHES = 24, 3
 RUNS = {  # criterion, and that of the layers
     "taylor_mask": "taylor_mask",
     "fisher": "fisher",
@@ -35,9 +35,15 @@ def open_loader(data: Path, separate_documents: bool = False) -> Loader:
 
 
 def score(
-    data: str, shape: str, parallel: dict[str, Any], layers: int = 3, dtype: str = "float32", recompute: bool = False
+    data: str,
+    shape: str,
+    parallel: dict[str, Any],
+    layers: int = 3,
+    sequences: int = 4,
+    dtype: str = "float32",
+    recompute: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """The scores of every run of RUNS: {criterion: fields of `Scores`}."""
+    """The scores of every run of RUNS: {criterion: fields of `Scores`}. sequences: in a calibration batch."""
     source = drawn_shape(shape, layers)
     kind = getattr(torch, dtype)
     layout, chunks = build_model(source, ParallelConfig(**parallel), Drawn(source), kind, recompute)
@@ -45,7 +51,7 @@ def score(
     for criterion, layer in RUNS.items():
         criteria = criteria_of(ImportanceConfig(criterion=criterion, layer_criterion=layer), source)
         # 4 sequences are 2 micro-batches for 2 data-parallel ranks, which an interleaved pipeline of 2 can take.
-        found[criterion] = calibrate(chunks, layout, open_loader(Path(data)), BATCHES, GLOBAL_BATCH, criteria)
+        found[criterion] = calibrate(chunks, layout, open_loader(Path(data)), BATCHES, sequences, criteria)
     assert all(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters())
     assert all(parameter.grad is None for chunk in chunks for parameter in chunk.parameters())
     return {name: vars(one) for name, one in found.items()}
