@@ -4,7 +4,8 @@
 // With z the head's mask, dS = P (z (dout . v) - delta); dq sums scale dS k, dk scale dS q, dv z P dout. The kernel of
 // keys makes scores with the keys as rows, so that each product's weights are in registers, and
 // the block walks over the heads of its group and their queries. The next tiles are copied while these are worked on.
-// A warp owns 32 rows where their sums fit into its registers: what it reads of the others then serves two products.
+// A warp owns 32 rows where their sums fit into its registers: what it reads of the others then serves two products. Of
+// a warpgroup's 64 rows it owns 16. W: see tile.cuh.
 #pragma once
 
 #include "tile.cuh"
@@ -12,17 +13,21 @@
 namespace megashear {
 
 // Rows that a block owns, 16 M to a warp, and those that it walks over, 8 N at a time.
-template <int D, int M_>
+template <typename W, int M_, int N_>
 struct BackwardShape {
-  static constexpr int M = M_, N = 4, own = 64 * M, others = 8 * N;
-  static constexpr int bytes = 2 * kRow<D> * (2 * own + 4 * others) + 4 * 4 * others;
+  static constexpr int M = M_, N = N_, own = W::threads / 2 * M, others = 8 * N;
+  static constexpr int span = W::groups ? 64 : 16 * M;  // rows that are multiplied together
+  static constexpr int elements = 2 * W::template elements<own> + 4 * W::template elements<others>;
+  static constexpr int bytes = W::spare + 2 * elements + 4 * 4 * others;
+  __device__ static __forceinline__ int span_of(int warp_row) { return W::groups ? warp_row / span * span : warp_row; }
 };
 
-template <int D>
-using QueryShape = BackwardShape<D, 2>;
+template <typename W>
+using QueryShape = BackwardShape<W, W::groups ? 1 : 2, W::groups ? 8 : 4>;
 
-template <int D>
-using KeyShape = BackwardShape<D, D <= 64 ? 2 : 1>;
+// Two sums, scores and slopes do not fit into a warp's registers otherwise.
+template <typename W>
+using KeyShape = BackwardShape<W, !W::groups && W::D <= 64 ? 2 : 1, W::groups ? 8 : W::D <= 64 ? 2 : 4>;
 
 // Scores in place of P, and dout . v in place of dS, for one row's or column's logarithm and delta.
 __device__ __forceinline__ void to_gradient(float& score, float& slope, float scale, float lse2, float delta, float z) {
@@ -31,13 +36,13 @@ __device__ __forceinline__ void to_gradient(float& score, float& slope, float sc
 }
 
 // Sums of 16 M rows, all times `factor`, as write_rows of tile.cuh.
-template <typename T, int D, int M>
-__device__ __forceinline__ void write_gradient(const float (&sums)[M][D / 8][4], float factor, T* rows,
+template <typename W, int Rows, int M, typename T>
+__device__ __forceinline__ void write_gradient(const float (&sums)[M][W::D / 8][4], float factor, T* tile, int row,
                                                const Head<T>& head, int begin, bool wide) {
   float factors[M][2];
 #pragma unroll
   for (int m = 0; m < M; ++m) factors[m][0] = factors[m][1] = factor;
-  write_rows<T, D, M>(sums, factors, rows, head, begin, wide);
+  write_rows<W, Rows, M>(sums, factors, tile, row, head, begin, wide);
 }
 
 // ---- queries --------------------------------------------------------------------------------------------------------
@@ -79,18 +84,16 @@ __device__ __forceinline__ void query_slopes(float (&p)[M][N][4], float (&ds)[M]
   }
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(kTileThreads)
-    query_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  __trap();  // cuda.cu takes the plain kernels there
-#else
-  using Shape = QueryShape<D>;
-  constexpr int tile = Shape::others * kRow<D>, M = Shape::M, N = Shape::N;
+template <typename W>
+__device__ __forceinline__ void query_gradient_block(const AttentionBackward& pass, const float* delta, float scale,
+                                                     bool wide) {
+  using T = typename W::T;
+  using Shape = QueryShape<W>;
+  constexpr int M = Shape::M, N = Shape::N, others = Shape::others, tile = W::template elements<others>;
   extern __shared__ uint4 memory[];
-  T* q_tile = reinterpret_cast<T*>(memory);
-  T* dout_tile = q_tile + Shape::own * kRow<D>;
-  T* k_tiles = dout_tile + Shape::own * kRow<D>;
+  T* q_tile = W::begin(memory);
+  T* dout_tile = q_tile + W::template elements<Shape::own>;
+  T* k_tiles = dout_tile + W::template elements<Shape::own>;
   T* v_tiles = k_tiles + 2 * tile;
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
@@ -103,38 +106,47 @@ __global__ void __launch_bounds__(kTileThreads)
   const Head<T> dq(pass.dq, sizes, b, h);
   const float z = forward.mask == nullptr ? 1.0f : forward.mask[h];
   if (z == 0.0f) return write_zeros(dq, begin, end);
-  const Head<T> k(forward.k, sizes, b, group), v(forward.v, sizes, b, group);
   const FirstKeys range = first_keys(first_of(forward, b), begin, end);
-  int key = range.least / Shape::others * Shape::others, stage = 0;
-  fill_tile<Shape::own, D>(q_tile, Head<T>(forward.q, sizes, b, h), begin, wide);
-  fill_tile<Shape::own, D>(dout_tile, Head<T>(pass.dout, sizes, b, h), begin, wide);
-  fill_tile<Shape::others, D>(k_tiles, k, key, wide);
-  fill_tile<Shape::others, D>(v_tiles, v, key, wide);
-  commit_copies();
+  const auto fill_others = [&](int from, int stage) {  // heads are made again at each use, since registers are short
+    fill_tile<W, others>(k_tiles + stage * tile, Head<T>(forward.k, sizes, b, group), from, wide);
+    fill_tile<W, others>(v_tiles + stage * tile, Head<T>(forward.v, sizes, b, group), from, wide);
+    commit_copies();
+  };
+  int key = range.least / others * others, stage = 0;
+  fill_tile<W, Shape::own>(q_tile, Head<T>(forward.q, sizes, b, h), begin, wide);
+  fill_tile<W, Shape::own>(dout_tile, Head<T>(pass.dout, sizes, b, h), begin, wide);
+  fill_others(key, 0);
   const int warp_row = own_warp() * 16 * M, row = begin + warp_row + own_lane() / 4;
   const RowNumbers<M> rows(forward.lse + row_numbers, delta + row_numbers, row, tokens);
-  float sums[M][D / 8][4];
+  float sums[M][W::D / 8][4];
   clear(sums);
-  for (; key < end; key += Shape::others, stage ^= 1) {
+  for (; key < end; key += others, stage ^= 1) {
     wait_copies<0>();
+    W::show();
     __syncthreads();  // these tiles are here, and nobody reads the others any more
-    if (key + Shape::others < end) {
-      fill_tile<Shape::others, D>(k_tiles + (stage ^ 1) * tile, k, key + Shape::others, wide);
-      fill_tile<Shape::others, D>(v_tiles + (stage ^ 1) * tile, v, key + Shape::others, wide);
-      commit_copies();
-    }
-    if (key >= begin + warp_row + 16 * M) continue;  // above the diagonal
+    if (key + others < end) fill_others(key + others, stage ^ 1);
+    if (key >= begin + Shape::span_of(warp_row) + Shape::span) continue;  // above the diagonal
     float p[M][N][4], ds[M][N][4];
-    clear(p);
-    clear(ds);
-    multiply_rows<T, D>(p, q_tile + warp_row * kRow<D>, k_tiles + stage * tile);
-    multiply_rows<T, D>(ds, dout_tile + warp_row * kRow<D>, v_tiles + stage * tile);
-    const bool some_hidden = key + Shape::others - 1 > begin + warp_row || range.greatest > key;
+    W::template multiply<Shape::own>(p, W::rows_from(q_tile, warp_row), k_tiles + stage * tile);
+    W::template multiply<Shape::own>(ds, W::rows_from(dout_tile, warp_row), v_tiles + stage * tile);
+    W::finish(p, ds);
+    const bool some_hidden = key + others - 1 > begin + warp_row || range.greatest > key;
     query_slopes(p, ds, rows, row, key, scale * kLog2e, z, some_hidden, forward, b);
-    add_weighted_rows<T, D>(sums, ds, k_tiles + stage * tile);
+    W::add(sums, ds, k_tiles + stage * tile);
+    W::finish(sums);
   }
-  write_gradient<T, D, M>(sums, scale, q_tile + warp_row * kRow<D>, dq, begin + warp_row, wide);
-#endif
+  if (Shape::span > 16 * M) __syncthreads();  // others multiply this warp's rows too
+  write_gradient<W, Shape::own, M>(sums, scale, q_tile, warp_row, dq, begin + warp_row, wide);
+}
+
+template <typename W>
+__global__ void __launch_bounds__(W::threads)
+    query_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+  if constexpr (W::compiled) {
+    query_gradient_block<W>(pass, delta, scale, wide);
+  } else {
+    __trap();  // cuda.cu takes other kernels there
+  }
 }
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ struct QueryTiles {
 // Logarithms and deltas of a tile's queries, in shared memory; one more thread a number.
 template <int Queries>
 __device__ __forceinline__ void fill_rows(float* lse2, const float* lse, const float* delta, int query, int tokens) {
-  static_assert(2 * Queries <= kTileThreads);
+  static_assert(2 * Queries <= 128);  // threads of a block, or more
   const int i = threadIdx.x % Queries;
   const bool here = query + i < tokens;
   if (threadIdx.x < Queries) lse2[i] = here ? lse[query + i] * kLog2e : 0.0f;
@@ -201,18 +213,16 @@ __device__ __forceinline__ void key_slopes(float (&p)[M][N][4], float (&ds)[M][N
   }
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(kTileThreads, 2)
-    key_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  __trap();  // cuda.cu takes the plain kernels there
-#else
-  using Shape = KeyShape<D>;
-  constexpr int Q = Shape::others, tile = Q * kRow<D>, M = Shape::M, N = Shape::N;
+template <typename W>
+__device__ __forceinline__ void key_gradient_block(const AttentionBackward& pass, const float* delta, float scale,
+                                                   bool wide) {
+  using T = typename W::T;
+  using Shape = KeyShape<W>;
+  constexpr int Q = Shape::others, tile = W::template elements<Q>, M = Shape::M, N = Shape::N;
   extern __shared__ uint4 memory[];
-  T* k_tile = reinterpret_cast<T*>(memory);
-  T* v_tile = k_tile + Shape::own * kRow<D>;
-  T* q_tiles = v_tile + Shape::own * kRow<D>;
+  T* k_tile = W::begin(memory);
+  T* v_tile = k_tile + W::template elements<Shape::own>;
+  T* q_tiles = v_tile + W::template elements<Shape::own>;
   T* dout_tiles = q_tiles + 2 * tile;
   float* row_tiles = reinterpret_cast<float*>(dout_tiles + 2 * tile);
   const AttentionForward& forward = pass.forward;
@@ -224,45 +234,55 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int warp_row = own_warp() * 16 * M, row = begin + warp_row + own_lane() / 4;
   const auto fill = [&](const QueryTiles<Q, Shape::own>& at, int stage) {
     const int64_t rows = (b * sizes.heads + at.head) * sizes.tokens;
-    fill_tile<Q, D>(q_tiles + stage * tile, Head<T>(forward.q, sizes, b, at.head), at.query, wide);
-    fill_tile<Q, D>(dout_tiles + stage * tile, Head<T>(pass.dout, sizes, b, at.head), at.query, wide);
+    fill_tile<W, Q>(q_tiles + stage * tile, Head<T>(forward.q, sizes, b, at.head), at.query, wide);
+    fill_tile<W, Q>(dout_tiles + stage * tile, Head<T>(pass.dout, sizes, b, at.head), at.query, wide);
     fill_rows<Q>(row_tiles + stage * 2 * Q, forward.lse + rows, delta + rows, at.query, tokens);
     commit_copies();
   };
-  fill_tile<Shape::own, D>(k_tile, Head<T>(forward.k, sizes, b, group), begin, wide);
-  fill_tile<Shape::own, D>(v_tile, Head<T>(forward.v, sizes, b, group), begin, wide);
+  fill_tile<W, Shape::own>(k_tile, Head<T>(forward.k, sizes, b, group), begin, wide);
+  fill_tile<W, Shape::own>(v_tile, Head<T>(forward.v, sizes, b, group), begin, wide);
   QueryTiles<Q, Shape::own> next(forward, b, group, begin);
   if (next.more()) fill(next, 0);
-  float dk[M][D / 8][4], dv[M][D / 8][4];
+  float dk[M][W::D / 8][4], dv[M][W::D / 8][4];
   clear(dk);
   clear(dv);
   for (int stage = 0; next.more(); stage ^= 1) {
     const int first_query = next.query, hidden_until = next.greatest_first;
     const float z = next.mask();
     wait_copies<0>();
+    W::show();
     __syncthreads();  // these tiles are here, and nobody reads the others any more
     next.advance();
     if (next.more()) fill(next, stage ^ 1);
-    if (begin + warp_row >= first_query + Q) continue;  // above the diagonal
+    if (begin + Shape::span_of(warp_row) >= first_query + Q) continue;  // above the diagonal
     const T *q = q_tiles + stage * tile, *dout = dout_tiles + stage * tile;
     float p[M][N][4], ds[M][N][4];
-    clear(p);
-    clear(ds);
-    multiply_rows<T, D>(p, k_tile + warp_row * kRow<D>, q);
-    multiply_rows<T, D>(ds, v_tile + warp_row * kRow<D>, dout);
+    W::template multiply<Shape::own>(p, W::rows_from(k_tile, warp_row), q);
+    W::template multiply<Shape::own>(ds, W::rows_from(v_tile, warp_row), dout);
+    W::finish(p, ds);
     const bool some_hidden = begin + warp_row + 16 * M - 1 > first_query || hidden_until > begin;
     const float* numbers = row_tiles + stage * 2 * Q;
     key_slopes(p, ds, numbers, row, first_query, scale * kLog2e, z, some_hidden, forward, b);
-    add_weighted_rows<T, D>(dv, p, dout);
-    add_weighted_rows<T, D>(dk, ds, q);
+    W::add(dv, p, dout);
+    W::add(dk, ds, q);
+    W::finish(dv, dk);
   }
   commit_copies();
   wait_copies<0>();  // of the keys, where no query was live
   __syncthreads();
-  T* rows = k_tile + warp_row * kRow<D>;
-  write_gradient<T, D, M>(dk, scale, rows, Head<T>(pass.dk, sizes, b, group), begin + warp_row, wide);
-  write_gradient<T, D, M>(dv, 1.0f, rows, Head<T>(pass.dv, sizes, b, group), begin + warp_row, wide);
-#endif
+  const int to = begin + warp_row;
+  write_gradient<W, Shape::own, M>(dk, scale, k_tile, warp_row, Head<T>(pass.dk, sizes, b, group), to, wide);
+  write_gradient<W, Shape::own, M>(dv, 1.0f, k_tile, warp_row, Head<T>(pass.dv, sizes, b, group), to, wide);
+}
+
+template <typename W>
+__global__ void __launch_bounds__(W::threads, W::groups ? 1 : 2)
+    key_gradient_kernel(AttentionBackward pass, const float* delta, float scale, bool wide) {
+  if constexpr (W::compiled) {
+    key_gradient_block<W>(pass, delta, scale, wide);
+  } else {
+    __trap();  // cuda.cu takes other kernels there
+  }
 }
 
 }  // namespace megashear

@@ -1,30 +1,48 @@
 // cuda.cu: masked attention on CUDA: which kernels serve a pass, and their launches.
 //
-// Tensor cores serve bf16 and fp16 up to a head size of 128; fp32 and wider heads take kernels without them. Read next:
-// tile.cuh (products of tiles), forward.cuh, backward.cuh, delta.cuh, plain.cuh.
+// Tensor cores serve bf16 and fp16 up to a head size of 128: by warpgroups on sm_90 (Hopper) for heads above 32, by
+// warps elsewhere. fp32 and wider heads take kernels without them. Read next: tile.cuh, tiles_of_warps.cuh,
+// tiles_of_groups.cuh (products of tiles), forward.cuh, backward.cuh, delta.cuh, plain.cuh.
 #include <cmath>
 
 #include "backward.cuh"
 #include "delta.cuh"
 #include "forward.cuh"
 #include "plain.cuh"
+#include "tiles_of_groups.cuh"
+#include "tiles_of_warps.cuh"
 
 namespace megashear {
 namespace {
 
-constexpr int kWidest = 128;  // head size that tiles are made for
+constexpr int kWidest = 128;      // head size that tiles are made for
+constexpr int kGroupsAbove = 32;  // head size that warpgroups take; they would compute many zeros for a smaller one
 
 // ---- choices --------------------------------------------------------------------------------------------------------
+
+enum class Way { Groups, Warps, Plain };
 
 // Whether the code for the current device was compiled for sm_80 or later; else it has no products of tiles.
 bool has_tensor_cores() {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<BFloat16, 64>);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<TilesOfWarps<BFloat16, 64>>);
   return status == cudaSuccess && attributes.ptxVersion >= 80;
 }
 
-bool takes_tensor_cores(const AttentionForward& pass, const std::string& tiles) {
-  return pass.dtype != Dtype::Float32 && pass.sizes.head_dim <= kWidest && tiles != "plain" && has_tensor_cores();
+// Whether it was compiled for sm_90a, and runs there. Other code traps in the place of these kernels, which takes few
+// registers (4), while the scores of a tile alone are 64 a thread.
+bool has_group_products() {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<TilesOfGroups<BFloat16, 64>>);
+  return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.numRegs > 64;
+}
+
+// By the wish `tiles` where it can be had, else the best.
+Way way_of(const AttentionForward& pass, const std::string& tiles) {
+  const int64_t width = pass.sizes.head_dim;
+  if (pass.dtype == Dtype::Float32 || width > kWidest || tiles == "plain" || !has_tensor_cores()) return Way::Plain;
+  if (width <= kGroupsAbove || tiles == "tensor_cores" || !has_group_products()) return Way::Warps;
+  return Way::Groups;
 }
 
 // Whether rows of all these tensors are whole packs of 16 bytes.
@@ -34,16 +52,25 @@ bool rows_are_packs(int64_t head_dim, const Tensors&... tensors) {
   return packs_fit<BFloat16>(strides, tensors.data...);  // fp16 has the same size
 }
 
-// Calls `launch` with the element type, and the head size that tiles have.
+// Calls `launch` with the tiles that a head size takes.
+template <typename T, typename Launch>
+void with_tiles_of(Way way, int64_t head_dim, Launch launch) {
+  if (way == Way::Warps) {
+    if (head_dim <= 64) return launch(TilesOfWarps<T, 64>{});
+    if (head_dim <= 96) return launch(TilesOfWarps<T, 96>{});
+    return launch(TilesOfWarps<T, kWidest>{});
+  }
+  if (head_dim <= 48) return launch(TilesOfGroups<T, 48>{});
+  if (head_dim <= 64) return launch(TilesOfGroups<T, 64>{});
+  if (head_dim <= 80) return launch(TilesOfGroups<T, 80>{});
+  if (head_dim <= 96) return launch(TilesOfGroups<T, 96>{});
+  return launch(TilesOfGroups<T, kWidest>{});
+}
+
 template <typename Launch>
-void by_tile(const AttentionForward& pass, Launch launch) {
-  const auto by_width = [&](auto element) {
-    if (pass.sizes.head_dim <= 64) return launch(element, std::integral_constant<int, 64>{});
-    if (pass.sizes.head_dim <= 96) return launch(element, std::integral_constant<int, 96>{});
-    return launch(element, std::integral_constant<int, kWidest>{});
-  };
-  if (pass.dtype == Dtype::BFloat16) return by_width(BFloat16{});
-  return by_width(Float16{});
+void with_tiles(Way way, const AttentionForward& pass, Launch launch) {
+  if (pass.dtype == Dtype::BFloat16) return with_tiles_of<BFloat16>(way, pass.sizes.head_dim, launch);
+  return with_tiles_of<Float16>(way, pass.sizes.head_dim, launch);
 }
 
 template <typename Kernel>
@@ -61,19 +88,20 @@ bool is_empty(const AttentionSizes& sizes) { return sizes.batch * sizes.heads * 
 
 // ---- launchers of one way -------------------------------------------------------------------------------------------
 
-template <typename T, int D>
+template <typename W>
 void forward_by_tiles(const AttentionForward& pass, cudaStream_t stream) {
+  using Shape = ForwardShape<W>;
   const AttentionSizes& sizes = pass.sizes;
   const bool wide = rows_are_packs(sizes.head_dim, pass.q, pass.k, pass.v, pass.out);
-  const unsigned grid = grid_of(sizes.batch * sizes.heads, sizes.tokens, ForwardShape<D>::queries);
-  allow_shared(forward_kernel<T, D>, ForwardShape<D>::bytes);
-  forward_kernel<T, D><<<grid, kTileThreads, ForwardShape<D>::bytes, stream>>>(pass, score_scale(sizes), wide);
+  const unsigned grid = grid_of(sizes.batch * sizes.heads, sizes.tokens, Shape::queries);
+  allow_shared(forward_kernel<W>, Shape::bytes);
+  forward_kernel<W><<<grid, W::threads, Shape::bytes, stream>>>(pass, score_scale(sizes), wide);
 }
 
-template <typename T, int D>
+template <typename W>
 void backward_by_tiles(const AttentionBackward& pass, const float* delta, cudaStream_t stream) {
-  using Queries = QueryShape<D>;
-  using Keys = KeyShape<D>;
+  using Queries = QueryShape<W>;
+  using Keys = KeyShape<W>;
   const AttentionForward& forward = pass.forward;
   const AttentionSizes& sizes = forward.sizes;
   const float scale = score_scale(sizes);
@@ -81,10 +109,10 @@ void backward_by_tiles(const AttentionBackward& pass, const float* delta, cudaSt
       rows_are_packs(sizes.head_dim, forward.q, forward.k, forward.v, pass.dout, pass.dq, pass.dk, pass.dv);
   const unsigned queries = grid_of(sizes.batch * sizes.heads, sizes.tokens, Queries::own);
   const unsigned keys = grid_of(sizes.batch * sizes.groups, sizes.tokens, Keys::own);
-  allow_shared(query_gradient_kernel<T, D>, Queries::bytes);
-  query_gradient_kernel<T, D><<<queries, kTileThreads, Queries::bytes, stream>>>(pass, delta, scale, wide);
-  allow_shared(key_gradient_kernel<T, D>, Keys::bytes);
-  key_gradient_kernel<T, D><<<keys, kTileThreads, Keys::bytes, stream>>>(pass, delta, scale, wide);
+  allow_shared(query_gradient_kernel<W>, Queries::bytes);
+  query_gradient_kernel<W><<<queries, W::threads, Queries::bytes, stream>>>(pass, delta, scale, wide);
+  allow_shared(key_gradient_kernel<W>, Keys::bytes);
+  key_gradient_kernel<W><<<keys, W::threads, Keys::bytes, stream>>>(pass, delta, scale, wide);
 }
 
 void plain_forward(const AttentionForward& pass, cudaStream_t stream) {
@@ -92,7 +120,7 @@ void plain_forward(const AttentionForward& pass, cudaStream_t stream) {
   const int bytes = plain_bytes(sizes.head_dim);
   const unsigned grid = grid_of(sizes.batch * sizes.heads, sizes.tokens, kPlainRows);
   allow_shared(plain_forward_kernel, bytes);
-  plain_forward_kernel<<<grid, kTileThreads, bytes, stream>>>(pass, score_scale(sizes));
+  plain_forward_kernel<<<grid, kPlainThreads, bytes, stream>>>(pass, score_scale(sizes));
 }
 
 void plain_backward(const AttentionBackward& pass, const float* delta, cudaStream_t stream) {
@@ -102,9 +130,9 @@ void plain_backward(const AttentionBackward& pass, const float* delta, cudaStrea
   const unsigned queries = grid_of(sizes.batch * sizes.heads, sizes.tokens, kPlainRows);
   const unsigned keys = grid_of(sizes.batch * sizes.groups, sizes.tokens, kPlainRows);
   allow_shared(plain_query_gradient_kernel, bytes);
-  plain_query_gradient_kernel<<<queries, kTileThreads, bytes, stream>>>(pass, delta, scale);
+  plain_query_gradient_kernel<<<queries, kPlainThreads, bytes, stream>>>(pass, delta, scale);
   allow_shared(plain_key_gradient_kernel, bytes);
-  plain_key_gradient_kernel<<<keys, kTileThreads, bytes, stream>>>(pass, delta, scale);
+  plain_key_gradient_kernel<<<keys, kPlainThreads, bytes, stream>>>(pass, delta, scale);
 }
 
 template <typename T>
@@ -122,7 +150,8 @@ void launch_delta(const AttentionBackward& pass, float* delta, float* table, cud
 // ---- launchers ------------------------------------------------------------------------------------------------------
 
 std::string masked_attention_tiles(Dtype dtype) {
-  return dtype == Dtype::Float32 || !has_tensor_cores() ? "plain" : "tensor_cores plain";
+  if (dtype == Dtype::Float32 || !has_tensor_cores()) return "plain";
+  return has_group_products() ? "wgmma tensor_cores plain" : "tensor_cores plain";
 }
 
 bool masked_attention_takes(int64_t head_dim) { return head_dim <= kPlainWidth; }
@@ -134,12 +163,11 @@ int64_t masked_attention_scratch(const AttentionSizes& sizes) {
 void masked_attention_forward(const AttentionForward& pass, const char* tiles, intptr_t executor) {
   if (is_empty(pass.sizes)) return;
   const cudaStream_t stream = stream_of(executor);
-  if (takes_tensor_cores(pass, tiles)) {
-    by_tile(pass, [&](auto element, auto width) {
-      forward_by_tiles<decltype(element), decltype(width)::value>(pass, stream);
-    });
-  } else {
+  const Way way = way_of(pass, tiles);
+  if (way == Way::Plain) {
     plain_forward(pass, stream);
+  } else {
+    with_tiles(way, pass, [&](auto kind) { forward_by_tiles<decltype(kind)>(pass, stream); });
   }
   check_launch("masked_attention forward");
 }
@@ -152,12 +180,11 @@ void masked_attention_backward(const AttentionBackward& pass, const char* tiles,
   const bool empty = is_empty(sizes);
   if (!empty) {
     by_dtype(pass.forward.dtype, [&](auto element) { launch_delta<decltype(element)>(pass, delta, table, stream); });
-    if (takes_tensor_cores(pass.forward, tiles)) {
-      by_tile(pass.forward, [&](auto element, auto width) {
-        backward_by_tiles<decltype(element), decltype(width)::value>(pass, delta, stream);
-      });
-    } else {
+    const Way way = way_of(pass.forward, tiles);
+    if (way == Way::Plain) {
       plain_backward(pass, delta, stream);
+    } else {
+      with_tiles(way, pass.forward, [&](auto kind) { backward_by_tiles<decltype(kind)>(pass, delta, stream); });
     }
   }
   if (pass.dmask != nullptr && sizes.heads > 0) {

@@ -1,22 +1,29 @@
 // forward.cuh: the forward pass by tensor cores; a block owns 128 queries of one head and walks over tiles of keys.
 //
-// While one tile of keys and values is worked on, the next one is copied. A warp owns 32 queries: it reads each key
-// once for two products. Softmax is kept as a running peak and sum of each row, in powers of two.
+// While one tile of keys and values is worked on, the next one is copied. A warp owns 32 queries, so that it reads each
+// key once for two products, or 16 of the 64 of a warpgroup. Softmax is kept as a running peak and sum of each row, in
+// powers of two. W: see tile.cuh.
 #pragma once
 
 #include "tile.cuh"
 
 namespace megashear {
 
-template <int D>
+template <typename W>
 struct ForwardShape {
-  static constexpr int M = 2, queries = 4 * 16 * M, keys = D <= 64 ? 64 : 32;
-  static constexpr int bytes = 2 * kRow<D> * (queries + 4 * keys);  // of shared memory
+  static constexpr int M = W::groups ? 1 : 2, queries = W::threads / 2 * M, span = W::groups ? 64 : 16 * M;
+  static constexpr int blocks = W::groups && W::D <= 96 ? 2 : 1;  // on a multiprocessor, to overlap
+  static constexpr int keys = W::groups ? (blocks == 2 ? 64 : 128) : W::D <= 64 ? 64 : 32;
+  static constexpr int elements = W::template elements<queries> + 4 * W::template elements<keys>;
+  static constexpr int bytes = W::spare + 2 * elements;  // of shared memory
+  __device__ static __forceinline__ int span_of(int warp_row) { return W::groups ? warp_row / span * span : warp_row; }
 };
 
-template <typename T, int D>
+template <typename W>
 class ForwardRows {
-  static constexpr int M = ForwardShape<D>::M, N = ForwardShape<D>::keys / 8;
+  using T = typename W::T;
+  using Shape = ForwardShape<W>;
+  static constexpr int D = W::D, M = Shape::M, N = Shape::keys / 8;
 
  public:
   __device__ __forceinline__ ForwardRows(int query, const int32_t* first, int tokens, float scale)
@@ -34,18 +41,19 @@ class ForwardRows {
     clear(out_);
   }
 
-  // One tile of keys from `key`; `some_hidden`: not every query of the warp sees all of them.
+  // One tile of keys from `key`; q: by rows_from; `some_hidden`: not every query of the warp sees all of them.
   __device__ __forceinline__ void add_keys(const T* q, const T* k, const T* v, int key, bool some_hidden) {
     float scores[M][N][4];
-    clear(scores);
-    multiply_rows<T, D>(scores, q, k);
+    W::template multiply<Shape::queries>(scores, q, k);
+    W::finish(scores);
     if (some_hidden) hide(scores, key);
     softmax(scores);
-    add_weighted_rows<T, D>(out_, scores, v);
+    W::add(out_, scores, v);
+    W::finish(out_);
   }
 
-  // `rows`: this warp's rows of a tile, for the way out.
-  __device__ __forceinline__ void finish(T* rows, const Head<T>& out, float* lse, float z, bool wide) {
+  // `tile`: of as many rows as the block has queries, for the way out; `own`: this warp's first.
+  __device__ __forceinline__ void finish(T* tile, int own, const Head<T>& out, float* lse, float z, bool wide) {
     float factor[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -59,7 +67,7 @@ class ForwardRows {
         if (own_lane() % 4 == 0 && row < out.tokens) lse[row] = peak_[m][r] * scale_ + logf(sum);
       }
     }
-    write_rows<T, D, M>(out_, factor, rows, out, query_ - own_lane() / 4, wide);
+    write_rows<W, Shape::queries, M>(out_, factor, tile, own, out, query_ - own_lane() / 4, wide);
   }
 
  private:
@@ -118,16 +126,14 @@ class ForwardRows {
   float out_[M][D / 8][4];
 };
 
-template <typename T, int D>
-__global__ void __launch_bounds__(kTileThreads) forward_kernel(AttentionForward pass, float scale, bool wide) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  __trap();  // cuda.cu takes the plain kernels there
-#else
-  using Shape = ForwardShape<D>;
-  constexpr int tile = Shape::keys * kRow<D>;
+template <typename W>
+__device__ __forceinline__ void forward_block(const AttentionForward& pass, float scale, bool wide) {
+  using T = typename W::T;
+  using Shape = ForwardShape<W>;
+  constexpr int tile = W::template elements<Shape::keys>, keys = Shape::keys;
   extern __shared__ uint4 memory[];
-  T* q_tile = reinterpret_cast<T*>(memory);
-  T* k_tiles = q_tile + Shape::queries * kRow<D>;
+  T* q_tile = W::begin(memory);
+  T* k_tiles = q_tile + W::template elements<Shape::queries>;
   T* v_tiles = k_tiles + 2 * tile;
   const AttentionSizes& sizes = pass.sizes;
   const int tokens = static_cast<int>(sizes.tokens), blocks = (tokens + Shape::queries - 1) / Shape::queries;
@@ -140,33 +146,45 @@ __global__ void __launch_bounds__(kTileThreads) forward_kernel(AttentionForward 
   const float z = pass.mask == nullptr ? 1.0f : pass.mask[h];
   if (z == 0.0f) {
     write_zeros(out, begin, end);
-    for (int row = begin + threadIdx.x; row < end; row += kTileThreads) lse[row] = 0.0f;
+    for (int row = begin + threadIdx.x; row < end; row += W::threads) lse[row] = 0.0f;
     return;
   }
   const Head<T> k(pass.k, sizes, b, g), v(pass.v, sizes, b, g);
   const int32_t* first = pass.first == nullptr ? nullptr : pass.first + b * tokens;
   const FirstKeys range = first_keys(first, begin, end);
-  const int warp_row = own_warp() * 16 * Shape::M, warp_query = begin + warp_row;
-  int key = range.least / Shape::keys * Shape::keys, stage = 0;
-  fill_tile<Shape::queries, D>(q_tile, Head<T>(pass.q, sizes, b, h), begin, wide);
-  fill_tile<Shape::keys, D>(k_tiles, k, key, wide);
-  fill_tile<Shape::keys, D>(v_tiles, v, key, wide);
+  const int own = own_warp() * 16 * Shape::M, query = begin + own;
+  int key = range.least / keys * keys, stage = 0;
+  fill_tile<W, Shape::queries>(q_tile, Head<T>(pass.q, sizes, b, h), begin, wide);
+  fill_tile<W, keys>(k_tiles, k, key, wide);
+  fill_tile<W, keys>(v_tiles, v, key, wide);
   commit_copies();
-  ForwardRows<T, D> rows(warp_query, first, tokens, scale);
-  for (; key < end; key += Shape::keys, stage ^= 1) {
+  ForwardRows<W> rows(query, first, tokens, scale);
+  for (; key < end; key += keys, stage ^= 1) {
     wait_copies<0>();
+    W::show();
     __syncthreads();  // this tile is here, and nobody reads the other any more
-    if (key + Shape::keys < end) {
-      fill_tile<Shape::keys, D>(k_tiles + (stage ^ 1) * tile, k, key + Shape::keys, wide);
-      fill_tile<Shape::keys, D>(v_tiles + (stage ^ 1) * tile, v, key + Shape::keys, wide);
+    if (key + keys < end) {
+      fill_tile<W, keys>(k_tiles + (stage ^ 1) * tile, k, key + keys, wide);
+      fill_tile<W, keys>(v_tiles + (stage ^ 1) * tile, v, key + keys, wide);
       commit_copies();
     }
-    if (key >= warp_query + 16 * Shape::M) continue;  // above the diagonal
-    const bool some_hidden = key + Shape::keys - 1 > warp_query || range.greatest > key;
-    rows.add_keys(q_tile + warp_row * kRow<D>, k_tiles + stage * tile, v_tiles + stage * tile, key, some_hidden);
+    if (key >= begin + Shape::span_of(own) + Shape::span) continue;  // above the diagonal
+    const bool some_hidden = key + keys - 1 > query || range.greatest > key;
+    const T* q_rows = W::rows_from(q_tile, own);
+    rows.add_keys(q_rows, k_tiles + stage * tile, v_tiles + stage * tile, key, some_hidden);
   }
-  rows.finish(q_tile + warp_row * kRow<D>, out, lse, z, wide);
-#endif
+  if (Shape::span > 16 * Shape::M) __syncthreads();  // others multiply this warp's rows too
+  rows.finish(q_tile, own, out, lse, z, wide);
+}
+
+template <typename W>
+__global__ void __launch_bounds__(W::threads, ForwardShape<W>::blocks)
+    forward_kernel(AttentionForward pass, float scale, bool wide) {
+  if constexpr (W::compiled) {
+    forward_block<W>(pass, scale, wide);
+  } else {
+    __trap();  // cuda.cu takes other kernels there
+  }
 }
 
 }  // namespace megashear

@@ -51,11 +51,13 @@ int64_t masked_attention_scratch(const AttentionSizes& sizes);
 
 // The instruction sets that this processor has and that `dtype` can use, best first, separated by spaces. On the CPU:
 // avx512_bf16, avx512, avx2, portable; avx512_bf16 multiplies bf16 and adds in fp32, the others widen to fp32 when they
-// read. On CUDA: tensor_cores, which multiply bf16 or fp16 and add in fp32, and plain, which widens to fp32.
+// read. On CUDA: wgmma and tensor_cores, which multiply bf16 or fp16 and add in fp32, by four warps together or by each
+// one, and plain, which widens to fp32.
 std::string masked_attention_tiles(Dtype dtype);
 
-// `tiles` is one of these names, or empty for the best; another name counts as portable. On the CPU and on CUDA by the
-// file that is linked; `executor` is the number of threads or the stream.
+// `tiles` is one of these names, or empty for the best; another name counts as portable, and on CUDA as the best that
+// serves the head size (wgmma from 33 to 128, tensor_cores up to 128). On the CPU and on CUDA by the file that is
+// linked; `executor` is the number of threads or the stream.
 void masked_attention_forward(const AttentionForward& pass, const char* tiles, intptr_t executor);
 void masked_attention_backward(const AttentionBackward& pass, const char* tiles, intptr_t executor);
 

@@ -11,7 +11,8 @@
 
 namespace megashear {
 
-constexpr int kPlainWidth = 256;  // largest head size
+constexpr int kPlainWidth = 256;    // largest head size
+constexpr int kPlainThreads = 128;  // four warps
 constexpr int kPlainWarpRows = 4, kPlainRows = 4 * kPlainWarpRows, kPlainOthers = 32;
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
@@ -69,7 +70,7 @@ struct PlainBlock {
   // `rows` rows from `first`, zeros beyond the last token.
   __device__ __forceinline__ void fill(float* to, const AttentionTensor& tensor, int64_t head, int first,
                                        int rows) const {
-    for (int i = own_warp(); i < rows; i += kTileThreads / 32) {
+    for (int i = own_warp(); i < rows; i += kPlainThreads / 32) {
       for (int d = own_lane(); d < width; d += 32) {
         to[i * stride + d] =
             first + i < tokens ? read_number(tensor.data, at(tensor, head, first + i) + d, dtype) : 0.0f;
@@ -138,7 +139,7 @@ __device__ __forceinline__ float warp_max(float value) {
 
 // ---- kernels --------------------------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(kTileThreads) plain_forward_kernel(AttentionForward pass, float scale) {
+__global__ void __launch_bounds__(kPlainThreads) plain_forward_kernel(AttentionForward pass, float scale) {
   extern __shared__ float numbers[];
   const PlainBlock block(pass, pass.sizes.heads, numbers);
   const int64_t g = block.h * pass.sizes.groups / pass.sizes.heads;
@@ -186,7 +187,7 @@ struct PlainGradient {
       : p(seen ? expf(score - lse) : 0.0f), ds(seen ? p * (z * slope - delta) : 0.0f) {}
 };
 
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kPlainThreads)
     plain_query_gradient_kernel(AttentionBackward pass, const float* delta, float scale) {
   extern __shared__ float numbers[];
   const AttentionForward& forward = pass.forward;
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int r = 0; r < kPlainWarpRows; ++r) dq.write(r, scale, block, pass.dq);
 }
 
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kPlainThreads)
     plain_key_gradient_kernel(AttentionBackward pass, const float* delta, float scale) {
   extern __shared__ float numbers[];
   const AttentionForward& forward = pass.forward;

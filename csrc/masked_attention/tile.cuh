@@ -1,8 +1,8 @@
-// tile.cuh: tiles of a head's rows in shared memory, and the products of tiles that a warp makes by tensor cores.
+// tile.cuh: tiles of a head's rows in shared memory: filled, written back, and which of their keys a query sees.
 //
-// A tile holds rows of D elements (head size, rounded up, zeros behind), each row 16 bytes further than the last one
-// ends: so eight rows' 16 bytes at one column lie in different banks. Sums stay in registers, as C fragments of
-// mma.cuh: c[m][n] is rows 16 m of the warp's, columns 8 n.
+// A tile holds rows of D elements (head size, rounded up, zeros behind). Where an element lies, and how tiles are
+// multiplied, says W: TilesOfWarps (tiles_of_warps.cuh) or TilesOfGroups (tiles_of_groups.cuh). Sums stay in registers,
+// as C fragments of mma.cuh: c[m][n] is rows 16 m of the warp's, columns 8 n.
 #pragma once
 
 #include "../cuda_launch.cuh"
@@ -11,12 +11,8 @@
 
 namespace megashear {
 
-constexpr int kTileThreads = 128;  // four warps
 constexpr float kLog2e = 1.44269504f;
 constexpr float kInfinity = __builtin_huge_valf();
-
-template <int D>
-constexpr int kRow = D + 8;  // elements from one row of a tile to the next
 
 __device__ __forceinline__ int own_lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int own_warp() { return threadIdx.x / 32; }
@@ -37,18 +33,17 @@ struct Head {
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// Begins to fill a tile with `Rows` rows from `begin`, zeros beyond the last token and column. `wide`: rows are whole
-// packs of 16 bytes, which are copied asynchronously; else elements go one by one.
-template <int Rows, int D, typename T>
+// Begins to fill a tile with `Rows` rows from `begin`, zeros beyond the last token and column, by W::threads threads.
+// `wide`: rows are whole packs of 16 bytes, which are copied asynchronously; else elements go one by one.
+template <typename W, int Rows, typename T>
 __device__ __forceinline__ void fill_tile(T* tile, const Head<T>& head, int begin, bool wide) {
-  constexpr int packs = D / 8;
-  static_assert(Rows * packs % kTileThreads == 0);
+  constexpr int packs = W::D / 8;
 #pragma unroll 1  // registers are short, and nothing waits for a copy
-  for (int item = threadIdx.x; item < Rows * packs; item += kTileThreads) {
+  for (int item = threadIdx.x; item < Rows * packs; item += W::threads) {
     const int row = item / packs, column = item % packs * 8, token = begin + row;
     const bool inside = token < head.tokens && column < head.width;
     const T* from = head.data + (inside ? token * head.row + column : 0);
-    T* to = tile + row * kRow<D> + column;
+    T* to = W::template at<Rows>(tile, row, column);
     if (wide) {
       copy_async(to, from, inside);
     } else {
@@ -57,16 +52,17 @@ __device__ __forceinline__ void fill_tile(T* tile, const Head<T>& head, int begi
       for (int i = 0; i < 8; ++i) {
         if (inside && column + i < head.width) pack.value[i] = from[i];
       }
-      *reinterpret_cast<Pack<T, 8>*>(to) = pack;
+      W::put(to, pack);
     }
   }
 }
 
-// The warp's 16 M rows of sums, times `factor` of the fragment's rows, through its own rows of a tile to the tokens
-// from `begin` on. The tile's rows are not read by any other warp.
-template <typename T, int D, int M>
-__device__ __forceinline__ void write_rows(const float (&sums)[M][D / 8][4], const float (&factor)[M][2], T* rows,
-                                           const Head<T>& head, int begin, bool wide) {
+// The warp's 16 M rows of sums, times `factor` of the fragment's rows, through its own rows of a tile of `Rows`, from
+// `row` on, to the tokens from `begin` on. No other warp reads these rows of the tile, nor does a product.
+template <typename W, int Rows, int M, typename T>
+__device__ __forceinline__ void write_rows(const float (&sums)[M][W::D / 8][4], const float (&factor)[M][2], T* tile,
+                                           int row, const Head<T>& head, int begin, bool wide) {
+  constexpr int D = W::D;
   const int g = own_lane() / 4, t = own_lane() % 4;
   __syncwarp();  // all lanes have read what stood there
 #pragma unroll
@@ -77,16 +73,16 @@ __device__ __forceinline__ void write_rows(const float (&sums)[M][D / 8][4], con
       for (int n = 0; n < D / 8; ++n) {
         const uint32_t pair =
             pack_pair<T>(sums[m][n][2 * r] * factor[m][r], sums[m][n][2 * r + 1] * factor[m][r]);
-        *reinterpret_cast<uint32_t*>(rows + (16 * m + 8 * r + g) * kRow<D> + 8 * n + 2 * t) = pair;
+        *reinterpret_cast<uint32_t*>(W::template at<Rows>(tile, row + 16 * m + 8 * r + g, 8 * n + 2 * t)) = pair;
       }
     }
   }
   __syncwarp();
 #pragma unroll 1
   for (int item = own_lane(); item < 16 * M * (D / 8); item += 32) {
-    const int row = item / (D / 8), column = item % (D / 8) * 8, token = begin + row;
+    const int own = item / (D / 8), column = item % (D / 8) * 8, token = begin + own;
     if (token >= head.tokens || column >= head.width) continue;
-    const T* from = rows + row * kRow<D> + column;
+    const T* from = W::template at<Rows>(tile, row + own, column);
     T* to = head.data + token * head.row + column;
     if (wide) {
       store<T, 8>(to, load<T, 8>(from));
@@ -100,12 +96,10 @@ __device__ __forceinline__ void write_rows(const float (&sums)[M][D / 8][4], con
 template <typename T>
 __device__ __forceinline__ void write_zeros(const Head<T>& head, int begin, int end) {
   const int last = end < head.tokens ? end : head.tokens;
-  for (int row = begin + own_warp(); row < last; row += kTileThreads / 32) {
+  for (int row = begin + own_warp(); row < last; row += static_cast<int>(blockDim.x) / 32) {
     for (int column = own_lane(); column < head.width; column += 32) head.data[row * head.row + column] = T{};
   }
 }
-
-// ---- products -------------------------------------------------------------------------------------------------------
 
 template <int M, int N>
 __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
@@ -119,55 +113,13 @@ __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
   }
 }
 
-// sums[i, j] += sum over d of a[i, d] b[j, d]: 16 M rows of a, 8 N rows of b.
-template <typename T, int D, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&sums)[M][N][4], const T* a, const T* b) {
-  const int lane = own_lane();
-#pragma unroll
-  for (int k = 0; k < D; k += 16) {
-    uint32_t left[M][4];
-#pragma unroll
-    for (int m = 0; m < M; ++m) load_matrices(left[m], a + (16 * m + lane % 16) * kRow<D> + k + lane / 16 * 8);
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      uint32_t right[4];
-      load_matrices(right, b + (8 * n + lane / 16 * 8 + lane % 8) * kRow<D> + k + lane / 8 % 2 * 8);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        mma<T>(sums[m][n], left[m], right[0], right[1]);
-        mma<T>(sums[m][n + 1], left[m], right[2], right[3]);
-      }
-    }
-  }
-}
-
-// sums[i, d] += sum over j of weights[i, j] b[j, d], with the weights rounded to T: 8 N rows of b.
-template <typename T, int D, int M, int N>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[M][D / 8][4], const float (&weights)[M][N][4],
-                                                  const T* b) {
-  const int lane = own_lane();
-#pragma unroll
-  for (int k = 0; k < N; k += 2) {
-    uint32_t left[M][4];
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&pair)[4] = weights[m][k + i / 2];
-        left[m][i] = pack_pair<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
-    }
-#pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      uint32_t right[4];
-      load_matrices_transposed(right, b + (8 * k + lane % 16) * kRow<D> + d + lane / 16 * 8);
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        mma<T>(sums[m][d / 8], left[m], right[0], right[1]);
-        mma<T>(sums[m][d / 8 + 1], left[m], right[2], right[3]);
-      }
-    }
-  }
+// Two neighbouring C fragments of weights as an A fragment, rounded to T.
+template <typename T>
+__device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack_pair<T>(left[0], left[1]);
+  a[1] = pack_pair<T>(left[2], left[3]);
+  a[2] = pack_pair<T>(right[0], right[1]);
+  a[3] = pack_pair<T>(right[2], right[3]);
 }
 
 // ---- documents ------------------------------------------------------------------------------------------------------

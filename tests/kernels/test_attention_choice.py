@@ -27,7 +27,8 @@ def nothing_chosen(monkeypatch):
 
 
 def _shape(**facts) -> choice.Shape:
-    return choice.Shape(torch.device("cpu"), **({"dtype": torch.float32, "tokens": 40, "head_dim": 16, "documents": False} | facts))
+    usual = {"dtype": torch.float32, "tokens": 40, "head_dim": 16, "documents": False}
+    return choice.Shape(torch.device("cpu"), **(usual | facts))
 
 
 SAMPLE = choice.Sample(2, 4, 2, masked=True)

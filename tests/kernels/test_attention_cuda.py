@@ -7,7 +7,7 @@ from megashear import ops
 from megashear.ops import reference
 from megashear.ops.kernels import attention as kernel
 from megashear.ops.kernels import attention_choice
-from megashear.ops.kernels.library import launching
+from megashear.ops.kernels.library import _LIBRARIES, launching
 
 from .agreement import DTYPES, assert_filled, assert_within, leaf, poisoned, wide
 from .attention_bounds import Case, bounds
@@ -41,6 +41,21 @@ def _check(case: Case, pair: bool, device: torch.device) -> None:
             assert_within(ours_part, exact_part, bound + 1e-30)
 
 
+@pytest.fixture
+def way(request, cuda_device, monkeypatch) -> str:
+    """The kernels that a test asks for; skipped on a GPU that lacks them."""
+    library = _LIBRARIES[cuda_device.type]
+    if request.param not in library.masked_attention_tiles(library.BFLOAT16).split():
+        pytest.skip(f"this GPU has no {request.param}")
+    monkeypatch.setattr(kernel, "TILES", request.param)
+    return request.param
+
+
+TENSOR_CORES = pytest.mark.parametrize("way", ["wgmma", "tensor_cores"], indirect=True)
+EVERY_WAY = pytest.mark.parametrize("way", ["wgmma", "tensor_cores", "plain"], indirect=True)
+
+
+@TENSOR_CORES
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("batch", "heads", "groups", "tokens", "head_dim", "parts"),
@@ -53,9 +68,11 @@ def _check(case: Case, pair: bool, device: torch.device) -> None:
         (1, 3, 1, 193, 128, {"masked": True, "documents": True}),
         (1, 1, 1, 37, 7, {"masked": True}),
         (1, 1, 1, 20, 100, {}),
+        (2, 6, 3, 60, 112, {"masked": True, "documents": True}),
+        (1, 2, 1, 300, 33, {"masked": True, "documents": True}),
     ],
 )
-def test_tensor_cores_agree_with_float64(batch, heads, groups, tokens, head_dim, parts, dtype, cuda_device):
+def test_tensor_cores_agree_with_float64(batch, heads, groups, tokens, head_dim, parts, dtype, cuda_device, way):
     _check(_case(batch, heads, groups, tokens, head_dim, dtype, **parts), True, cuda_device)
 
 
@@ -74,11 +91,11 @@ def test_plain_kernels_agree_with_float64(heads, groups, tokens, head_dim, parts
     _check(_case(1, heads, groups, tokens, head_dim, dtype, **parts), False, cuda_device)
 
 
-@pytest.mark.parametrize("tiles", ["", "plain"])
+@pytest.mark.parametrize("tiles", ["wgmma", "tensor_cores", "plain"])
 def test_the_order_of_threads_changes_no_bit(tiles, emulated, monkeypatch):
     """Nor does running twice; and no row of a tile lies in the banks of another one that is read with it."""
     monkeypatch.setattr(kernel, "TILES", tiles)
-    case = _case(2, 4, 2, 150 if tiles == "" else 40, 72, torch.bfloat16, masked=True, documents=True)
+    case = _case(2, 4, 2, 40 if tiles == "plain" else 150, 72, torch.bfloat16, masked=True, documents=True)
     conflicts, results = emulated.bank_conflicts(), []
     for descending in (False, True, False):
         emulated.descend(descending)
@@ -88,10 +105,9 @@ def test_the_order_of_threads_changes_no_bit(tiles, emulated, monkeypatch):
     assert emulated.bank_conflicts() == conflicts
 
 
-@pytest.mark.parametrize("tiles", ["", "plain"])
-def test_a_dead_head_is_never_read(tiles, cuda_device, monkeypatch):
-    monkeypatch.setattr(kernel, "TILES", tiles)
-    case = _case(1, 4, 4, 70, 32, torch.bfloat16)
+@EVERY_WAY
+def test_a_dead_head_is_never_read(cuda_device, way):
+    case = _case(1, 4, 4, 70, 48, torch.bfloat16)
     mask = torch.tensor([1.0, 0.0, 0.5, -0.0])
     dead = mask == 0
     clean = _ours(Case(case.q, case.k, case.v, mask, None, case.dout), cuda_device)
@@ -101,7 +117,8 @@ def test_a_dead_head_is_never_read(tiles, cuda_device, monkeypatch):
     assert all((x[:, dead] == 0).all() for x in ours[:4]) and (ours[4][dead] == 0).all()
 
 
-def test_any_strides_give_the_bits_of_contiguous_inputs(cuda_device):
+@TENSOR_CORES
+def test_any_strides_give_the_bits_of_contiguous_inputs(cuda_device, way):
     """Rows that are no multiple of 16 bytes apart, or do not begin at one, go element by element."""
     case = _case(1, 2, 1, 70, 64, torch.bfloat16, masked=True)
     tensors = [x.to(cuda_device).contiguous() for x in (case.q, case.k, case.v)]
@@ -114,8 +131,9 @@ def test_any_strides_give_the_bits_of_contiguous_inputs(cuda_device):
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
-def test_large_scores_stay_finite_and_nan_reaches_those_that_see_it(cuda_device):
-    case = _case(1, 1, 1, 130, 16, torch.bfloat16)
+@TENSOR_CORES
+def test_large_scores_stay_finite_and_nan_reaches_those_that_see_it(cuda_device, way):
+    case = _case(1, 1, 1, 130, 48, torch.bfloat16)
     q, k, v = (x.to(cuda_device) for x in (case.q, case.k, case.v))
     out = _attention(100 * q, 100 * k, v, None, None).cpu()
     exact = reference.attention((100 * case.q).double(), (100 * case.k).double(), case.v.double())
@@ -136,6 +154,19 @@ def test_offsets_beyond_2_to_the_31_elements(dtype):
     case = _case(1, 2, 2, tokens, head_dim, dtype)
     far.copy_(case.q)
     assert torch.equal(_attention(far, case.k, case.v, None, None), _attention(case.q, case.k, case.v, None, None))
+
+
+def test_ways_are_different_and_each_one_repeats_its_bits(emulated, monkeypatch):
+    """So the name reaches the kernels; small heads have no warpgroups."""
+    for head_dim, count in ((64, 3), (32, 2)):
+        case = _case(1, 2, 1, 200, head_dim, torch.bfloat16)
+        found = [_ours(case, CPU)[0]]
+        for name in ("wgmma", "tensor_cores", "plain"):
+            monkeypatch.setattr(kernel, "TILES", name)
+            found.append(_ours(case, CPU)[0])
+        assert torch.equal(found[0], found[1])
+        assert len({tuple(x.flatten().tolist()) for x in found}) == count
+        monkeypatch.setattr(kernel, "TILES", "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

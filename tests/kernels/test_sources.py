@@ -14,7 +14,15 @@ CPU_SOURCES = sorted(path for path in CSRC.glob("**/*.cpp") if path.name != "bin
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++") or shutil.which("clang++")
 WIDE = re.compile(r"(?:fLi4|Float16ELi8)E")  # in a kernel's mangled name: packs of 16 bytes
-TILES = re.compile(r"Float16ELi(64|96|128)E")  # the same: tiles of a head size, for tensor cores
+TILES = re.compile(r"TilesOf(Warps|Groups)I\w*?Float16ELi(\d+)E")  # the same: tiles of a head size, for tensor cores
+INSTRUCTIONS = {
+    "Warps": (r"ldmatrix\S*x4\.shared", r"ldmatrix\S*\.trans\.shared"),
+    "Groups": (r"fence\.proxy\.async\.shared::cta", r"wgmma\.fence", r"wgmma\.commit_group", r"wgmma\.wait_group"),
+}
+PRODUCTS = {
+    "Warps": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)",
+    "Groups": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(\w+)",
+}
 
 
 class Compiled(NamedTuple):
@@ -72,14 +80,20 @@ def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, requ
     if request.node.callspec.params["compiled"].parent.name != "masked_attention":
         pytest.skip("not attention's")
     for ptx in compiled.ptx:
-        found = [kernel for kernel in re.split(r"(?=\.entry )", ptx)[1:] if TILES.search(kernel.partition("(")[0])]
-        assert len(found) == 3 * 3 * 2  # kernels, head sizes, dtypes
-        for kernel in found:
-            products = re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)", kernel)
+        count = {"Warps": 0, "Groups": 0}
+        for kernel in re.split(r"(?=\.entry )", ptx)[1:]:
+            tiles = TILES.search(kernel.partition("(")[0])
+            if tiles is None or (tiles[1] == "Groups" and ".target sm_90a" not in ptx):
+                assert tiles is None or re.search(r"\btrap;", kernel)  # elsewhere these kernels are never launched
+                continue
+            count[tiles[1]] += 1
+            products = re.findall(PRODUCTS[tiles[1]], kernel)
             assert set(products) == {"bf16" if "8BFloat16" in kernel.partition("(")[0] else "f16"}
-            for instruction in (r"ldmatrix\S*x4\.shared", r"ldmatrix\S*\.trans\.shared", r"cp\.async\.cg\S*.*16,"):
+            for instruction in (*INSTRUCTIONS[tiles[1]], r"cp\.async\.cg\S*.*16,"):
                 assert re.search(instruction, kernel), instruction
             assert re.search(r"st\.global\S*\.v4\.[bu]32", kernel)
+        kernels = 3 * 2  # passes, dtypes
+        assert count == {"Warps": 3 * kernels, "Groups": 5 * kernels if ".target sm_90a" in ptx else 0}
 
 
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")

@@ -1,4 +1,4 @@
-"""Which attention serves a run: rank 0 measures, all ranks follow, the run folder keeps it, and a resumed run repeats it.
+"""Which attention serves a run: rank 0 measures, all ranks follow; the run folder keeps it, a resumed run repeats it.
 
 On CPUs, whose clock decides here too; the times are made up, and each rank's fall out differently.
 """
@@ -67,7 +67,7 @@ def test_a_damaged_record_is_named(tiny: Tiny, tmp_path: Path) -> None:
     assert settled(file, "wgmma") == ["wgmma"]
     path = tmp_path / "run" / CHOICES
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), 7)))
-    with pytest.raises(CheckpointError, match="attention.json"):
+    with pytest.raises(CheckpointError, match=r"attention\.json"):
         settled(file, "wgmma")
 
 

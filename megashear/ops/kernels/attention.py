@@ -7,7 +7,15 @@ without a copy. Read next: `attention_choice.py` (kernel or torch's), csrc/maske
 import torch
 from torch import Tensor
 
-from megashear.ops.kernels.library import _DTYPES, _LIBRARIES, address, check_vector, compiled_for, dtype_code, launching
+from megashear.ops.kernels.library import (
+    _DTYPES,
+    _LIBRARIES,
+    address,
+    check_vector,
+    compiled_for,
+    dtype_code,
+    launching,
+)
 
 TILES = ""
 """Instructions of the kernels where a call names none, one that `masked_attention_tiles` of the library gives; empty:

@@ -1,9 +1,9 @@
 """Which attention serves a shape on a GPU: one of the kernels or torch's, by the clock of that GPU.
 
 All of them are computed on random numbers. A kernel whose results differ from torch's by more than roundings is left
-out with a warning; the rest are timed in turns, forward and backward with a mask's gradient, and the fastest serves that
-shape for the rest of the process. Training settles its shapes before the first step, by rank 0's clock for all ranks
-(`settle`), so that ranks and resumed runs round alike; any other shape is measured at its first call.
+out with a warning; the rest are timed in turns, forward and backward with a mask's gradient, and the fastest serves
+that shape for the rest of the process. Training settles its shapes before the first step, by rank 0's clock for all
+ranks (`settle`), so that ranks and resumed runs round alike; any other shape is measured at its first call.
 MEGASHEAR_ATTENTION in the environment takes one form for all shapes. Read next: `attention.py`,
 `megashear/run/attention.py`.
 """
@@ -82,7 +82,8 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         times = [f"{milliseconds:.3f} ms by {name}" for name, milliseconds in self.milliseconds.items()]
-        wrong = [f"{name} is {self.distances[name]:.1e} off" for name in self.distances if name not in self.milliseconds]
+        left_out = [name for name in self.distances if name not in self.milliseconds]
+        wrong = [f"{name} is {self.distances[name]:.1e} off" for name in left_out]
         return ", ".join([self.serves, *times, *wrong])
 
 
@@ -93,7 +94,8 @@ def forced() -> str | None:
     """The form that MEGASHEAR_ATTENTION names: compiled (the best kernel), reference (torch's), or a kernel; None where
     it is unset.
 
-    A kernel that does not serve a shape or a GPU gives way to the best one that does. Raises ConfigError for another value.
+    A kernel that does not serve a shape or a GPU gives way to the best one that does. Raises ConfigError for another
+    value.
     """
     wish = os.environ.get("MEGASHEAR_ATTENTION", "")
     if wish not in ("", *WISHES):

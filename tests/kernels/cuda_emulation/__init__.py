@@ -1,7 +1,8 @@
 """csrc/'s CUDA kernels as a library for the CPU: their very sources, compiled by g++ against the headers beside this.
 
-The launch syntax and __shared__ are rewritten, and csrc/mma.cuh (all inline PTX) gives way to `mma.cuh` here; nothing
-else differs from what nvcc sees, down to the bindings. Read next: machine.h (how threads run, what is checked).
+The launch syntax and __shared__ are rewritten, and csrc's mma.cuh and wgmma.cuh (all inline PTX) give way to those
+here; nothing else differs from what nvcc sees, down to the bindings. Read next: machine.h (how threads run, what is
+checked).
 """
 
 import ctypes
@@ -43,7 +44,7 @@ def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
     for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), csrc / "bindings.cpp"]:
         target = folder / path.relative_to(csrc)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.name == "mma.cuh":
+        if path.name in ("mma.cuh", "wgmma.cuh"):
             target.write_text((HERE / path.name).read_text())
         else:
             text = path.read_text()

@@ -50,6 +50,8 @@ T __shfl_sync(unsigned mask, T value, int lane, const char* file = __builtin_FIL
   return all[lane & 31];
 }
 
+inline void __trap() { emulation::machine.fail("__trap"); }
+
 // ---- memory and arithmetic ------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -77,7 +79,7 @@ T max(T a, T b) {
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {
-  int ptxVersion;
+  int ptxVersion, binaryVersion, numRegs;
 };
 using cudaStream_t = struct Stream*;
 
@@ -96,7 +98,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return emulation::last_prob
 
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  attributes->ptxVersion = 90;
+  *attributes = {90, 90, 255};  // sm_90a, with every kernel that there is for it
   return cudaSuccess;
 }
 

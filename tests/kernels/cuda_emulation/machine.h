@@ -29,6 +29,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 
 constexpr size_t kStack = 1 << 17;
+constexpr unsigned kSharedAddress = 16;  // where a block's shared memory begins: not at a multiple of more
 constexpr size_t kSharedByDefault = 48 << 10, kSharedAtMost = 227 << 10;  // bytes a block; the latter of sm_90
 
 enum class State { Ready, AtBlock, AtWarp, Ended };
@@ -60,6 +61,7 @@ struct Thread {
   int lane = 0;
   int turn = 0;  // which of the warp's two sets of slots is next
   std::vector<std::vector<Copy>> copies;  // groups that were committed, and at the end the open one
+  std::vector<size_t> hidden;             // 16 bytes each that it wrote and wgmma may not read yet
 };
 
 class Machine {
@@ -69,6 +71,8 @@ class Machine {
   uint64_t conflicts = 0;  // times that a row of load_matrices lay in the banks of another one before it
   size_t shared_allowed = 0;  // by cudaFuncSetAttribute
   Thread* current = nullptr;
+  uint64_t blocks_run = 0;
+  std::function<void()> at_block_end = [] {};
 
   void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
     body_ = &body;
@@ -117,14 +121,40 @@ class Machine {
 
   void* dynamic_shared() { return shared_.data(); }
 
+  size_t number() const { return current - threads_.data(); }
+
+  unsigned shared_address(const void* address) const {
+    return kSharedAddress + static_cast<unsigned>(static_cast<const char*>(address) - begin());
+  }
+
+  // 16 bytes of shared memory that this thread has written: its next fence.proxy.async shows them to wgmma.
+  void hide_from_products(const void* address) {
+    const size_t pack = (static_cast<const char*>(address) - begin()) / 16;
+    hidden_[pack] = true;
+    current->hidden.push_back(pack);
+  }
+
+  void show_to_products() {
+    for (const size_t pack : current->hidden) hidden_[pack] = false;
+    current->hidden.clear();
+  }
+
+  const char* shared_for_products(unsigned address) {
+    const size_t at = address - kSharedAddress;
+    if (address < kSharedAddress || at >= shared_bytes_) fail("outside of shared memory: wgmma");
+    if (hidden_[at / 16]) fail("wgmma reads what was written without fence.proxy.async");
+    return begin() + at;
+  }
+
   void check_shared(const void* address, size_t bytes, const char* what) {
-    const char* begin = reinterpret_cast<const char*>(shared_.data());
     const char* at = static_cast<const char*>(address);
     if (reinterpret_cast<uintptr_t>(at) % bytes != 0) fail(std::string("misaligned address: ") + what);
-    if (at < begin || at + bytes > begin + shared_bytes_) fail(std::string("outside of shared memory: ") + what);
+    if (at < begin() || at + bytes > begin() + shared_bytes_) fail(std::string("outside of shared memory: ") + what);
   }
 
  private:
+  const char* begin() const { return reinterpret_cast<const char*>(shared_.data()); }
+
   __attribute__((noinline)) void pause() {
     if (_setjmp(current->at) == 0) _longjmp(scheduler_, 1);
   }
@@ -155,7 +185,9 @@ class Machine {
 
   void run_block(dim3 block, unsigned threads) {
     prepare(threads);
+    ++blocks_run;
     seen_.clear();
+    hidden_.assign(shared_.size() * sizeof(Slot) / 16, false);
     std::memset(static_cast<void*>(shared_.data()), 0xff, shared_.size() * sizeof(Slot));
     slots_.resize((threads + 31) / 32 * 64);
     for (unsigned t = 0; t < threads; ++t) {
@@ -165,6 +197,7 @@ class Machine {
       thread.turn = 0;
       thread.state = State::Ready;
       thread.copies.assign(1, {});
+      thread.hidden.clear();
     }
     while (problem.empty()) {
       bool moved = false;
@@ -173,7 +206,8 @@ class Machine {
         const unsigned warp = descending ? warps - 1 - w : w;
         while (problem.empty() && run_warp(warp * 32, std::min(threads, warp * 32 + 32))) moved = true;
       }
-      if (!problem.empty() || all({State::Ended})) return;
+      if (problem.empty() && all({State::Ended})) return at_block_end();
+      if (!problem.empty()) return;
       if (all({State::Ended, State::AtBlock})) {
         release(0, threads, State::AtBlock);
       } else if (!moved) {
@@ -243,6 +277,7 @@ class Machine {
   std::vector<Thread> threads_;
   std::vector<Slot> slots_, shared_;
   size_t shared_bytes_ = 0;
+  std::vector<bool> hidden_;  // of each 16 bytes of shared memory
   std::vector<void*> seen_;
 };
 

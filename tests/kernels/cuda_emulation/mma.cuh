@@ -94,6 +94,7 @@ void wait_copies() {
     for (const emulation::Copy& copy : groups.front()) {
       if (copy.valid) std::memcpy(copy.to, copy.from, 16);
       if (!copy.valid) std::memset(copy.to, 0, 16);
+      emulation::machine.hide_from_products(copy.to);
     }
     groups.erase(groups.begin());
   }
