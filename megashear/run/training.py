@@ -163,10 +163,7 @@ def build_stage(
         config.data.repeat_limit,
     )
     taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
-    jointly = isinstance(section, PruneConfig) and section.clip == "joint"
-    teacher = build_teacher(context, section.distillation)
-    clip = section.optimizer.clip_norm
-    stepper = Stepper(layout, weights, masks, config.run.seed, batch.micro_batch, clip, jointly, teacher)
+    stepper = build_stepper(context, section, weights, masks)
     counters, losses = Counters(), None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, weights, masks)
@@ -177,7 +174,8 @@ def build_stage(
             print(f"{name}: going on from {checkpoint}", flush=True)
     metrics.resume(name, counters.step)
     done = counters.step * batch.global_batch * length
-    flops = shape.flops_per_token(length) + (0 if teacher is None else teacher.flops_per_token(length))
+    teaching = 0.0 if stepper.teacher is None else stepper.teacher.flops_per_token(length)
+    flops = shape.flops_per_token(length) + teaching
     progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
     return Stage(
         name,
@@ -197,6 +195,16 @@ def build_stage(
         source_loss=None if before is None or masks is None else mean_loss(before),
         taken=taken,
     )
+
+
+def build_stepper(
+    context: Context, section: PruneConfig | PretrainConfig, weights: WeightOptimizer, masks: MaskState | None
+) -> Stepper:
+    """What runs the stage's steps, with its teacher where it has one."""
+    jointly = isinstance(section, PruneConfig) and section.clip == "joint"
+    teacher = build_teacher(context, section.distillation)
+    seed, clip = context.config.run.seed, section.optimizer.clip_norm
+    return Stepper(context.layout, weights, masks, seed, section.batch.micro_batch, clip, jointly, teacher)
 
 
 def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) -> Batches:
