@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from megashear.config.schema import Config
+from megashear.config.schema import UNCHANGED, Config
 
 Path = tuple[str, ...]
 
@@ -24,6 +24,8 @@ class Key:
     choices: tuple[str, ...]
     low: float | None
     high: float | None
+    before: Any
+    """What runs older than the key computed."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,8 @@ def _leaves(cls: type, defaults: Any, prefix: Path) -> list[Key]:
             found += _leaves(kind, default, path)  # type: ignore[arg-type]  # get_type_hints gives classes
         else:
             meta = item.metadata
-            found.append(Key(path, kind, default, meta["help"], meta["choices"], meta["low"], meta["high"]))
+            before = default if meta["before"] is UNCHANGED else meta["before"]
+            found.append(Key(path, kind, default, meta["help"], meta["choices"], meta["low"], meta["high"], before))
     return found
 
 

@@ -221,10 +221,11 @@ class ImportanceConfig:
     """Scores of the units on calibration text, before pruning."""
 
     criterion: str | None = key(
-        None,
+        "fisher",
         "score of every unit: magnitude of its weights, first-order Taylor on its mask or on its weights, diagonal "
         "Fisher of its mask, or its activations (Minitron, arXiv 2407.14679); null: none, masks start alike",
         CRITERIA,
+        before=None,
     )
     layer_criterion: str | None = key(
         None,
@@ -233,7 +234,7 @@ class ImportanceConfig:
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
-        5.0, "log-alpha at the start, before the constraint: units of each row at equal distances over +-spread", low=0
+        50.0, "log-alpha at the start, before the constraint: units of each row at equal distances over +-spread", low=0
     )
     batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
 
@@ -246,7 +247,7 @@ class PruneConfig:
         None, "`paper` takes the published choices for every key of this section not set in the file", ("paper",)
     )
     batch: BatchConfig = key(BatchConfig(), "steps and batches")
-    optimizer: OptimizerConfig = key(OptimizerConfig(), "Adam for the weights")
+    optimizer: OptimizerConfig = key(OptimizerConfig(min_ratio=1.0), "Adam for the weights")
     method: str = key(
         "learned",
         "learned masks, or one_shot: the units of the highest `importance` are kept and nothing is trained",
@@ -255,10 +256,11 @@ class PruneConfig:
     importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
     constraint: str = key(
-        "lagrangian",
-        "how expected sparsities come to their targets: lagrangian (published: multipliers that ascend), or projected "
-        "(log-alpha of each row is shifted onto the scheduled target after every step)",
-        ("lagrangian", "projected"),
+        "projected",
+        "how expected sparsities come to their targets: projected (log-alpha of each row is shifted onto the scheduled "
+        "target after every step), or lagrangian (published: multipliers that ascend)",
+        ("projected", "lagrangian"),
+        before="lagrangian",
     )
     mask_learning_rate: float | None = key(
         None, "learning rate of log-alpha; null: the published 1.0 x steps / 3200, at most 1.0", low=0
@@ -281,16 +283,18 @@ class PruneConfig:
         ("hidden", "group", "query", "intermediate", "layer"),
     )
     sharpening: float = key(
-        1.0,
+        10.0,
         "factor by which log-alpha grows, evenly over the steps until masks settle, as a temperature that anneals: "
         "fewer and fewer units stay undecided, and the noise leaves the others alone; 1: none, as published",
         low=1,
+        before=1.0,
     )
     settle_steps: int | None = key(
-        0,
+        None,
         "last steps of the stage in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
-        "published; null: a tenth of the steps",
+        "published; null: a tenth of the steps, one at least",
         low=0,
+        before=0,
     )
     granularities: list[str] | None = key(
         None,
@@ -310,9 +314,9 @@ class PruneConfig:
         True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"
     )
     clip: str = key(
-        "joint",
-        "gradient clipping: one norm over weights, masks and multipliers (published), or weights alone",
-        ("joint", "weights"),
+        "weights",
+        "gradient clipping: one norm over the weights alone, or over weights, masks and multipliers (joint, published)",
+        ("weights", "joint"),
     )
     masking: str = key(
         "exact",

@@ -43,7 +43,7 @@ class Closing:
     def settle_step(self) -> int:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
         chosen, steps = self.config.settle_steps, self.config.batch.steps
-        return steps - (int(steps * SETTLE_SHARE) if chosen is None else chosen)
+        return steps - (max(1, int(steps * SETTLE_SHARE)) if chosen is None else chosen)
 
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""

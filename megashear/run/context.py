@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megashear.config.keys import leaf_keys
 from megashear.config.load import to_dict
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
@@ -146,7 +147,7 @@ def claim(context: Context) -> None:
             check_files(context.source.path, context.source.manifest, ModelError)
         write_json(path, own)
         return
-    changed = differences(there, own, identity(Config()), "")
+    changed = differences(there, own, former_identity(), "")
     if changed:
         raise CheckpointError(
             f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
@@ -154,9 +155,23 @@ def claim(context: Context) -> None:
         )
 
 
+def former_identity() -> dict[str, Any]:
+    """What a record that lacks keys says of them: the values that stand for runs older than each key."""
+    values = to_dict(Config())
+    for path, key in leaf_keys().items():
+        section = values
+        for part in path[:-1]:
+            section = section[part]
+        section[path[-1]] = key.before
+    return _identity(values)
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
-    values = to_dict(config)
+    return _identity(to_dict(config))
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": values["run"]["seed"]}
     own = json.loads(json.dumps(own))

@@ -9,12 +9,13 @@ from megashear.config.check import examine
 from megashear.config.stages import training_stages
 
 ONE_SHOT = "prune.method=one_shot"
+NONE = "prune.importance.criterion=null"
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([ONE_SHOT], "prune.importance.criterion is null"),
+        ([ONE_SHOT, NONE], "prune.importance.criterion is null"),
         (
             [ONE_SHOT, "prune.importance.criterion=fisher", "source.folder=null", "mixture.rule=static"],
             "source.folder is null",
@@ -23,7 +24,7 @@ ONE_SHOT = "prune.method=one_shot"
             [ONE_SHOT, "prune.importance.criterion=fisher", "prune.batch.global_batch=33"],
             "prune.batch.global_batch: 33",
         ),
-        (["prune.importance.layer_criterion=block_influence"], "prune.importance.criterion is null"),
+        ([NONE, "prune.importance.layer_criterion=block_influence"], "prune.importance.criterion is null"),
         (["prune.importance.batches=1"], "prune.importance.batches"),
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),

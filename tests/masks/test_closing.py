@@ -13,7 +13,8 @@ def specs(source, target):
 
 
 def closing(specs, **keys):
-    return Closing(PruneConfig(batch=BatchConfig(steps=100), **keys), specs)
+    published = {"constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0}
+    return Closing(PruneConfig(batch=BatchConfig(steps=100), **(published | keys)), specs)
 
 
 def test_lengths_follow_the_number_of_steps(specs):
@@ -22,7 +23,7 @@ def test_lengths_follow_the_number_of_steps(specs):
     assert (ours.warmup_steps, ours.settle_step) == (50, 90)
     assert not any(published.settled(step) for step in range(101))
     assert [ours.settled(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
-    longer = Closing(PruneConfig(batch=BatchConfig(steps=3200)), specs)
+    longer = Closing(PruneConfig(batch=BatchConfig(steps=3200), constraint="lagrangian"), specs)
     assert longer.warmup_steps == 640 and longer.rates() == (1.0, 1.0)
     assert closing(specs).rates() == (1 / 32, 32.0)
     assert closing(specs, mask_learning_rate=0.5, lambda_learning_rate=2.0).rates() == (0.5, 2.0)

@@ -25,9 +25,8 @@ def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsit
 
 
 def state(source, target, **keys):
-    config = PruneConfig(
-        batch=BatchConfig(steps=40), constraint="projected", sparsity_warmup_steps=20, settle_steps=10, **keys
-    )
+    chosen = {"constraint": "projected", "sparsity_warmup_steps": 20, "settle_steps": 10, "sharpening": 1.0} | keys
+    config = PruneConfig(batch=BatchConfig(steps=40), **chosen)
     return MaskState(source, target, config, seed=3)
 
 

@@ -14,6 +14,11 @@ from megashear.masks.state import MaskState
 LIMIT = 4.605170185988092
 
 
+def published_config(**keys) -> PruneConfig:
+    """The published constraint with the given keys; nothing sharpens and nothing settles."""
+    return PruneConfig(**{"constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0} | keys)
+
+
 def values_of(masks):
     return tuple(vars(masks).values())
 
@@ -38,7 +43,7 @@ def test_multipliers_follow_the_published_24_steps(published, source, target):
     state = MaskState(
         source,
         target,
-        PruneConfig(sparsity_warmup_steps=8, mask_learning_rate=1.0, lambda_learning_rate=1.0),
+        published_config(sparsity_warmup_steps=8, mask_learning_rate=1.0, lambda_learning_rate=1.0),
         seed=0,
         dtype=torch.float64,
     )
@@ -63,18 +68,18 @@ def test_multipliers_follow_the_published_24_steps(published, source, target):
 
 
 def test_log_alpha_starts_by_seed_and_within_the_limit(source, target):
-    config = PruneConfig(log_alpha_init=0.0)
+    config = published_config(log_alpha_init=0.0)
     one, same, other = (MaskState(source, target, config, seed=seed).log_alpha for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
     assert one["intermediate"].std().item() == pytest.approx(0.01, rel=0.2)
     few = MaskState(source, dataclasses.replace(source, hidden_size=40), config, seed=5).log_alpha
     assert list(few) == ["hidden"] and torch.equal(few["hidden"], one["hidden"])
-    published = MaskState(source, target, PruneConfig(), seed=5).log_alpha
+    published = MaskState(source, target, published_config(), seed=5).log_alpha
     assert all((value == torch.tensor(LIMIT)).all() for value in published.values())
 
 
 def test_a_sample_is_a_function_of_seed_step_and_micro_batch(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, PruneConfig(log_alpha_init=0.0), seed=1)
+    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1)
     first = values_of(state.sample(3, 4, 5))
     again = values_of(state.sample(3, 4, 5))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -96,7 +101,7 @@ def test_a_head_is_its_group_times_its_query(grouped_source):
 
 
 def test_gradients_add_up_in_one_buffer(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, PruneConfig(log_alpha_init=0.0), seed=1, dtype=torch.float64)
+    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1, dtype=torch.float64)
     wanted = torch.zeros_like(state.gradients_flat())
     for micro_batch in range(2):
         masks = state.sample(0, 0, micro_batch)
@@ -120,7 +125,7 @@ def test_gradients_add_up_in_one_buffer(grouped_source, grouped_target):
 
 
 def test_a_step_descends_ascends_and_keeps_its_limits(source, target):
-    config = PruneConfig(
+    config = published_config(
         log_alpha_init=0.0,
         log_alpha_limit=0.5,
         lambda2_cap=0.25,
@@ -144,7 +149,7 @@ def test_a_step_descends_ascends_and_keeps_its_limits(source, target):
 
 
 def test_learning_rates_are_the_configured_ones(source, target):
-    config = PruneConfig(log_alpha_init=0.0, mask_learning_rate=0.1, lambda_learning_rate=0.3)
+    config = published_config(log_alpha_init=0.0, mask_learning_rate=0.1, lambda_learning_rate=0.3)
     state = MaskState(source, target, config, seed=0)
     before = state.log_alpha["layer"].detach().clone()
     state.set_gradients_flat(torch.ones_like(state.gradients_flat()))
@@ -163,11 +168,11 @@ def train(state, steps):
 
 
 def test_a_saved_state_goes_on_bit_for_bit(grouped_source, grouped_target):
-    whole = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0)
+    whole = MaskState(grouped_source, grouped_target, published_config(), seed=0)
     train(whole, range(4))
     saved = whole.state_dict()
     train(whole, range(4, 8))
-    resumed = MaskState(grouped_source, grouped_target, PruneConfig(), seed=9)
+    resumed = MaskState(grouped_source, grouped_target, published_config(), seed=9)
     resumed.load_state_dict(saved)
     train(resumed, range(4, 8))
     ours, theirs = resumed.state_dict(), whole.state_dict()
@@ -176,7 +181,7 @@ def test_a_saved_state_goes_on_bit_for_bit(grouped_source, grouped_target):
 
 
 def test_a_fresh_state_survives_saving(source, target):
-    fresh, other = (MaskState(source, target, PruneConfig(log_alpha_init=0.0), seed=seed) for seed in (0, 1))
+    fresh, other = (MaskState(source, target, published_config(log_alpha_init=0.0), seed=seed) for seed in (0, 1))
     other.load_state_dict(fresh.state_dict())
     train(fresh, range(2))
     train(other, range(2))
@@ -184,8 +189,8 @@ def test_a_fresh_state_survives_saving(source, target):
 
 
 def test_another_runs_state_is_refused(source, target, grouped_source, grouped_target):
-    saved = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0).state_dict()
-    state = MaskState(source, target, PruneConfig(), seed=0)
+    saved = MaskState(grouped_source, grouped_target, published_config(), seed=0).state_dict()
+    state = MaskState(source, target, published_config(), seed=0)
     before = state.state_dict()
     with pytest.raises(CheckpointError, match=r"log_alpha\.query"):
         state.load_state_dict(saved)
@@ -193,12 +198,12 @@ def test_another_runs_state_is_refused(source, target, grouped_source, grouped_t
 
 
 def test_deterministic_masks_by_target_and_by_expectation(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, PruneConfig(log_alpha_init=0.0), seed=0)
+    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=0)
     masks = state.deterministic()
     assert not masks.hidden.requires_grad
     assert [(masks.hidden != 0).sum(), (masks.layer != 0).sum()] == [10, 2]
     assert (masks.head != 0).sum(1).tolist() == [6] * 3
-    open_state = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0)
+    open_state = MaskState(grouped_source, grouped_target, published_config(), seed=0)
     assert all((mask != 0).all() for mask in values_of(open_state.deterministic("expected")))
     with pytest.raises(ValueError, match="target or expected"):
         state.deterministic("other")

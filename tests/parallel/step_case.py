@@ -81,7 +81,14 @@ def pruning_step(
 
 def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskState:
     """Masks amid their training: log-alpha spread, so that samples hold zeros, ones and all between."""
-    prune = PruneConfig(log_alpha_init=1.0, batch=BatchConfig(steps=8), sparsity_warmup_steps=4)
+    prune = PruneConfig(
+        log_alpha_init=1.0,
+        batch=BatchConfig(steps=8),
+        constraint="lagrangian",
+        sparsity_warmup_steps=4,
+        sharpening=1.0,
+        settle_steps=0,
+    )
     masks = MaskState(source, target, prune, seed=7, device=layout.device)
     with torch.no_grad():
         for number, (log_alpha, pair) in enumerate(

@@ -135,6 +135,21 @@ def test_a_run_of_an_older_version_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     assert break_off(config, ("prune", 6))
 
 
+def test_an_older_run_keeps_what_it_computed_where_a_default_is_another_by_now(tiny: Tiny, tmp_path: Path) -> None:
+    """Runs older than `prune.constraint` were lagrangian, and go on as such alone."""
+    then = ("prune.constraint=lagrangian", "prune.settle_steps=0", "prune.sharpening=1.0")
+    config = tiny.config(tmp_path / "run", *then)
+    assert break_off(config, ("prune", 3))
+    path = tmp_path / "run/identity.json"
+    record = json.loads(path.read_text())
+    for name in ("constraint", "settle_steps", "sharpening"):
+        del record["prune"][name]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"prune\.constraint: lagrangian -> projected"):
+        finish(tiny.config(tmp_path / "run"))
+    assert break_off(config, ("prune", 6))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_one_of_forty_steps_of_both_stages(tiny: Tiny, tmp_path: Path, precision: str) -> None:

@@ -58,6 +58,7 @@ RUN: dict[str, Any] = {
     "prune": {
         "batch": {"steps": 8, "global_batch": 8, "micro_batch": 2, "eval_interval": 3, "eval_sequences": 5},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "importance": {"batches": 2},
         "mask_learning_rate": 0.3,
         "lambda_learning_rate": 0.5,
     },

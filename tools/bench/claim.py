@@ -1,44 +1,40 @@
-"""The paper's claim at sizes that two cores carry: does shearing beat training the same shape from scratch on equal
-tokens?
+"""What a budget of tokens buys: shearing against one-shot pruning and against training the same shape from scratch.
 
-A source LLaMA is sheared to the target's shape and continued. Rows: that with a dynamic mixture; with a static one;
-units kept by magnitude (no learned masks) and continued; the same shape from scratch. All rows see equal tokens after
-the source. Prints the table, writes `claim.json` and `claim.png`.
+A source LLaMA is brought to the target's shape in several ways and continued, at several budgets: pruning takes a share
+of the source's tokens, continuing three times that. All rows see equal tokens after the source; rows that prune in one
+shot spend pruning's on continuing. Prints the tables, writes `claim.json` and `claim.png`.
 
     python tools/bench/claim.py 10m DATASET OUTPUT
+    python tools/bench/claim.py 10m DATASET OUTPUT --budgets 0.02 --seeds 1,2,3 --rows learned,fisher
     python tools/bench/claim.py 50m DATASET OUTPUT --source IMPORTED_SMOLLM2
 
-`10m` trains its source first, 10 million parameters outside the embedding, and shears it to half with a tenth of the
-source's tokens for pruning and three tenths for continuing. `50m` takes SmolLM2-135M, whose tokenizer the dataset must
-have. Runs are ordinary `megashear run`s below OUTPUT: interrupted, the same command goes on.
+`10m` trains its source first, 10 million parameters outside the embedding, unless `--source` gives one. `50m` takes
+SmolLM2-135M, whose tokenizer the dataset must have; its budgets are in steps. Runs are ordinary `megashear run`s below
+OUTPUT: interrupted, the same command goes on.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import ShapeConfig
 from megashear.config.shape import ModelShape
-from megashear.files.atomic import atomic_folder, write_json
-from megashear.masks.fold import Fold
-from megashear.masks.keep import keep_sets
-from megashear.masks.masks import Masks
-from megashear.masks.target import MaskSpec, mask_specs
-from megashear.train.metrics import read_metrics
-from megashear.weights.finish import seal_folder, write_settings
+from megashear.files.atomic import write_json
+from megashear.plot.cost import costs
+from megashear.plot.record import read_run
+from megashear.train.tables import table
 from megashear.weights.folder import ModelFolder
-from megashear.weights.names import tensor_shapes
-from megashear.weights.writer import ShardedWriter
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,13 @@ class Trial:
     """Shapes, steps and rates of one comparison; a step is `global_batch` sequences."""
 
     target: dict[str, Any]
-    prune_steps: int
-    pretrain_steps: int
+    source_steps: int
+    """Steps that the source is trained, or that budgets are shares of."""
     rate: float
-    """Peak learning rate from random weights; continuing takes half of it, pruning a quarter."""
+    """Peak learning rate from random weights; pruning and continuing take half of it."""
     source: dict[str, Any] | None = None
     """Shape to train first; None: a pre-trained model is given."""
-    source_steps: int = 0
+    budgets: tuple[float, ...] = (0.02, 0.1, 0.3)
     global_batch: int = 8
     micro_batch: int = 8
     sequence_length: int = 256
@@ -80,8 +76,6 @@ TRIALS = {
             "intermediate_size": 480,
         },
         source_steps=2000,
-        prune_steps=200,
-        pretrain_steps=600,
         rate=1.2e-3,
     ),
     "50m": Trial(
@@ -92,56 +86,78 @@ TRIALS = {
             "num_query_groups": 2,
             "intermediate_size": 1024,
         },
-        prune_steps=30,
-        pretrain_steps=90,
+        source_steps=1000,
         rate=1.2e-3,
+        budgets=(0.03,),
         global_batch=4,
         micro_batch=4,
         eval_interval=30,
         eval_sequences=8,
     ),
 }
-STEPS = ("source_steps", "prune_steps", "pretrain_steps")
-ROWS = {
-    "sheared": "learned masks, dynamic mixture",
-    "static": "learned masks, static mixture",
-    "magnitude": "units by magnitude, dynamic mixture",
-    "scratch": "same shape from scratch, static mixture",
+DISTILLED = {"distillation": {"weight": 0.5}}
+ROWS: dict[str, str] = {
+    "scratch": "same shape from scratch",
+    "magnitude": "one shot by magnitude",
+    "taylor": "one shot by first-order Taylor on masks",
+    "minitron": "one shot by activations (Minitron)",
+    "published": "learned masks, published rates",
+    "learned": "learned masks, defaults",
+    "dynamic": "the same, on a dynamic mixture",
+    "distilled": "learned masks, defaults, and distillation",
 }
+ONE_SHOT = {"magnitude": "magnitude", "taylor": "taylor_mask", "minitron": "activation"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the comparison."""
+
+    row: str
+    budget: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder below OUTPUT."""
+        return f"budget-{self.budget:g}/seed-{self.seed}/{self.row}"
 
 
 class RunFiles:
-    """The run files of a trial: one `megashear run` for the source and for each row."""
+    """The run files of a trial: one `megashear run` for the source and for each case."""
 
-    def __init__(self, trial: Trial, dataset: str, output: Path, seed: int) -> None:
-        self.trial, self.dataset, self.output, self.seed = trial, dataset, output, seed
+    def __init__(self, trial: Trial, dataset: str, output: Path) -> None:
+        self.trial, self.dataset, self.output = trial, dataset, output
 
     def source(self) -> dict[str, Any]:
-        """The source's own training, on a static mixture."""
+        """The source's own training."""
         trial = self.trial
-        return self._run("source", {"shape": trial.source}, "static", pretrain=self._stage(trial.source_steps, 1.0))
+        return self._run("source", 1, {"shape": trial.source}, pretrain=self._stage(trial.source_steps, 1.0))
 
-    def row(self, name: str, source: ModelShape, folder: Path, references: dict[str, float]) -> dict[str, Any]:
-        """One row of the table, by its name in ROWS. references: the source's held-out losses."""
+    def case(self, case: Case, source: ModelShape, folder: Path) -> dict[str, Any]:
+        """The run of one row at one budget and seed."""
         trial = self.trial
-        steps = trial.prune_steps + trial.pretrain_steps
-        if name == "scratch":
+        prune_steps = max(1, round(trial.source_steps * case.budget))
+        continued = 3 * prune_steps
+        if case.row == "scratch":
             shape = resolve_shape(ShapeConfig(**trial.target), source)
             keys = ShapeConfig.__dataclass_fields__.keys() & vars(shape).keys()
             small = {key: getattr(shape, key) for key in keys - {"rope_scaling"}}
-            return self._run(name, {"shape": small}, "static", pretrain=self._stage(steps, 1.0))
-        if name == "magnitude":
-            small = {"folder": str(self.output / "by_magnitude")}
-            return self._run(name, small, "paper", references, pretrain=self._stage(steps, 0.5))
-        prune = self._stage(trial.prune_steps, 0.25) | {
-            "mask_learning_rate": 0.1,
-            "lambda_learning_rate": 0.3,
-            "sparsity_warmup_steps": trial.prune_steps // 2,
-            "log_alpha_init": 2.5,
-            "log_alpha_limit": 3.0,
-        }
-        sections = {"prune": prune, "pretrain": self._stage(trial.pretrain_steps, 0.5), "target": trial.target}
-        return self._run(name, {"folder": str(folder)}, "static" if name == "static" else "paper", None, **sections)
+            pretrain = self._stage(prune_steps + continued, 1.0)
+            return self._run(case.name, case.seed, {"shape": small}, pretrain=pretrain)
+        prune, pretrain = self._stage(prune_steps, 0.5), self._stage(continued, 0.5)
+        if case.row in ONE_SHOT:
+            prune |= {"method": "one_shot", "importance": {"criterion": ONE_SHOT[case.row]}}
+            pretrain = self._stage(prune_steps + continued, 0.5)
+        elif case.row == "published":
+            warmups = {"warmup_steps": prune_steps // 10}
+            prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
+            prune["optimizer"] |= warmups
+        elif case.row == "distilled":
+            prune, pretrain = prune | DISTILLED, pretrain | DISTILLED
+        sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
+        rule = "paper" if case.row == "dynamic" else "static"
+        return self._run(case.name, case.seed, {"folder": str(folder)}, rule, **sections)
 
     def _stage(self, steps: int, share: float) -> dict[str, Any]:
         trial = self.trial
@@ -155,55 +171,18 @@ class RunFiles:
         return {"batch": batch, "optimizer": {"learning_rate": trial.rate * share, "weight_decay": 0.1}}
 
     def _run(
-        self, name: str, source: dict[str, Any], rule: str, references: dict[str, float] | None = None, **sections: Any
+        self, name: str, seed: int, source: dict[str, Any], rule: str = "static", **sections: Any
     ) -> dict[str, Any]:
         stages = ["prune", "finalize", "pretrain"] if "prune" in sections else ["pretrain"]
-        mixture: dict[str, Any] = {"rule": rule}
-        if references is not None:
-            mixture |= {"references": "list", "reference_losses": references}
         return {
-            "run": {"folder": str(self.output / name), "stages": stages, "seed": self.seed},
+            "run": {"folder": str(self.output / name), "stages": stages, "seed": seed},
             "source": source,
             "data": {"folder": self.dataset, "sequence_length": self.trial.sequence_length},
-            "mixture": mixture,
+            "mixture": {"rule": rule},
             "precision": "bf16",
+            "checkpoint": {"interval": 500, "keep": 1},
             **sections,
         }
-
-
-def unit_norms(source: ModelFolder, spec: MaskSpec) -> torch.Tensor:
-    """Sum of squares of the weights that belong to each unit, in the shape of the granularity's log-alpha."""
-    shape = source.shape
-    scores = torch.zeros(spec.shape)
-    for name in tensor_shapes(shape):
-        if ".layers." not in name or "layernorm" in name:
-            continue
-        layer, square = int(name.split(".")[2]), source.read(name).float().square()
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        if spec.name == "hidden":
-            scores += square.sum(1 if residual else 0)
-        elif spec.name == "intermediate" and ".mlp." in name:
-            scores[layer] += square.sum(0 if residual else 1)
-        elif spec.name == "group" and "self_attn" in name:
-            scores[layer] += square.sum(0 if residual else 1).view(shape.num_query_groups, -1).sum(1)
-        elif spec.name == "layer":
-            scores[layer] += square.sum()
-    return scores
-
-
-def prune_by_magnitude(source: ModelFolder, target: ModelShape, folder: Path) -> None:
-    """Write the model folder of the target shape that keeps the units of the largest norm."""
-    specs = mask_specs(source.shape, target)
-    keep = keep_sets({spec.name: unit_norms(source, spec) for spec in specs}, specs, source.shape)
-    fold = Fold(source.shape, keep, Masks())
-    with atomic_folder(folder) as temporary:
-        with ShardedWriter.create(temporary, tensor_shapes(target), torch.float32) as writer:
-            for name in tensor_shapes(source.shape):
-                folded = fold(name, source.read(name).float())
-                if folded is not None:
-                    writer.write(*folded)
-        write_settings(temporary, target, torch.float32, source.config, source.tokenizer_files)
-        seal_folder(temporary, {})
 
 
 def launch(arguments: list[str], log: Path, threads: int) -> None:
@@ -215,67 +194,98 @@ def launch(arguments: list[str], log: Path, threads: int) -> None:
 
 
 def train(name: str, content: dict[str, Any], output: Path, threads: int) -> None:
-    """Run one row's stages, its output in OUTPUT/NAME.log."""
+    """Run one case's stages unless they are done, its output in OUTPUT/NAME.log."""
+    if (output / name / "pretrain" / "done.json").exists():
+        return
     path = output / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     launch(["run", str(path)], output / f"{name}.log", threads)
+    print(f"{name}: mean held-out loss {mean(record(output / name, 'pretrain')):.4f}", flush=True)
 
 
-def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, threads: int) -> dict[str, list[float]]:
-    """Held-out losses of the source and their errors, by domain, on the sequences that the rows are judged by."""
+def record(run: Path, stage: str) -> dict[str, float]:
+    """Held-out losses by domain at the end of a stage."""
+    return json.loads((run / stage / "done.json").read_text(encoding="utf-8"))["losses"]
+
+
+def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, threads: int) -> dict[str, float]:
+    """Held-out losses of the source by domain, on the sequences that the rows are judged by."""
     found = output / "source.json"
     if not found.exists():
         sizes = ["--sequence-length", str(trial.sequence_length), "--sequences", str(trial.eval_sequences)]
         launch(["eval", str(folder), dataset, *sizes, "--json", str(found)], output / "source.log", threads)
-    return pairs(json.loads(found.read_text(encoding="utf-8")))
+    return json.loads(found.read_text(encoding="utf-8"))["losses"]
 
 
-def pairs(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Losses and errors of a record, by domain."""
-    return {domain: [record["losses"][domain], record["errors"][domain]] for domain in record["losses"]}
+def mean(values: dict[str, float]) -> float:
+    """Mean over domains."""
+    return statistics.fmean(values.values())
 
 
-def final_losses(output: Path, name: str) -> dict[str, list[float]]:
-    """Held-out losses and errors at the end of a row."""
-    return pairs(json.loads((output / name / "pretrain" / "done.json").read_text(encoding="utf-8")))
+def spread(values: dict[str, float], source: dict[str, float]) -> float:
+    """Standard deviation over domains of loss - the source's."""
+    return statistics.pstdev(values[domain] - source[domain] for domain in source)
 
 
-def report(output: Path, trial: Trial, source: dict[str, list[float]], parameters: dict[str, int]) -> None:
-    """Print the table, write `claim.json`, draw mean held-out loss over tokens after the source."""
-    from megashear.train.tables import loss_table
+def summarise(cases: list[Case], output: Path, source: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Per budget and row: mean loss and its standard error over seeds, its spread over domains, tokens and FLOPs."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        run = output / case.name
+        losses, spent = record(run, "pretrain"), costs(read_run(run))
+        one = found.setdefault(f"{case.budget:g}", {}).setdefault(case.row, {"seeds": {}, "spread": []})
+        one["seeds"][case.seed] = losses
+        one["spread"].append(spread(losses, source))
+        one["tokens"] = sum(cost.tokens for cost in spent)
+        one["flops"] = sum(cost.flops + cost.teacher_flops for cost in spent)
+    for rows in found.values():
+        for one in rows.values():
+            means = [mean(losses) for losses in one["seeds"].values()]
+            one["loss"] = statistics.fmean(means)
+            one["error"] = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
+            one["spread"] = statistics.fmean(one["spread"])
+    return found
 
-    columns = {"source": source, **{name: final_losses(output, name) for name in ROWS}}
-    print(loss_table({name: {d: (loss, error) for d, (loss, error) in c.items()} for name, c in columns.items()}))
-    spread = {}
-    for name in ROWS:
-        excess = [columns[name][domain][0] - source[domain][0] for domain in source]
-        mean = sum(excess) / len(excess)
-        spread[name] = (sum((one - mean) ** 2 for one in excess) / len(excess)) ** 0.5
-        print(f"{name:<10} {ROWS[name]:<42} mean excess {mean:.4f}, its spread over domains {spread[name]:.4f}")
-    write_json(output / "claim.json", {"losses": columns, "spread": spread, "parameters": parameters})
-    draw(output, trial)
+
+def report(found: dict[str, dict[str, Any]], source: dict[str, float]) -> str:
+    """One table for each budget."""
+    parts = [f"source: mean held-out loss {mean(source):.4f}"]
+    header = ["", "mean loss", "- source's", "spread over domains", "tokens", "FLOPs"]
+    for budget, rows in found.items():
+        lines = []
+        for name, one in sorted(rows.items(), key=lambda item: item[1]["loss"]):
+            error = "" if one["error"] is None else f" +- {one['error']:.4f}"
+            sizes = [f"{one['tokens']:.3g}", f"{one['flops']:.3g}"]
+            excess = f"{one['loss'] - mean(source):+.4f}"
+            lines.append([ROWS[name], f"{one['loss']:.4f}{error}", excess, f"{one['spread']:.3f}", *sizes])
+        seeds = len(next(iter(rows.values()))["seeds"])
+        parts.append(table(f"Pruning on {float(budget):.0%} of the source's tokens ({seeds} seeds)", header, lines))
+    return "\n\n".join(parts)
 
 
-def draw(output: Path, trial: Trial) -> None:
-    """`claim.png`: mean held-out loss of each row against tokens after the source."""
+def draw(found: dict[str, dict[str, Any]], source: dict[str, float], path: Path) -> None:
+    """Mean loss of each row against the budget, with its error over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    step_tokens = trial.global_batch * trial.sequence_length
     for name, meaning in ROWS.items():
-        points, before = [], 0.0
-        records = read_metrics(output / name / "metrics.jsonl")
-        for stage in ("prune", "pretrain"):
-            found = [r for r in records if r["stage"] == stage and r["kind"] == "eval"]
-            points += [
-                (before + r["step"] * step_tokens / 1e6, sum(r["loss"].values()) / len(r["loss"])) for r in found
-            ]
-            before = points[-1][0] if points else before
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=meaning)
-    axes.set(xlabel="tokens after the source (million)", ylabel="held-out loss, mean over domains (nats per token)")
-    axes.legend(frameon=False)
-    figure.savefig(output / "claim.png", dpi=150)
+        points = [(float(budget), rows[name]) for budget, rows in found.items() if name in rows]
+        if points:
+            shares = [100 * budget for budget, _ in points]
+            losses, errors = [one["loss"] for _, one in points], [one["error"] or 0.0 for _, one in points]
+            axes.errorbar(shares, losses, errors, marker="o", markersize=3, capsize=2, label=meaning)
+    axes.axhline(mean(source), color="grey", linestyle=":", label="source")
+    axes.set(xscale="log", xlabel="pruning tokens (% of the source's); continuing: three times as many")
+    axes.set_ylabel("held-out loss, mean over domains (nats per token)")
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of values between commas."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def arguments() -> argparse.Namespace:
@@ -283,41 +293,50 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS, help="which comparison")
     parser.add_argument("dataset", help="dataset folder of tools/preprocess_data.py")
-    parser.add_argument("output", type=Path, help="folder of the runs, the table and the picture")
-    parser.add_argument("--source", type=Path, help="imported model to shear; needed where the trial trains none")
-    parser.add_argument("--steps", type=float, default=1.0, help="factor on the steps of every stage")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all runs")
-    parser.add_argument("--jobs", type=int, default=2, help="rows trained at a time")
+    parser.add_argument("output", type=Path, help="folder of the runs, the tables and the picture")
+    parser.add_argument("--source", type=Path, help="model to shear; needed where the trial trains none")
+    parser.add_argument("--budgets", type=listed(float), help="pruning tokens as shares of the source's")
+    parser.add_argument("--seeds", type=listed(int), default=[1, 2, 3], help="seeds of the runs (default: 1,2,3)")
+    parser.add_argument("--rows", type=listed(str), default=list(ROWS), help=f"of: {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--source-steps", type=int, help="steps of the source's training, which budgets are shares of")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     options = parser.parse_args()
-    if (options.source is None) != (TRIALS[options.trial].source is not None):
-        parser.error(f"trial {options.trial} trains its own source" if options.source else "--source is missing")
+    if options.source is None and TRIALS[options.trial].source is None:
+        parser.error(f"trial {options.trial} trains no source: give --source")
+    unknown = set(options.rows) - ROWS.keys()
+    if unknown:
+        parser.error(f"--rows: there is no {', '.join(sorted(unknown))}")
     return options
 
 
 def main() -> None:
-    """Train the source where the trial has one, run all rows, report."""
+    """Train the source where it is not given, run all cases, report."""
     options = arguments()
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     trial = TRIALS[options.trial]
-    steps = {name: max(1, round(getattr(trial, name) * options.steps)) for name in STEPS}
-    trial = replace(trial, **steps)
-    files = RunFiles(trial, options.dataset, output, options.seed)
+    trial = replace(trial, source_steps=options.source_steps or trial.source_steps)
+    files = RunFiles(trial, options.dataset, output)
     cores = len(os.sched_getaffinity(0))
-    if trial.source is not None:
+    if options.source is None:
         train("source", files.source(), output, cores)
     folder = options.source or output / "source" / "final"
-    source = ModelFolder.open(folder)
+    source = ModelFolder.open(folder).shape
     losses = source_losses(folder, trial, options.dataset, output, cores)
-    target = resolve_shape(ShapeConfig(**trial.target), source.shape)
-    if not (output / "by_magnitude").exists():
-        prune_by_magnitude(source, target, output / "by_magnitude")
-    references = {domain: loss for domain, (loss, _) in losses.items()}
+    cases = [
+        Case(row, budget, seed)
+        for budget in options.budgets or trial.budgets
+        for seed in options.seeds
+        for row in ROWS
+        if row in options.rows
+    ]
     threads = max(1, cores // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = {name: files.row(name, source.shape, folder, references) for name in ROWS}
-        list(pool.map(lambda name: train(name, rows[name], output, threads), ROWS))
-    report(output, trial, losses, {"source": source.shape.parameters(), "target": target.parameters()})
+        list(pool.map(lambda case: train(case.name, files.case(case, source, folder), output, threads), cases))
+    found = summarise(cases, output, losses)
+    print(report(found, losses))
+    write_json(output / "claim.json", {"source": losses, "budgets": found, "parameters": source.parameters()})
+    draw(found, losses, output / "claim.png")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def mask_step() -> Callable[[], None]:
         torch.autograd.backward(list(drawn.values()), [upstream[name] for name in drawn])
         masks.add_lagrangian_gradients(number)
         masks.grad_norm_squared()
-        masks.step(1.0, 0)
+        masks.step(1.0, number)
 
     return step
 

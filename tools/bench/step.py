@@ -103,7 +103,13 @@ def our_step(
 def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alpha: float) -> MaskState:
     """Masks that do not learn."""
     config = PruneConfig(
-        mask_learning_rate=0.0, lambda_learning_rate=0.0, log_alpha_init=log_alpha, log_alpha_limit=100.0
+        constraint="lagrangian",
+        mask_learning_rate=0.0,
+        lambda_learning_rate=0.0,
+        sharpening=1.0,
+        settle_steps=0,
+        log_alpha_init=log_alpha,
+        log_alpha_limit=100.0,
     )
     return MaskState(source, target, config, SEED, layout.device)
 
