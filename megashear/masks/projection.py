@@ -17,7 +17,7 @@ LEAST = 1e-3
 """Sparsity at a target of 0: no finite shift opens every unit with certainty."""
 TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}
 STEPS = {"cpu": 100, "cuda": 24}
-"""Steps at most. A CPU stops where it is close enough, after some four; to ask a GPU would make the host wait for it."""
+"""Steps at most. A CPU stops where it is close enough, after some four; asking a GPU would make the host wait."""
 
 
 @torch.no_grad()

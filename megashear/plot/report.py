@@ -6,6 +6,7 @@ is read), `cost.py` (FLOPs), `compare.py` (two runs), `html.py` (the page).
 """
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ from megashear.files.atomic import write_text
 from megashear.plot.compare import comparison
 from megashear.plot.cost import costs
 from megashear.plot.html import Html, bullets, page, paragraph, picture, section, table
+from megashear.plot.importance import importance_picture
 from megashear.plot.masks import draw_maps
 from megashear.plot.record import RunRecord, read_run
 from megashear.plot.run import draw_pictures
@@ -33,6 +35,7 @@ CAPTIONS = {
     "speed": "What closing masks saves: live FLOPs and the time of a step.",
     "training": "Training loss and tokens per second at every progress line.",
     "masks": "What the masks keep: layers, heads, the share of intermediate units in each layer, hidden units.",
+    "importance": "The scores that masks started from, or that units were kept by: higher is kept, within each row.",
 }
 
 
@@ -217,5 +220,6 @@ def mixture(run: RunRecord) -> list[Html]:
 
 def pictures(run: RunRecord) -> list[Html]:
     """All that `megashear plot` draws."""
-    drawn = [picture(figure, CAPTIONS[name]) for name, figure in draw_pictures(run.stages, run.masks)]
+    figures = chain(draw_pictures(run.stages, run.masks), importance_picture(run.folder))
+    drawn = [picture(figure, CAPTIONS[name]) for name, figure in figures]
     return [section("Pictures", drawn)] if drawn else []

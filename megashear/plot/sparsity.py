@@ -43,10 +43,12 @@ def draw_sparsity(stages: Sequence[Stage]) -> Figure | None:
 
 
 def draw_multipliers(stages: Sequence[Stage]) -> Figure | None:
-    """lambda1 (linear) and lambda2 (quadratic) of every granularity over steps. None without masks."""
+    """lambda1 (linear) and lambda2 (quadratic) of every granularity over steps. None without masks, and where no
+    multiplier has moved, as under the projected constraint.
+    """
     drawn = [stage for stage in stages if stage.records.get("mask")]
     names = names_in(drawn, "mask", "lambda1")
-    if not names:
+    if not any(drawn[0].values("mask", field, name).any() for field in ("lambda1", "lambda2") for name in names):
         return None
     styles, stage = line_styles(names), drawn[0]
     figure = new_figure(

@@ -63,6 +63,14 @@ def test_sparsity_and_multipliers_for_each_granularity(stages: list[Stage]) -> N
     assert [len(axes.lines) for axes in multipliers.axes] == [len(TARGETS)] * 2
 
 
+def test_multipliers_that_never_moved_are_not_drawn(stages: list[Stage]) -> None:
+    for stage in stages:
+        for record in stage.records.get("mask", []):
+            for field in ("lambda1", "lambda2"):
+                record[field] = dict.fromkeys(record[field], 0.0)
+    assert draw_multipliers(stages) is None and draw_sparsity(stages) is not None
+
+
 def test_training_loss_and_throughput(stages: list[Stage]) -> None:
     figure = draw_training(stages)
     assert figure is not None and [len(axes.lines) for axes in figure.axes] == [2] * 4

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from plot.conftest import DOMAINS, SyntheticRun
 
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
 from megashear.errors import DataError
+from megashear.masks.scores import Scores, save_scores
 from megashear.plot.compare import difference_row
 from megashear.plot.cost import costs, curves, live_steps
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.plot.series import Stage
+from megashear.train.metrics import SCORES_NAME
 
 KEYS = [
     "source.shape.preset=llama2-7b",
@@ -195,6 +198,16 @@ def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
     cells = Page(write_report(run)).cells
     said = "Chosen at once: head by fisher, layer by block_influence; 65.5 k tokens of calibration are not in the cost."
     assert said in cells and "Cost" not in cells
+
+
+def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine")
+    said = "The scores that masks started from"
+    assert not any(said in cell for cell in Page(write_report(run)).cells)
+    units = {"hidden": torch.rand(40), "layer": torch.rand(6)}
+    errors = {name: value / 10 for name, value in units.items()}
+    save_scores(run / SCORES_NAME, Scores(units, errors, dict.fromkeys(units, "fisher")), {})
+    assert any(said in cell for cell in Page(write_report(run)).cells)
 
 
 def test_without_its_run_file_a_run_has_no_flops(tmp_path: Path) -> None:
