@@ -204,7 +204,8 @@ def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) 
     run = make_run(tmp_path / "mine")
     said = "The scores that masks started from"
     assert not any(said in cell for cell in Page(write_report(run)).cells)
-    units = {"hidden": torch.rand(40), "layer": torch.rand(6)}
+    sizes = {"hidden": (40,), "group": (6, 4), "intermediate": (6, 24), "layer": (6,)}
+    units = {name: torch.rand(size) for name, size in sizes.items()}
     errors = {name: value / 10 for name, value in units.items()}
     save_scores(run / SCORES_NAME, Scores(units, errors, dict.fromkeys(units, "fisher")), {})
     assert any(said in cell for cell in Page(write_report(run)).cells)
