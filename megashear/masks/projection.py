@@ -15,7 +15,7 @@ from megashear.masks.hard_concrete import KAPPA
 
 LEAST = 1e-3
 """Sparsity at a target of 0: no finite shift opens every unit with certainty."""
-TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 STEPS = {"cpu": 100, "cuda": 24}
 """Steps at most. A CPU stops where it is close enough, after some four; asking a GPU would make the host wait."""
 
@@ -35,11 +35,11 @@ def project(log_alpha_RN: Tensor, sparsity: float) -> Tensor:
     device = log_alpha_RN.device.type
     for _ in range(STEPS[device]):
         zero_RN = torch.sigmoid((KAPPA - shift_R).to(log_alpha_RN.dtype) - log_alpha_RN)
-        gap_R = zero_RN.mean(dim=-1, keepdim=True, dtype=torch.float64) - wanted
+        gap_R = zero_RN.mean(dim=-1, keepdim=True).double() - wanted
         if device == "cpu" and float(gap_R.abs().max()) <= TOLERANCE[log_alpha_RN.dtype]:
             break
         low_R, high_R = torch.where(gap_R > 0, shift_R, low_R), torch.where(gap_R > 0, high_R, shift_R)
-        slope_R = (zero_RN * (1.0 - zero_RN)).mean(dim=-1, keepdim=True, dtype=torch.float64)
+        slope_R = (zero_RN - zero_RN.square()).mean(dim=-1, keepdim=True).double()
         newton_R = shift_R + gap_R / slope_R
         inside_R = (newton_R > low_R) & (newton_R < high_R)  # false where the slope has vanished
         shift_R = torch.where(inside_R, newton_R, (low_R + high_R) / 2)
