@@ -81,6 +81,18 @@ def make_tokenizer(path: Path) -> None:
     path.with_name("tokenizer_config.json").write_text(json.dumps(config))
 
 
+PUBLISHED = {
+    "importance": {"criterion": None},
+    "constraint": "lagrangian",
+    "mask_learning_rate": 1.0,
+    "lambda_learning_rate": 1.0,
+    "sharpening": 1.0,
+    "settle_steps": 0,
+    "clip": "joint",
+}
+"""The published constraint and rates, whose warm-ups take the same shares of any number of steps."""
+
+
 def run_file(output: Path, name: str, steps: int, batch: int, length: int) -> dict[str, Any]:
     """The run file of `prune` or of `plain`."""
     interval = max(steps // UPDATES, math.ceil(DOMAINS / (EVALUATED * batch)))
@@ -96,7 +108,7 @@ def run_file(output: Path, name: str, steps: int, batch: int, length: int) -> di
         "logging": {"tensorboard": False, "interval": interval},
     }
     if name == "prune":
-        return tree | {"target": TARGET, "prune": {"batch": size}}
+        return tree | {"target": TARGET, "prune": {"batch": size, **PUBLISHED}}
     return tree | {"pretrain": {"batch": size | {"eval_interval": steps, "eval_sequences": 1}}}
 
 
