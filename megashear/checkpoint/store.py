@@ -8,6 +8,7 @@ code. Read next: `engine/sharded.py`,
 `pickles.py`.
 """
 
+import errno
 import json
 import logging
 import shutil
@@ -130,8 +131,11 @@ def _not_written(path: Path, reason: str) -> StorageError:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line that says something: torch puts a traceback of every rank into its message."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    """The last line that says something: torch puts a traceback of every rank into its message, megatron-core the words
+    of the process that wrote.
+    """
+    last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return "the disk is full" if any(f"[Errno {full}]" in last for full in (errno.ENOSPC, errno.EDQUOT)) else last
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -98,7 +98,7 @@ def test_no_sample_comes_twice_in_a_run(tiny: Tiny, tmp_path: Path, monkeypatch:
         return read(self, plan, rows)
 
     monkeypatch.setattr(Loader, "read", noted)
-    config = tiny.config(tmp_path / "run", "data.prefetch=0")
+    config = tiny.config(tmp_path / "run", "data.prefetch=0", "prune.importance.criterion=null")
     assert break_off(config, ("pretrain", 4))
     finish(config)
     assert len(taken) == 8 * (8 + 6) and len(set(taken)) == len(taken)
