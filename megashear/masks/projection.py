@@ -34,12 +34,14 @@ def project(log_alpha_RN: Tensor, sparsity: float) -> Tensor:
     shift_R = torch.zeros_like(low_R).clamp(low_R, high_R)
     device = log_alpha_RN.device.type
     for _ in range(STEPS[device]):
-        zero_RN = torch.sigmoid((KAPPA - shift_R).to(log_alpha_RN.dtype) - log_alpha_RN)
-        gap_R = zero_RN.mean(dim=-1, keepdim=True).double() - wanted
+        zero_RN = ((KAPPA - shift_R).to(log_alpha_RN.dtype) - log_alpha_RN).sigmoid_()
+        mean_R = zero_RN.mean(dim=-1, keepdim=True).double()
+        gap_R = mean_R - wanted
         if device == "cpu" and float(gap_R.abs().max()) <= TOLERANCE[log_alpha_RN.dtype]:
             break
         low_R, high_R = torch.where(gap_R > 0, shift_R, low_R), torch.where(gap_R > 0, high_R, shift_R)
-        slope_R = (zero_RN - zero_RN.square()).mean(dim=-1, keepdim=True).double()
+        square_R = torch.linalg.vector_norm(zero_RN, dim=-1, keepdim=True).double().square()
+        slope_R = mean_R - square_R / zero_RN.shape[-1]  # the mean of p (1 - p)
         newton_R = shift_R + gap_R / slope_R
         inside_R = (newton_R > low_R) & (newton_R < high_R)  # false where the slope has vanished
         shift_R = torch.where(inside_R, newton_R, (low_R + high_R) / 2)

@@ -74,6 +74,7 @@ class MaskState:
             ],
             betas=ADAM_BETAS,
             eps=ADAM_EPS,
+            fused=True,
         )
         # All gradients are views of one buffer, log-alpha's first: one all-reduce, one norm, one scaling.
         parameters = self.parameters()
@@ -246,4 +247,4 @@ class MaskState:
         for name, value in named.items():
             value.copy_(saved[name])
             moments = {moment: saved[f"{name}.{moment}"].to(value).clone() for moment in MOMENTS}
-            self._adam.state[value] = {"step": torch.tensor(steps), **moments}
+            self._adam.state[value] = {"step": torch.tensor(steps, device=value.device), **moments}
