@@ -17,22 +17,27 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @contextmanager
-def shown_moment(weights: WeightOptimizer, name: str) -> Iterator[None]:
-    """While it lasts, the chunks' parameters hold the moment `name`; afterwards the weights again, bit for bit."""
+def kept_weights(weights: WeightOptimizer) -> Iterator[None]:
+    """While it lasts, the chunks' parameters may hold anything; afterwards the weights again, bit for bit."""
     weights.ensure_state()
-    pairs = list(_masters(weights))
-    kept = [master.detach().clone() for master, _ in pairs]
+    kept = [master.detach().clone() for master, _ in _masters(weights)]
     try:
-        _publish(weights, [state[name] for _, state in pairs])
         yield
     finally:
         _publish(weights, kept)
 
 
+@contextmanager
+def shown_moment(weights: WeightOptimizer, name: str) -> Iterator[None]:
+    """While it lasts, the chunks' parameters hold the moment `name`; afterwards the weights again, bit for bit."""
+    with kept_weights(weights):
+        _publish(weights, [state[name] for _, state in _masters(weights)])
+        yield
+
+
 @torch.no_grad()
 def take_moment(weights: WeightOptimizer, name: str) -> None:
-    """Make what the chunks' parameters hold the moment `name`. Parameters and masters are to be loaded again."""
-    weights.ensure_state()
+    """Make what the chunks' parameters hold the moment `name`; to be called within `kept_weights`."""
     weights.reload_weights()
     for master, state in _masters(weights):
         state[name].copy_(master)

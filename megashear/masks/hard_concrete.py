@@ -26,15 +26,19 @@ def probability_zero(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(KAPPA - log_alpha).clamp(EPS, 1.0 - EPS)
 
 
+def places(value_RN: Tensor) -> Tensor:
+    """Place of each unit in its row, int64 [R, N], 0 for the largest; of equal units the lower index comes first."""
+    order_RN = torch.argsort(value_RN, dim=-1, descending=True, stable=True)
+    place_RN = torch.arange(value_RN.shape[-1], device=value_RN.device).expand_as(order_RN)
+    return torch.empty_like(order_RN).scatter_(-1, order_RN, place_RN)
+
+
 def keep_largest(log_alpha_RN: Tensor, kept: int | Tensor) -> Tensor:
     """True at the `kept` largest units of each row; of equal units the lower index is kept.
 
     kept: one number for all rows, or an integer tensor [R]. Returns bool [R, N].
     """
-    order_RN = torch.argsort(log_alpha_RN, dim=-1, descending=True, stable=True)
-    places_RN = torch.arange(log_alpha_RN.shape[-1], device=log_alpha_RN.device).expand_as(order_RN)
-    rank_RN = torch.empty_like(order_RN).scatter_(-1, order_RN, places_RN)
-    return rank_RN < (kept.unsqueeze(-1) if isinstance(kept, Tensor) else kept)
+    return places(log_alpha_RN) < (kept.unsqueeze(-1) if isinstance(kept, Tensor) else kept)
 
 
 def expected_zeros(log_alpha_RN: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.errors import CheckpointError
 from megashear.masks.closing import Closing
-from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, keep_largest
+from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, keep_largest, places
 from megashear.masks.lagrangian import expected_sparsity, lagrangian
 from megashear.masks.masks import Masks, assemble
 from megashear.masks.projection import project
@@ -97,8 +97,7 @@ class MaskState:
         for spec in self.specs:
             if spec.name in scores:
                 rows = scores[spec.name].reshape(spec.rows, spec.units).to(self.log_alpha[spec.name].device)
-                place = rows.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-                height = 1.0 - 2.0 * place.double() / max(1, spec.units - 1)
+                height = 1.0 - 2.0 * places(rows).double() / max(1, spec.units - 1)
                 self.log_alpha[spec.name].copy_((self.config.importance.spread * height).view(spec.shape))
         self._constrain(0)
 
@@ -107,14 +106,13 @@ class MaskState:
         """Put log-alpha where the schedule wants it at a step: within its limit, on its target, or settled."""
         targets = self.closing.targets(step)
         for spec in self.specs:
-            log_alpha = self.log_alpha[spec.name]
             rows = self._rows(spec)
             if self.closing.settled(step):
                 rows.copy_((keep_largest(rows, spec.target_units).to(rows.dtype) * 2 - 1) * SETTLED)
             elif self.closing.projected:
                 rows.copy_(project(rows, targets[spec.name]))
             elif self.config.log_alpha_limit is not None:
-                clamp(log_alpha, self.config.log_alpha_limit)
+                clamp(rows, self.config.log_alpha_limit)
 
     # Masks
 

@@ -17,11 +17,9 @@ from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.parallel import transformer_config
-from megashear.engine.pipeline import build_chunks
 from megashear.errors import ConfigError, ModelError
 from megashear.files.atomic import write_json
-from megashear.model.llama import Llama
-from megashear.model.load import load_weights
+from megashear.model.build import filled_chunks
 from megashear.run.context import check_tokenizer
 from megashear.train.evaluate import Losses, evaluate, to_json
 from megashear.train.tables import loss_table
@@ -85,14 +83,7 @@ def build_fp32(
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model folder in fp32, without optimizer. exact: as `prune.masking`."""
     core = transformer_config(folder.shape, parallel, torch.float32)
-
-    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(folder.shape, core, layout, layers, pre, post, mask_embedding=exact, vp_stage=stage)
-
-    chunks = build_chunks(folder.shape.num_layers, layout, build)
-    for chunk in chunks:
-        load_weights(chunk, folder)
-    return list(chunks)
+    return list(filled_chunks(folder.shape, core, layout, folder, exact))
 
 
 def verify_model(path: Path) -> None:

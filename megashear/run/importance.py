@@ -18,15 +18,15 @@ from megashear.config.load import to_dict
 from megashear.data.mixture import starting_weights
 from megashear.engine.collectives import on_main
 from megashear.engine.parallel import transformer_config
-from megashear.engine.pipeline import build_chunks
 from megashear.errors import CheckpointError, Interrupted, TrainingError
 from megashear.importance.calibrate import calibrate, calibration_loader
 from megashear.importance.magnitude import magnitudes
 from megashear.importance.registry import REGISTRY, criteria_of
 from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
 from megashear.masks.target import mask_specs
+from megashear.model.build import filled_chunks
 from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, TensorSource, load_weights
+from megashear.model.load import RandomWeights, TensorSource
 from megashear.run.context import Context
 from megashear.train.loop import stop_requested
 from megashear.train.metrics import SCORES_NAME
@@ -140,14 +140,7 @@ def build_source(context: Context, source: TensorSource) -> list[Llama]:
     core = transformer_config(shape, config.parallel, context.dtype)
     core.gradient_accumulation_fusion = False  # there is no buffer to add gradients to
     exact, recompute = config.prune.masking == "exact", config.parallel.recompute == "full"
-
-    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(shape, core, layout, layers, pre, post, mask_embedding=exact, recompute=recompute, vp_stage=stage)
-
-    chunks = build_chunks(shape.num_layers, layout, build)
-    for chunk in chunks:
-        load_weights(chunk, source)
-    return chunks
+    return filled_chunks(shape, core, layout, source, exact, recompute)
 
 
 def _progress(context: Context, criteria: str, batches: int) -> Callable[[int], None]:

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from megashear.engine.collectives import on_main
-from megashear.engine.moments import MOMENTS, count_steps, shown_moment, take_moment
+from megashear.engine.moments import MOMENTS, count_steps, kept_weights, shown_moment, take_moment
 from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.files.atomic import atomic_folder
 from megashear.masks.fold import Fold
 from megashear.masks.keep import KeepSets
 from megashear.masks.masks import Masks
 from megashear.masks.state import MaskState
-from megashear.model.load import TensorSource, load_weights
+from megashear.model.load import load_weights
 from megashear.model.write import write_model
 from megashear.run.context import Context
 from megashear.weights.finish import seal_folder, write_settings
@@ -71,22 +71,20 @@ def write_folded(folder: Path, model: ModelFolder, fold: Fold, context: Context,
                 writer.write(*folded)
 
 
-def take_moments(context: Context, weights: WeightOptimizer, source: TensorSource) -> None:
-    """Start pre-training's Adam with the pruned moments, if there are any; `source`: what its weights come from."""
+def take_moments(context: Context, weights: WeightOptimizer) -> None:
+    """Start pre-training's Adam with the pruned moments, if there are any; the weights stay as they are."""
     folder = context.folder / FOLDER
     paths = {name: folder / f"pruned-{name}" for name in MOMENTS}
     there = on_main(context.layout, lambda: all(path.exists() for path in paths.values()))
     if not there or context.config.pretrain.moments != "pruned":
         return
-    for name, path in paths.items():
-        model = context.open_model(f"{FOLDER}/{path.name}")
-        for chunk in weights.chunks:
-            load_weights(unwrap(chunk), model)
-        take_moment(weights, name)
+    with kept_weights(weights):
+        for name, path in paths.items():
+            model = context.open_model(f"{FOLDER}/{path.name}")
+            for chunk in weights.chunks:
+                load_weights(unwrap(chunk), model)
+            take_moment(weights, name)
     count_steps(weights, context.config.prune.batch.steps)
-    for chunk in weights.chunks:
-        load_weights(unwrap(chunk), source)
-    weights.reload_weights()
     if context.layout.is_main:
         print("pretrain: Adam goes on with the moments of pruning", flush=True)
 

@@ -5,10 +5,8 @@ Read next: `../train/teacher.py`.
 
 from megashear.config.schema import DistillationConfig
 from megashear.engine.parallel import transformer_config
-from megashear.engine.pipeline import build_chunks
 from megashear.errors import ConfigError
-from megashear.model.llama import Llama
-from megashear.model.load import load_weights
+from megashear.model.build import filled_chunks
 from megashear.run.context import Context
 from megashear.train.teacher import Teacher
 
@@ -24,11 +22,4 @@ def build_teacher(context: Context, how: DistillationConfig) -> Teacher | None:
     if source is None:
         raise ConfigError("distillation.weight: a run from scratch has no teacher; set it to 0, or give source.folder")
     core = transformer_config(source.shape, context.config.parallel, context.dtype)
-
-    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(source.shape, core, layout, layers, pre, post, vp_stage=stage)
-
-    chunks = build_chunks(source.shape.num_layers, layout, build)
-    for chunk in chunks:
-        load_weights(chunk, source)
-    return Teacher(chunks, how, layout)
+    return Teacher(filled_chunks(source.shape, core, layout, source), how, layout)

@@ -24,13 +24,12 @@ from megashear.engine.collectives import on_main
 from megashear.engine.device import device_name
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
-from megashear.engine.pipeline import build_chunks
 from megashear.errors import CheckpointError
 from megashear.files.atomic import write_json
 from megashear.masks.keep import unfinished
 from megashear.masks.state import MaskState
-from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, TensorSource, load_weights
+from megashear.model.build import filled_chunks
+from megashear.model.load import RandomWeights, TensorSource
 from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
 from megashear.run.context import Context, read_record
@@ -59,10 +58,7 @@ def run_training(context: Context, name: str) -> None:
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
     settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
     scores = importance_scores(context) if name == "prune" else None
-    start = starting_point(context, name, shape)
-    weights = build_weights(context, section, shape, start)
-    if name == "pretrain":
-        take_moments(context, weights, start)
+    weights = build_weights(context, section, shape, starting_point(context, name, shape))
     masks = None
     if isinstance(section, PruneConfig):
         assert context.target_shape is not None
@@ -125,13 +121,7 @@ def build_weights(
     core = transformer_config(shape, config.parallel, context.dtype)
     exact = not isinstance(section, PruneConfig) or section.masking == "exact"
     recompute = config.parallel.recompute == "full"
-
-    def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
-        return Llama(shape, core, layout, layers, pre, post, mask_embedding=exact, recompute=recompute, vp_stage=stage)
-
-    modules = build_chunks(shape.num_layers, layout, build)
-    for module in modules:
-        load_weights(module, source)
+    modules = filled_chunks(shape, core, layout, source, exact, recompute)
     return WeightOptimizer(modules, section.optimizer, context.dtype, config.parallel.distributed_optimizer)
 
 
@@ -172,6 +162,8 @@ def build_stage(
         mixture.load_state_dict(state["mixture"])
         if layout.is_main:
             print(f"{name}: going on from {checkpoint}", flush=True)
+    elif name == "pretrain":
+        take_moments(context, weights)
     metrics.resume(name, counters.step)
     done = counters.step * batch.global_batch * length
     teaching = 0.0 if stepper.teacher is None else stepper.teacher.flops_per_token(length)
