@@ -53,6 +53,7 @@ class Trial:
     micro_batch: int = 8
     sequence_length: int = 256
     eval_interval: int = 100
+    """Steps between evaluations where the mixture follows them; other rows are evaluated at the end alone."""
     eval_sequences: int = 64
 
 
@@ -156,7 +157,11 @@ class RunFiles:
         elif case.row == "distilled":
             prune, pretrain = prune | DISTILLED, pretrain | DISTILLED
         sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
-        rule = "paper" if case.row == "dynamic" else "static"
+        rule = "static"
+        if case.row == "dynamic":
+            rule = "paper"
+            for stage in (prune, pretrain):
+                stage["batch"]["eval_interval"] = min(stage["batch"]["steps"], trial.eval_interval)
         return self._run(case.name, case.seed, {"folder": str(folder)}, rule, **sections)
 
     def _stage(self, steps: int, share: float) -> dict[str, Any]:
@@ -165,7 +170,7 @@ class RunFiles:
             "steps": steps,
             "global_batch": trial.global_batch,
             "micro_batch": trial.micro_batch,
-            "eval_interval": min(steps, trial.eval_interval),
+            "eval_interval": steps,
             "eval_sequences": trial.eval_sequences,
         }
         return {"batch": batch, "optimizer": {"learning_rate": trial.rate * share, "weight_decay": 0.1}}
