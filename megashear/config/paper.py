@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = {
         "min_ratio": 0.1,
     },
     "method": "learned",
+    "basis": "source",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
     "distillation": {"weight": 0.0, "temperature": 1.0, "chunk": 256},
     "constraint": "lagrangian",

@@ -229,8 +229,7 @@ class ImportanceConfig:
     )
     layer_criterion: str | None = key(
         None,
-        "score of the layers where it is another; null: `criterion`, and block_influence for `activation`, as layers "
-        "have none of their own",
+        "score of the layers where it is another; null: `criterion`, block_influence where that is `activation`",
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
@@ -252,6 +251,13 @@ class PruneConfig:
         "learned",
         "learned masks, or one_shot: the units of the highest `importance` are kept and nothing is trained",
         ("learned", "one_shot"),
+    )
+    basis: str | None = key(
+        None,
+        "hidden units to choose from: the source's own, or the principal directions of its residual stream (a rotation "
+        "of its weights); null: principal where hidden units go and source.folder is an untied model",
+        ("source", "principal"),
+        before="source",
     )
     importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")

@@ -25,6 +25,7 @@ from megashear.masks.masks import Masks
 from megashear.masks.scores import open_units
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
+from megashear.run.basis import drop_rotated, pruning_folder
 from megashear.run.context import Context
 from megashear.run.evaluate import build_fp32
 from megashear.run.importance import read_scores
@@ -73,6 +74,7 @@ def run_finalize(context: Context) -> None:
     if context.layout.is_main:
         print(report(record), flush=True)
     context.finish("finalize", record)
+    drop_rotated(context)
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ def load_cut(context: Context) -> Cut:
         raise CheckpointError(f"{context.folder}: pruning is not finished; run `megashear prune` (or `run`) first")
     shape = context.source_shape
     if context.config.prune.method == "one_shot":
-        assert context.source is not None and context.target_shape is not None
+        assert context.target_shape is not None
         scores = read_scores(context).units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
         masks, keep = _on(context.layout.device, open_units(scores, specs, shape)), keep_sets(scores, specs, shape)
-        return Cut(context.source, keep, masks, [], context.provenance([record]))
+        return Cut(pruning_folder(context), keep, masks, [], context.provenance([record]))
     learned = load_masks(context)
     keep = keep_sets(learned.log_alpha, learned.specs, shape)
     borderline = borderline_units(learned.log_alpha, learned.specs)

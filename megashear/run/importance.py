@@ -7,7 +7,6 @@ criteria), `one_shot.py`, `masks/state.py` (what a warm start does with scores).
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,27 +14,22 @@ import torch
 from torch import Tensor
 
 from megashear.config.load import to_dict
-from megashear.data.mixture import starting_weights
 from megashear.engine.collectives import on_main
-from megashear.engine.parallel import transformer_config
-from megashear.errors import CheckpointError, Interrupted, TrainingError
-from megashear.importance.calibrate import calibrate, calibration_loader
+from megashear.errors import CheckpointError, TrainingError
+from megashear.importance.calibrate import calibrate
 from megashear.importance.magnitude import magnitudes
 from megashear.importance.registry import REGISTRY, criteria_of
 from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
 from megashear.masks.target import mask_specs
-from megashear.model.build import filled_chunks
-from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, TensorSource
+from megashear.model.load import TensorSource
+from megashear.run.basis import chosen_basis, pruning_source
+from megashear.run.calibration import build_source, calibration_progress, calibration_text, calibration_weights
 from megashear.run.context import Context
-from megashear.train.loop import stop_requested
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.tables import table
 
 USED_KEYS = ("criterion", "layer_criterion", "batches")
 """Keys of `prune.importance` that scores depend on."""
-TOLD_EVERY = 10.0
-"""Seconds between lines of progress."""
 
 
 def importance_scores(context: Context) -> Scores | None:
@@ -78,6 +72,7 @@ def made_by(context: Context) -> dict[str, Any]:
     config = context.config
     known = {
         "importance": {name: getattr(config.prune.importance, name) for name in USED_KEYS},
+        "basis": chosen_basis(context),
         "masking": config.prune.masking,
         "global_batch": config.prune.batch.global_batch,
         "data": {name: to_dict(config.data)[name] for name in ("sequence_length", "separate_documents")},
@@ -88,13 +83,6 @@ def made_by(context: Context) -> dict[str, Any]:
         "source_digest": None if context.source is None else context.source.digest(),
     }
     return json.loads(json.dumps(known))
-
-
-def calibration_weights(context: Context) -> dict[str, float]:
-    """Domain weights of the mixture at its start."""
-    dataset = context.dataset
-    tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
-    return dict(zip(tokens, starting_weights(context.config.mixture, tokens).tolist(), strict=True))
 
 
 def calibration_tokens(context: Context) -> int:
@@ -108,7 +96,7 @@ def calibration_tokens(context: Context) -> int:
 def compute_scores(context: Context) -> Scores:
     """Scores by the configured criteria, equal on every rank."""
     config, shape = context.config, context.source_shape
-    source: TensorSource = RandomWeights(shape, config.run.seed) if context.source is None else context.source
+    source = pruning_source(context)
     criteria = criteria_of(config.prune.importance, shape)
     by_weights = [name for name, one in criteria.items() if REGISTRY[one].measure is None]
     scores = Scores({}, {}, criteria)
@@ -124,39 +112,10 @@ def compute_scores(context: Context) -> Scores:
 
 
 def _calibrated(context: Context, source: TensorSource, criteria: dict[str, str]) -> Scores:
-    config, batches = context.config, context.config.prune.importance.batches
-    data = config.data
-    loader = calibration_loader(
-        context.dataset, calibration_weights(context), data.sequence_length, config.run.seed, data.separate_documents
-    )
-    chunks = build_source(context, source)
-    each = _progress(context, ", ".join(dict.fromkeys(criteria.values())), batches)
-    return calibrate(chunks, context.layout, loader, batches, config.prune.batch.global_batch, criteria, each)
-
-
-def build_source(context: Context, source: TensorSource) -> list[Llama]:
-    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers."""
-    config, layout, shape = context.config, context.layout, context.source_shape
-    core = transformer_config(shape, config.parallel, context.dtype)
-    core.gradient_accumulation_fusion = False  # there is no buffer to add gradients to
-    exact, recompute = config.prune.masking == "exact", config.parallel.recompute == "full"
-    return filled_chunks(shape, core, layout, source, exact, recompute)
-
-
-def _progress(context: Context, criteria: str, batches: int) -> Callable[[int], None]:
-    """Tells how far calibration is, now and then, and stops where that was asked for."""
-    told = time.monotonic()
-
-    def each(done: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if context.layout.is_main and (done == batches or now - told >= TOLD_EVERY):
-            told = now
-            print(f"importance: {criteria}: batch {done} of {batches}", flush=True)
-        if done < batches and stop_requested(context.stop, context.layout):
-            raise Interrupted("stopped by a signal while scoring units; run the same command to begin scoring again")
-
-    return each
+    prune = context.config.prune
+    chunks, loader = build_source(context, source), calibration_text(context)
+    each = calibration_progress(context, "importance: " + ", ".join(dict.fromkeys(criteria.values())))
+    return calibrate(chunks, context.layout, loader, prune.importance.batches, prune.batch.global_batch, criteria, each)
 
 
 def report(context: Context, scores: Scores, seconds: float) -> str:

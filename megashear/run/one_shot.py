@@ -8,8 +8,10 @@ import time
 from typing import Any
 
 from megashear.data.loader import HeldOut
+from megashear.run.basis import chosen_basis, pruning_source
+from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
-from megashear.run.importance import build_source, calibration_tokens, calibration_weights, importance_scores
+from megashear.run.importance import calibration_tokens, importance_scores
 from megashear.run.training import source_losses
 
 
@@ -22,10 +24,11 @@ def run_one_shot(context: Context) -> None:
     scored = time.monotonic()
     data, batch = context.config.data, context.config.prune.batch
     heldout = HeldOut(context.dataset, data.sequence_length, batch.eval_sequences, data.separate_documents)
-    source_losses(context, heldout, list(build_source(context, context.source)), batch.micro_batch, None)
+    source_losses(context, heldout, list(build_source(context, pruning_source(context))), batch.micro_batch, None)
     record: dict[str, Any] = {
         "name": "prune",
         "method": "one_shot",
+        "basis": chosen_basis(context),
         "criteria": scores.criteria,
         "steps": 0,
         "tokens": 0,

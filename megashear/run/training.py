@@ -32,6 +32,7 @@ from megashear.model.build import filled_chunks
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
+from megashear.run.basis import chosen_basis, pruning_source
 from megashear.run.context import Context, read_record
 from megashear.run.importance import importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
@@ -83,6 +84,8 @@ def run_training(context: Context, name: str) -> None:
             logger.warning("%s: masks at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
+    if masks is not None:
+        record["basis"] = chosen_basis(context)
     write_model(
         weights.chunks,
         shape,
@@ -110,6 +113,8 @@ def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSour
         if context.done("finalize") is None:
             raise CheckpointError(f"{context.folder}: not finalized; run `megashear finalize` (or `run`) first")
         return context.open_model("pruned")
+    if name == "prune":
+        return pruning_source(context)
     return RandomWeights(shape, context.config.run.seed) if context.source is None else context.source
 
 

@@ -69,6 +69,23 @@ def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: C
             assert torch.equal(found[run]["units"][name], value), f"{run} {name}"
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(GQA, tensor=2),
+        Case(GQA, tensor=2, sequence=True),
+        Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
+        Case(MHA, pipeline=2, data=2),
+    ],
+    ids=str,
+)
+def test_the_residual_covariance_equals_the_single_process_s(ranks, tiny: Tiny, case: Case) -> None:  # noqa: F811
+    arguments = {"data": str(tiny.data), "shape": case.shape, "layers": case.layers, "sequences": case.micro}
+    found = ranks(case.world).call("parallel.importance_case", "covariance", parallel=case.parallel(), **arguments)
+    wanted = ranks(1).call("parallel.importance_case", "covariance", parallel={}, **arguments)
+    close(found, wanted, 1e-6, "covariance")
+
+
 def score(ranks, tiny: Tiny, case: Case, **options: Any) -> dict[str, Any]:  # noqa: F811
     arguments = {"data": str(tiny.data), "shape": case.shape, "layers": case.layers, "sequences": case.micro}
     arguments["parallel"] = case.parallel()

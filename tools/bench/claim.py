@@ -102,12 +102,19 @@ ROWS: dict[str, str] = {
     "magnitude": "one shot by magnitude",
     "taylor": "one shot by first-order Taylor on masks",
     "minitron": "one shot by activations (Minitron)",
+    "directions": "one shot by Taylor, of principal directions",
     "published": "learned masks, published rates",
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
     "distilled": "learned masks, defaults, and distillation",
 }
-ONE_SHOT = {"magnitude": "magnitude", "taylor": "taylor_mask", "minitron": "activation"}
+ONE_SHOT = {
+    "magnitude": {"basis": "source", "importance": {"criterion": "magnitude"}},
+    "taylor": {"basis": "source", "importance": {"criterion": "taylor_mask"}},
+    "minitron": {"basis": "source", "importance": {"criterion": "activation"}},
+    "directions": {"importance": {"criterion": "taylor_mask"}},
+}
+"""Rows of published criteria choose among the source's own units, as published."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class RunFiles:
             return self._run(case.name, case.seed, {"shape": small}, pretrain=pretrain)
         prune, pretrain = self._stage(prune_steps, 0.5), self._stage(continued, 0.5)
         if case.row in ONE_SHOT:
-            prune |= {"method": "one_shot", "importance": {"criterion": ONE_SHOT[case.row]}}
+            prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
             pretrain = self._stage(prune_steps + continued, 0.5)
         elif case.row == "published":
             warmups = {"warmup_steps": prune_steps // 10}

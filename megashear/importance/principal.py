@@ -1,0 +1,91 @@
+"""Principal directions of the residual stream: the basis in which a few hidden units carry nearly all of it.
+
+A residual stream's coordinates are an accident of training, and each carries about as much as another; of its
+principal directions the last ones carry next to nothing (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024). The basis
+is that of the covariance of what norms read: x / rms(x), the mean over tokens and over all norms, about 0.
+
+Key properties: the covariance does not depend on the layout but for rounding; where variances are nearly equal, their
+directions are any basis of the space they span, so another layout's may be another there. Legend as in
+`activations.py`. Read next: `../masks/rotation.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megashear.data.loader import Loader
+from megashear.engine.collectives import sum_over_world
+from megashear.engine.layout import Layout
+from megashear.engine.pipeline import run_micro_batches
+from megashear.model.layer import Layer, Norm
+from megashear.model.llama import Llama
+from megashear.train.step import MicroBatch, local_rows, micro_batches
+
+
+def residual_covariance(
+    chunks: Sequence[Llama],
+    layout: Layout,
+    loader: Loader,
+    batches: int,
+    global_batch: int,
+    each: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Covariance [D, D] in fp64 of the normalised residual stream, equal on every rank (all of them take part).
+
+    chunks: of the model, whose weights stay; global_batch: sequences of a batch, divisible among data-parallel ranks;
+    each: called after every batch.
+    """
+    shape, rows = chunks[0].shape, local_rows(global_batch, layout, 1)
+    sum_DD = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=layout.device)
+    # Where every tensor-parallel rank sees whole sequences, each of them counts its share of what all see alike.
+    share = 1.0 if layout.sequence else 1.0 / layout.tensor_size
+
+    def add(norm: Norm, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        stream_SBD = output[0]
+        wide_ND = stream_SBD.flatten(0, 1).to(torch.promote_types(stream_SBD.dtype, torch.float32))
+        unit_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(1, keepdim=True) + norm.eps)
+        sum_DD.add_((unit_ND.T @ unit_ND).double(), alpha=share)
+
+    for number in range(batches):
+        samples, _ = loader.read(loader.stream.next_batch(global_batch), rows.numpy())
+        with ExitStack() as stack, torch.no_grad():
+            for norm in _norms(chunks):
+                stack.callback(norm.register_forward_hook(add).remove)
+            _forward(chunks, micro_batches(samples, layout, 1, layout.device, loader.separator))
+        each(number + 1)
+    seen = batches * global_batch * loader.sequence_length * (2 * shape.num_layers + 1)
+    return sum_over_world(sum_DD).div_(seen)
+
+
+def _norms(chunks: Sequence[Llama]) -> list[Norm]:
+    layers = [layer for chunk in chunks for layer in chunk.layers.values() if isinstance(layer, Layer)]
+    finals = [chunk.norm for chunk in chunks if chunk.post_process]
+    return [norm for layer in layers for norm in (layer.attention_norm, layer.mlp_norm)] + finals
+
+
+def _forward(chunks: Sequence[Llama], batches: list[MicroBatch]) -> None:
+    def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
+        losses_BS = chunk(batch.tokens_BS, batch.labels_BS, None, None, batch.first_BS)
+        return losses_BS, lambda losses_BS: (losses_BS.mean(), None)
+
+    run_micro_batches(forward, list(chunks), batches, batches[0].tokens_BS.shape[1], 1, forward_only=True)
+
+
+def principal_basis(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [D], falling, and their directions as columns [D, D], both fp64 on the covariance's device.
+
+    A direction's sign, which is free, is the one that makes its largest component positive.
+    """
+    variance_D, basis_DD = torch.linalg.eigh(covariance_DD)
+    variance_D, basis_DD = variance_D.flip(0).clamp(min=0.0), basis_DD.flip(1)
+    largest_1D = basis_DD.gather(0, basis_DD.abs().argmax(0, keepdim=True))
+    return variance_D, basis_DD * largest_1D.sign()
+
+
+def share_kept(variance_D: Tensor, units: int) -> float:
+    """Share of the stream's variance in its `units` largest components."""
+    ordered = variance_D.sort(descending=True).values
+    return float(ordered[:units].sum() / ordered.sum())

@@ -1,0 +1,58 @@
+"""A LLaMA in another orthonormal basis of its residual stream: one function, other hidden units.
+
+RMSNorm without its weight commutes with rotations, so norm weights go into the matrices that read the norm, and then
+with Q's columns the new basis (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3; here one Q for all layers,
+so that the result is an ordinary LLaMA):
+
+    embedding Q        q, k, v, gate, up, output: W diag(norm) Q        o, down: Q^T W        norms 1
+
+Key properties: exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
+elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model has no such form. Read next:
+`fold.py` (cutting), `../importance/principal.py` (which basis).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megashear.masks.fold import LAYER_NAME
+from megashear.weights.names import EMBEDDING, FINAL_NORM, OUTPUT, PARTS
+from megashear.weights.names import name as layer_name
+
+READS = {"q": "input_norm", "k": "input_norm", "v": "input_norm", "gate": "post_attention_norm"}
+READS["up"] = READS["gate"]
+"""Matrices that read a norm's output, and the norm."""
+WRITES = ("o", "down")
+"""Matrices whose output is added to the residual stream."""
+SHORT = {full.removesuffix(".weight"): part for part, full in PARTS.items()}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotates any tensor of an untied LLaMA; call it tensor by tensor, in any order."""
+
+    basis_DD: Tensor
+    """Orthonormal columns, fp64: the new basis in coordinates of the old one."""
+    read: Callable[[str], Tensor]
+    """Full tensors of the model by Hugging Face's names."""
+
+    def __call__(self, name: str) -> Tensor:
+        """The rotated tensor, in the basis's precision on its device."""
+        tensor = self.read(name).to(self.basis_DD)
+        if name == EMBEDDING:
+            return tensor @ self.basis_DD
+        if name == FINAL_NORM:
+            return torch.ones_like(tensor)
+        if name == OUTPUT:
+            return self._reader(tensor, FINAL_NORM)
+        match = LAYER_NAME.fullmatch(name)
+        assert match is not None, name
+        part = SHORT[match[2]]
+        if part in READS:
+            return self._reader(tensor, layer_name(int(match[1]), READS[part]))
+        return self.basis_DD.T @ tensor if part in WRITES else torch.ones_like(tensor)
+
+    def _reader(self, tensor: Tensor, norm: str) -> Tensor:
+        return (tensor * self.read(norm).to(self.basis_DD)) @ self.basis_DD

@@ -1,0 +1,99 @@
+"""Where pruning starts from: the source as it is, or in the principal basis of its residual stream.
+
+Key property: the rotated source is a model folder `principal` of the run, computed once on calibration text and dropped
+when pruning is finalized, so that whoever reads the source, on whatever layout, reads the same one. Read next:
+`importance/principal.py`, `masks/rotation.py`.
+"""
+
+import shutil
+
+import torch
+from torch import Tensor
+
+from megashear.engine.collectives import on_main
+from megashear.errors import TrainingError
+from megashear.files.atomic import atomic_folder
+from megashear.importance.principal import principal_basis, residual_covariance, share_kept
+from megashear.masks.rotation import Rotation
+from megashear.model.load import RandomWeights, TensorSource
+from megashear.run.calibration import build_source, calibration_progress, calibration_text
+from megashear.run.context import Context
+from megashear.weights.finish import seal_folder, write_settings
+from megashear.weights.folder import ModelFolder
+from megashear.weights.names import tensor_shapes
+from megashear.weights.writer import ShardedWriter
+
+FOLDER = "principal"
+
+
+def chosen_basis(context: Context) -> str:
+    """`principal` or `source`: `prune.basis`, and where that is null the former if it exists and hidden units go."""
+    chosen, source, target = context.config.prune.basis, context.source_shape, context.target_shape
+    if chosen is not None:
+        return chosen
+    assert target is not None
+    shrinks = target.hidden_size < source.hidden_size
+    return "principal" if shrinks and context.source is not None and not source.tie_word_embeddings else "source"
+
+
+def pruning_source(context: Context) -> TensorSource:
+    """The weights that pruning starts from; every rank calls it. Raises Interrupted after a stop was asked for."""
+    if context.source is None:
+        return RandomWeights(context.source_shape, context.config.run.seed)
+    return pruning_folder(context)
+
+
+def pruning_folder(context: Context) -> ModelFolder:
+    """As `pruning_source`, of a run that has a source folder."""
+    assert context.source is not None
+    if chosen_basis(context) == "source":
+        return context.source
+    folder = context.model_folder(FOLDER)
+    if not on_main(context.layout, folder.exists):
+        _rotate(context, context.source)
+    return context.open_model(FOLDER)
+
+
+def drop_rotated(context: Context) -> None:
+    """Remove the rotated source, which nothing reads once pruning is finalized."""
+    on_main(context.layout, lambda: shutil.rmtree(context.model_folder(FOLDER), ignore_errors=True))
+
+
+def _rotate(context: Context, source: ModelFolder) -> None:
+    prune = context.config.prune
+    covariance_DD = residual_covariance(
+        build_source(context, source),
+        context.layout,
+        calibration_text(context),
+        prune.importance.batches,
+        prune.batch.global_batch,
+        calibration_progress(context, "principal basis"),
+    )
+    if not bool(covariance_DD.isfinite().all()):
+        raise TrainingError(
+            "principal basis: the source's activations are not finite numbers; look for losses that are not in it "
+            "(`megashear eval SOURCE DATA`), or set precision: fp32"
+        )
+    on_main(context.layout, lambda: _write(context, source, covariance_DD))
+
+
+def _write(context: Context, source: ModelFolder, covariance_DD: Tensor) -> None:
+    variance_D, basis_DD = principal_basis(covariance_DD)
+    assert context.target_shape is not None
+    kept = context.target_shape.hidden_size
+    print(
+        f"principal basis: {kept} of {len(variance_D)} hidden units hold {share_kept(variance_D, kept):.1%} of the "
+        f"residual stream's variance (of the source's own units {share_kept(covariance_DD.diag(), kept):.1%})",
+        flush=True,
+    )
+    if context.layout.device.type != "cpu":
+        basis_DD = basis_DD.float()
+    rotation = Rotation(basis_DD, source.read)
+    shapes = tensor_shapes(context.source_shape)
+    with atomic_folder(context.model_folder(FOLDER)) as temporary:
+        with ShardedWriter.create(temporary, shapes, torch.float32) as writer:
+            for name in shapes:
+                writer.write(name, rotation(name).float())
+        companions = source.tokenizer_files + source.companion_files
+        write_settings(temporary, context.source_shape, torch.float32, source.config, companions)
+        seal_folder(temporary, {"basis": FOLDER})

@@ -1,0 +1,53 @@
+"""The covariance of what norms read, by hooks on transformers' model; its principal directions."""
+
+from pathlib import Path
+
+import torch
+from parallel.importance_case import BATCHES, covariance, drawn_shape, open_loader
+from run_stages.tiny import Tiny
+
+from importance.oracle import llama
+from megashear.importance.principal import principal_basis, share_kept
+
+
+def expected(data: Path, shape_name: str, sequences: int) -> torch.Tensor:
+    """Mean over tokens and norms of outer products of x / rms(x), one sequence after another."""
+    shape = drawn_shape(shape_name)
+    model, loader = llama(shape), open_loader(data)
+    found: list[torch.Tensor] = []
+
+    def note(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        x = inputs[0][0].double()
+        unit = x / (x.square().mean(1, keepdim=True) + shape.norm_eps).sqrt()
+        found.append(unit.T @ unit / len(unit))
+
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        for _ in range(BATCHES):
+            samples, _ = loader.read(loader.stream.next_batch(sequences), slice(None))
+            for sample in samples.long():
+                model(sample[None, :-1], use_cache=False)
+    assert len(found) == BATCHES * sequences * (2 * shape.num_layers + 1)
+    return torch.stack(found).mean(0)
+
+
+def test_covariance_is_that_of_transformers_activations(alone, tiny: Tiny) -> None:
+    found = covariance(str(tiny.data), "grouped untied", {})
+    wanted = expected(tiny.data, "grouped untied", 4)
+    assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    assert abs(float(found.trace()) / len(found) - 1.0) < 1e-4  # x / rms(x) has a mean square of 1, but for eps
+
+
+def test_directions_are_orthonormal_ordered_and_of_a_fixed_sign() -> None:
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator).double()).Q
+    variance = torch.linspace(3.0, 0.1, 12, dtype=torch.float64)
+    found, directions = principal_basis(basis * variance @ basis.T)
+    torch.testing.assert_close(found, variance)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close((directions.T @ basis).abs(), torch.eye(12, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert bool((directions.gather(0, directions.abs().argmax(0, keepdim=True)) > 0).all())
+    assert share_kept(found, 12) == 1.0
+    assert abs(share_kept(found.flip(0), 1) - 3.0 / float(variance.sum())) < 1e-12

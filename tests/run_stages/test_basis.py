@@ -1,0 +1,96 @@
+"""Pruning in the principal basis as runs: chosen by default where it exists, one function, resumed, dropped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from megashear.errors import ConfigError
+from megashear.run import basis
+from megashear.weights.folder import ModelFolder
+from run_stages.tiny import Tiny, break_off, die, differing, finish, results
+
+
+@pytest.fixture(scope="module")
+def untied(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The tiny inputs with an output of its own, and norms that are not all 1."""
+    folder = tmp_path_factory.mktemp("untied")
+    other = object.__new__(Tiny)
+    other.folder, other.source, other.data = folder, folder / "source", tiny.data
+    model = LlamaForCausalLM.from_pretrained(tiny.source)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(1).clone())
+    with torch.no_grad():
+        for number, (name, weight) in enumerate(model.named_parameters()):
+            if name.endswith("norm.weight"):
+                weight.copy_(1.0 + 0.3 * torch.sin(torch.arange(32.0) + number))
+    model.save_pretrained(other.source)
+    for path in tiny.source.glob("token*"):
+        (other.source / path.name).write_bytes(path.read_bytes())
+    return other
+
+
+def prune_record(folder: Path) -> dict:
+    return json.loads((folder / "prune/done.json").read_text())
+
+
+def test_the_default_is_the_principal_basis_where_there_is_one(untied: Tiny, tiny: Tiny, tmp_path: Path) -> None:
+    keys = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+    finish(untied.config(tmp_path / "run", *keys))
+    assert prune_record(tmp_path / "run")["basis"] == "principal"
+    assert not (tmp_path / "run/principal").exists()
+    embedding = ModelFolder.open(tmp_path / "run/pruned").read("model.embed_tokens.weight")
+    own = ModelFolder.open(untied.source).read("model.embed_tokens.weight")
+    assert not any(torch.allclose(embedding[:, 0], column, atol=1e-3) for column in own.T)
+    finish(tiny.config(tmp_path / "tied", *keys))
+    assert prune_record(tmp_path / "tied")["basis"] == "source"
+    finish(untied.config(tmp_path / "own", *keys, "prune.basis=source"))
+    assert prune_record(tmp_path / "own")["basis"] == "source"
+
+
+def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
+    """Held-out losses at the start of pruning, evaluated on the rotated weights, equal those without a rotation."""
+    losses = []
+    for chosen in ("principal", "source"):
+        folder = tmp_path / chosen
+        finish(untied.config(folder, "prune.method=one_shot", "run.stages=[prune]", f"prune.basis={chosen}"))
+        losses.append(json.loads((folder / "source_losses.json").read_text()))
+    for domain, (loss, error) in losses[0].items():
+        assert abs(loss - losses[1][domain][0]) <= 1e-5 * loss
+        assert abs(error - losses[1][domain][1]) <= 1e-4 * error
+    logits = []
+    for folder in (untied.source, tmp_path / "principal/principal"):
+        with torch.no_grad():
+            logits.append(LlamaForCausalLM.from_pretrained(folder)(torch.arange(40)[None]).logits)
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+
+
+def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, monkeypatch) -> None:
+    share_kept, shares = basis.share_kept, []
+
+    def noted(*arguments: Any) -> float:
+        shares.append(share_kept(*arguments))
+        return shares[-1]
+
+    monkeypatch.setattr(basis, "share_kept", noted)
+    finish(untied.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune]"))
+    principal, own = shares
+    assert 1.0 > principal > own > 0.0
+
+
+def test_a_killed_run_goes_on_in_the_same_basis(untied: Tiny, tmp_path: Path) -> None:
+    whole, broken = untied.config(tmp_path / "whole"), untied.config(tmp_path / "broken")
+    finish(whole)
+    assert break_off(broken, ("prune", 5), die)
+    assert (tmp_path / "broken/principal").exists()
+    finish(broken)
+    assert differing(results(tmp_path / "whole"), results(tmp_path / "broken")) == []
+    assert not (tmp_path / "broken/principal").exists()
+
+
+def test_a_tied_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prune\.basis: principal cannot be had"):
+        finish(tiny.config(tmp_path / "run", "prune.basis=principal"))
