@@ -1,13 +1,12 @@
 """Where pruning starts from: the source as it is, or in the principal basis of its residual stream.
 
-Key property: the rotated source is a model folder `principal` of the run, computed once on calibration text and dropped
-when pruning is finalized, so that whoever reads the source, on whatever layout, reads the same one. Read next:
-`importance/principal.py`, `masks/rotation.py`.
+Key property: the rotated source is a model folder `principal` of the run, in the run's precision, computed once on
+calibration text and dropped when pruning is finalized: whoever reads the source, on whatever layout, reads the same
+one. Read next: `importance/principal.py`, `masks/rotation.py`.
 """
 
 import shutil
 
-import torch
 from torch import Tensor
 
 from megashear.engine.collectives import on_main
@@ -91,9 +90,9 @@ def _write(context: Context, source: ModelFolder, covariance_DD: Tensor) -> None
     rotation = Rotation(basis_DD, source.read)
     shapes = tensor_shapes(context.source_shape)
     with atomic_folder(context.model_folder(FOLDER)) as temporary:
-        with ShardedWriter.create(temporary, shapes, torch.float32) as writer:
+        with ShardedWriter.create(temporary, shapes, context.dtype) as writer:
             for name in shapes:
-                writer.write(name, rotation(name).float())
+                writer.write(name, rotation(name).to(context.dtype).cpu())
         companions = source.tokenizer_files + source.companion_files
-        write_settings(temporary, context.source_shape, torch.float32, source.config, companions)
+        write_settings(temporary, context.source_shape, context.dtype, source.config, companions)
         seal_folder(temporary, {"basis": FOLDER})
