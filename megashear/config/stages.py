@@ -44,11 +44,6 @@ def basis_problems(config: Config, source_tied: bool | None) -> list[str]:
     """What stops pruning in the principal basis. source_tied: its output is its embedding, if known."""
     if "prune" not in config.run.stages or config.prune.basis != "principal":
         return []
-    if config.source.folder is None:
-        return [
-            "prune.basis: principal is the basis of a trained model's residual stream, and source.folder is null; give "
-            "the folder of an imported model, or set it to source"
-        ]
     if source_tied:
         return [
             "prune.basis: principal cannot be had from a source whose output is its embedding: its final norm's weight "

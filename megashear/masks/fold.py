@@ -4,10 +4,10 @@ Key properties: exact. With deterministic masks the masked forward pass and the 
 only rounding differs; the masked norm's divisor, the count of hidden units that are not 0, is the pruned model's d'.
 Where each mask value goes (z: deterministic masks, K: keep sets):
 
-    embedding [:, K] * z_hidden                         norms [K] * z_hidden
+    embedding [:, K] * z_hidden                         norms [K] * z_hidden * gain
     q, k, v [rows, K]                                   o [K, rows] * z_layer * z_hidden (rows) * z_head (columns)
     gate [K, K], up [K, K] * z_intermediate (rows)      down [K, K] * z_layer * z_hidden (rows)
-    final norm [K] * z_hidden, or [K] where tied        output [:, K]
+    final norm as others, or [K] * gain where tied      output [:, K]
 
 z_head goes into o's columns, because query heads of a group share v. A tied output layer holds the embedding's z_hidden
 already, which the final norm therefore leaves out: (w z) E^T = w (E z)^T, so ties survive the fold.
@@ -56,7 +56,7 @@ class Fold:
             return name, cut(tensor, columns=hidden, column_scale=z_hidden if exact else None)
         if name == "model.norm.weight":
             in_output = exact and self.source.tie_word_embeddings
-            return name, cut(tensor, rows=hidden, row_scale=None if in_output else z_hidden)
+            return name, cut(tensor, rows=hidden, row_scale=self.masks.norm_gain if in_output else self._norm_scale())
         if name == "lm_head.weight":
             return None if self.source.tie_word_embeddings else (name, cut(tensor, columns=hidden))
         raise ModelError(f"{name}: not a tensor of a LLaMA; the model holds something that cannot be pruned here")
@@ -67,10 +67,10 @@ class Fold:
         if place.numel() == 0:
             return None
         new_name = f"model.layers.{int(place)}.{part}.weight"
-        hidden, z_hidden = self.keep.hidden, self.masks.hidden
+        hidden = self.keep.hidden
         columns_I = self.keep.intermediate[layer]
         if part in NORMS:
-            return new_name, cut(tensor, rows=hidden, row_scale=z_hidden)
+            return new_name, cut(tensor, rows=hidden, row_scale=self._norm_scale())
         if part == "self_attn.q_proj":
             return new_name, cut(tensor, rows=self._head_rows(self.keep.head[layer]), columns=hidden)
         if part in ("self_attn.k_proj", "self_attn.v_proj"):
@@ -93,6 +93,11 @@ class Fold:
     def _head_rows(self, heads: Tensor) -> Tensor:
         """Rows that the given heads take in a projection: head_dim side by side for each."""
         return (heads[:, None] * self.source.head_dim + torch.arange(self.source.head_dim)).reshape(-1)
+
+    def _norm_scale(self) -> Tensor | None:
+        """What a norm's output is multiplied by, [d]: hidden mask times gain."""
+        hidden, gain = self.masks.hidden, self.masks.norm_gain
+        return hidden if hidden is None or gain is None else hidden * gain
 
     def _branch_scale(self, layer: int) -> Tensor | None:
         """What a branch's output is multiplied by, [d] or [1]: layer mask times hidden mask."""

@@ -7,6 +7,7 @@ not learned), so that an unpruned pass costs nothing. Read next: `state.py`, whi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megashear.config.shape import ModelShape
@@ -24,12 +25,15 @@ class Masks:
     """[L, I]."""
     layer: Tensor | None = None
     """[L], shared by attention and MLP of a layer."""
+    norm_gain: Tensor | None = None
+    """[1], by which norms multiply besides the hidden mask, or none; see `norm_gain` below."""
 
 
-def assemble(values: Mapping[str, Tensor], source: ModelShape) -> Masks:
+def assemble(values: Mapping[str, Tensor], source: ModelShape, principal: bool = False) -> Masks:
     """Masks from the values of the learned granularities (shapes of their log-alpha).
 
-    Query head h of a layer is masked by group[h // q] * query[h // q, h % q], q query heads in a group.
+    Query head h of a layer is masked by group[h // q] * query[h // q, h % q], q query heads in a group. principal:
+    hidden units are principal directions, so that norms have a gain.
     """
     group, query = values.get("group"), values.get("query")
     head = None
@@ -38,4 +42,17 @@ def assemble(values: Mapping[str, Tensor], source: ModelShape) -> Masks:
     if query is not None:
         flat = query.reshape(source.num_layers, source.num_heads)
         head = flat if head is None else head * flat
-    return Masks(values.get("hidden"), head, values.get("intermediate"), values.get("layer"))
+    hidden = values.get("hidden")
+    gain = norm_gain(hidden) if principal and hidden is not None else None
+    return Masks(hidden, head, values.get("intermediate"), values.get("layer"), gain)
+
+
+@torch.no_grad()
+def norm_gain(hidden_D: Tensor) -> Tensor:
+    """sqrt(D / the number of hidden units that are not closed), [1]: with it norms keep the scale of what stays.
+
+    A norm divides by the root of the mean square over open units. Principal directions that close carry next to nothing
+    of the sum of squares, but count: without a gain every norm's output would shrink by the root of the share that
+    stays. The source's own units take about their share of the squares with them, and need none.
+    """
+    return (hidden_D.numel() / (hidden_D != 0).sum().to(hidden_D.dtype)).sqrt().view(1)

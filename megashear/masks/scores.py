@@ -44,13 +44,17 @@ class Scores:
     """Domain -> calibration sequences of it."""
 
 
-def open_units(scores: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape) -> Masks:
-    """Masks of exactly 1 where a unit is among its row's best and exactly 0 elsewhere, in fp32."""
+def open_units(
+    scores: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape, principal: bool = False
+) -> Masks:
+    """Masks of exactly 1 where a unit is among its row's best and exactly 0 elsewhere, in fp32; principal: see
+    `assemble`.
+    """
     values = {}
     for spec in specs:
         rows = scores[spec.name].reshape(spec.rows, spec.units)
         values[spec.name] = keep_largest(rows, spec.target_units).float().view(spec.shape)
-    return assemble(values, source)
+    return assemble(values, source, principal)
 
 
 def near_cut(scores: Scores, spec: MaskSpec) -> int:

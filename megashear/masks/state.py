@@ -29,7 +29,7 @@ from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, 
 from megashear.masks.lagrangian import expected_sparsity, lagrangian
 from megashear.masks.masks import Masks, assemble
 from megashear.masks.projection import project
-from megashear.masks.target import MaskSpec, mask_specs
+from megashear.masks.target import MaskSpec, in_principal_basis, mask_specs
 
 INIT_STD = 0.01
 ADAM_BETAS = (0.9, 0.95)
@@ -57,6 +57,7 @@ class MaskState:
         """
         self.source, self.target, self.config = source, target, config
         self.specs = mask_specs(source, target, config.granularities)
+        self.principal = in_principal_basis(config, source, target)
         self.closing = Closing(config, tuple(self.specs))
         self.log_alpha: dict[str, Tensor] = {}
         self.multipliers: dict[str, Tensor] = {}
@@ -125,7 +126,7 @@ class MaskState:
             spec.name: ops.sample_hard_concrete(self.log_alpha[spec.name], seed, step, micro_batch, spec.index)
             for spec in self.specs
         }
-        return assemble(values, self.source)
+        return assemble(values, self.source, self.principal)
 
     @torch.no_grad()
     def deterministic(self, mode: str = "target") -> Masks:
@@ -137,7 +138,7 @@ class MaskState:
             rows = self._rows(spec)
             zeros = spec.zeros_per_row if mode == "target" else expected_zeros(rows)
             values[spec.name] = deterministic(rows, zeros).view(spec.shape)
-        return assemble(values, self.source)
+        return assemble(values, self.source, self.principal)
 
     # The constraint
 

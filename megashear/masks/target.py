@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megashear.config.legality import GRANULARITIES, granularity_problems, granularity_sizes
+from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.errors import ConfigError
 
@@ -70,3 +71,10 @@ def mask_specs(source: ModelShape, target: ModelShape, granularities: Sequence[s
         if name in granularities if granularities is not None else target_units < units:
             specs.append(MaskSpec(name, (*rows[name], units), target_units))
     return specs
+
+
+def in_principal_basis(config: PruneConfig, source: ModelShape, target: ModelShape) -> bool:
+    """Whether pruning starts from the source's principal basis, by `config.basis`, whose text says what null means."""
+    if config.basis is not None:
+        return config.basis == "principal"
+    return target.hidden_size < source.hidden_size and not source.tie_word_embeddings

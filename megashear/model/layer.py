@@ -136,7 +136,7 @@ class Layer(nn.Module):
         self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None = None
     ) -> Stream:
         """The stream after this layer; the MLP's part is not added yet."""
-        hidden = masks.hidden, masks.live_hidden
+        hidden = masks.norm, masks.live_hidden
         if masks.live.attention:
             x_SBD, normed_SBD = self.attention_norm(stream, *hidden)
             stream = Stream(x_SBD, self.attention(normed_SBD, rope, masks, first_BS), masks.branch)

@@ -126,7 +126,7 @@ class Llama(StageModule):
                 stream = layer(stream, rope, layer_masks, first_BS)
         if not self.post_process:
             return self.leave(stream.total(), stage)
-        return self.norm(stream, stage.hidden, stage.live_hidden)[1]
+        return self.norm(stream, stage.norm, stage.live_hidden)[1]
 
     def enter(self, tokens_BS: Tensor, stage: StageMasks) -> Tensor:
         """The residual stream [S, B, live D] at the chunk's start: masked embeddings, or the last stage's activations.

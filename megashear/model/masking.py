@@ -22,7 +22,7 @@ from megashear.model.live import LiveLayer, LiveStage
 class LayerMasks:
     """The masks of one layer on one rank, of its live units alone; None is a mask of ones."""
 
-    hidden: Tensor | None  # [D]
+    norm: Tensor | None  # [D]: hidden * norm gain, on what norms give
     head: Tensor | None  # [H / TP]
     intermediate: Tensor | None  # [F / TP]
     branch: Tensor | None  # [D]: hidden * layer, on what a branch adds to the residual stream
@@ -32,9 +32,10 @@ class LayerMasks:
 
 @dataclass(frozen=True)
 class StageMasks:
-    """The masks of a model chunk: one entry a local layer, and the hidden mask for embedding and final norm."""
+    """The masks of a model chunk: one entry a local layer, the hidden mask of the embedding, that of the final norm."""
 
     hidden: Tensor | None
+    norm: Tensor | None
     live_hidden: Tensor | None
     layers: list[LayerMasks]
 
@@ -64,10 +65,11 @@ def stage_masks(
 ) -> StageMasks:
     """This rank's slices of the masks for the given global layers, of live units alone.
 
-    masks: hidden [D], head [L, H], intermediate [L, F], layer [L], each or all of them None. The products that masks
-    enter are computed in `dtype`; masks and their gradients stay in their own precision until then.
+    masks: hidden [D], head [L, H], intermediate [L, F], layer [L], norm_gain [1], each or all of them None. The
+    products that masks enter are computed in `dtype`; masks and their gradients stay in their own precision until then.
     """
     hidden = _pick(shared_by_ranks(masks.hidden, layout), live.hidden)
+    norm = hidden if hidden is None or masks.norm_gain is None else hidden * masks.norm_gain
     layer_L = shared_by_ranks(masks.layer, layout)
     heads = shape.num_heads // layout.tensor_size
     columns = shape.intermediate_size // layout.tensor_size
@@ -80,7 +82,7 @@ def stage_masks(
         middle = None if masks.intermediate is None else _slice(masks.intermediate[index], layout.tensor_rank, columns)
         rows.append(
             LayerMasks(
-                hidden=hidden,
+                norm=norm,
                 head=_pick(head, units.heads),
                 intermediate=_pick(middle, units.intermediate),
                 branch=branch,
@@ -88,7 +90,7 @@ def stage_masks(
                 live_hidden=live.hidden,
             )
         )
-    return StageMasks(hidden, live.hidden, rows)
+    return StageMasks(hidden, norm, live.hidden, rows)
 
 
 def _slice(mask: Tensor, rank: int, width: int) -> Tensor:

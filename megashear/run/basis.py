@@ -14,6 +14,7 @@ from megashear.errors import TrainingError
 from megashear.files.atomic import atomic_folder
 from megashear.importance.principal import principal_basis, residual_covariance, share_kept
 from megashear.masks.rotation import Rotation
+from megashear.masks.target import in_principal_basis
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.run.calibration import build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
@@ -25,31 +26,26 @@ from megashear.weights.writer import ShardedWriter
 FOLDER = "principal"
 
 
-def chosen_basis(context: Context) -> str:
-    """`principal` or `source`: `prune.basis`, and where that is null the former if it exists and hidden units go."""
-    chosen, source, target = context.config.prune.basis, context.source_shape, context.target_shape
-    if chosen is not None:
-        return chosen
-    assert target is not None
-    shrinks = target.hidden_size < source.hidden_size
-    return "principal" if shrinks and context.source is not None and not source.tie_word_embeddings else "source"
+def principal(context: Context) -> bool:
+    """Whether hidden units are the source's principal directions."""
+    assert context.target_shape is not None
+    return in_principal_basis(context.config.prune, context.source_shape, context.target_shape)
 
 
 def pruning_source(context: Context) -> TensorSource:
     """The weights that pruning starts from; every rank calls it. Raises Interrupted after a stop was asked for."""
-    if context.source is None:
-        return RandomWeights(context.source_shape, context.config.run.seed)
-    return pruning_folder(context)
+    if principal(context):
+        return pruning_folder(context)
+    return RandomWeights(context.source_shape, context.config.run.seed) if context.source is None else context.source
 
 
 def pruning_folder(context: Context) -> ModelFolder:
-    """As `pruning_source`, of a run that has a source folder."""
-    assert context.source is not None
-    if chosen_basis(context) == "source":
+    """As `pruning_source`, of a run that has a folder of them."""
+    if not principal(context):
+        assert context.source is not None
         return context.source
-    folder = context.model_folder(FOLDER)
-    if not on_main(context.layout, folder.exists):
-        _rotate(context, context.source)
+    if not on_main(context.layout, context.model_folder(FOLDER).exists):
+        _rotate(context)
     return context.open_model(FOLDER)
 
 
@@ -58,8 +54,9 @@ def drop_rotated(context: Context) -> None:
     on_main(context.layout, lambda: shutil.rmtree(context.model_folder(FOLDER), ignore_errors=True))
 
 
-def _rotate(context: Context, source: ModelFolder) -> None:
+def _rotate(context: Context) -> None:
     prune = context.config.prune
+    source = context.source or RandomWeights(context.source_shape, context.config.run.seed)
     covariance_DD = residual_covariance(
         build_source(context, source),
         context.layout,
@@ -76,7 +73,7 @@ def _rotate(context: Context, source: ModelFolder) -> None:
     on_main(context.layout, lambda: _write(context, source, covariance_DD))
 
 
-def _write(context: Context, source: ModelFolder, covariance_DD: Tensor) -> None:
+def _write(context: Context, source: TensorSource, covariance_DD: Tensor) -> None:
     variance_D, basis_DD = principal_basis(covariance_DD)
     assert context.target_shape is not None
     kept = context.target_shape.hidden_size
@@ -87,12 +84,11 @@ def _write(context: Context, source: ModelFolder, covariance_DD: Tensor) -> None
     )
     if context.layout.device.type != "cpu":
         basis_DD = basis_DD.float()
-    rotation = Rotation(basis_DD, source.read)
     shapes = tensor_shapes(context.source_shape)
+    rotation = Rotation(basis_DD, lambda name: source.read_slice(name, 0, 0, shapes[name][0]))
     with atomic_folder(context.model_folder(FOLDER)) as temporary:
         with ShardedWriter.create(temporary, shapes, context.dtype) as writer:
             for name in shapes:
                 writer.write(name, rotation(name).to(context.dtype).cpu())
-        companions = source.tokenizer_files + source.companion_files
-        write_settings(temporary, context.source_shape, context.dtype, source.config, companions)
+        write_settings(temporary, context.source_shape, context.dtype, context.hf_config(), context.companions())
         seal_folder(temporary, {"basis": FOLDER})

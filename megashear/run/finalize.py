@@ -25,7 +25,7 @@ from megashear.masks.masks import Masks
 from megashear.masks.scores import open_units
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
-from megashear.run.basis import drop_rotated, pruning_folder
+from megashear.run.basis import drop_rotated, principal, pruning_folder
 from megashear.run.context import Context
 from megashear.run.evaluate import build_fp32
 from megashear.run.importance import read_scores
@@ -99,8 +99,9 @@ def load_cut(context: Context) -> Cut:
         assert context.target_shape is not None
         scores = read_scores(context).units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
-        masks, keep = _on(context.layout.device, open_units(scores, specs, shape)), keep_sets(scores, specs, shape)
-        return Cut(pruning_folder(context), keep, masks, [], context.provenance([record]))
+        masks = _on(context.layout.device, open_units(scores, specs, shape, principal(context)))
+        keep, record = keep_sets(scores, specs, shape), context.provenance([record])
+        return Cut(pruning_folder(context), keep, masks, [], record)
     learned = load_masks(context)
     keep = keep_sets(learned.log_alpha, learned.specs, shape)
     borderline = borderline_units(learned.log_alpha, learned.specs)

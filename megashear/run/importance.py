@@ -22,7 +22,7 @@ from megashear.importance.registry import REGISTRY, criteria_of
 from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
 from megashear.masks.target import mask_specs
 from megashear.model.load import TensorSource
-from megashear.run.basis import chosen_basis, pruning_source
+from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_progress, calibration_text, calibration_weights
 from megashear.run.context import Context
 from megashear.train.metrics import SCORES_NAME
@@ -72,7 +72,7 @@ def made_by(context: Context) -> dict[str, Any]:
     config = context.config
     known = {
         "importance": {name: getattr(config.prune.importance, name) for name in USED_KEYS},
-        "basis": chosen_basis(context),
+        "principal": principal(context),
         "masking": config.prune.masking,
         "global_batch": config.prune.batch.global_batch,
         "data": {name: to_dict(config.data)[name] for name in ("sequence_length", "separate_documents")},

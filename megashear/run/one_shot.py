@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from megashear.data.loader import HeldOut
-from megashear.run.basis import chosen_basis, pruning_source
+from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
 from megashear.run.importance import calibration_tokens, importance_scores
@@ -28,7 +28,7 @@ def run_one_shot(context: Context) -> None:
     record: dict[str, Any] = {
         "name": "prune",
         "method": "one_shot",
-        "basis": chosen_basis(context),
+        "principal": principal(context),
         "criteria": scores.criteria,
         "steps": 0,
         "tokens": 0,

@@ -32,7 +32,7 @@ from megashear.model.build import filled_chunks
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
-from megashear.run.basis import chosen_basis, pruning_source
+from megashear.run.basis import principal, pruning_source
 from megashear.run.context import Context, read_record
 from megashear.run.importance import importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
@@ -85,7 +85,7 @@ def run_training(context: Context, name: str) -> None:
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     if masks is not None:
-        record["basis"] = chosen_basis(context)
+        record["principal"] = principal(context)
     write_model(
         weights.chunks,
         shape,

@@ -7,6 +7,7 @@ Read next: `loop.py`.
 """
 
 import math
+from dataclasses import replace
 
 from megashear.masks.masks import Masks
 
@@ -36,7 +37,10 @@ def limit(source_loss: float, vocab_size: int) -> float:
 def alone(masks: Masks) -> dict[str, Masks]:
     """The masks of one granularity at a time, by name, of those that are learned; `head` is group times query."""
     values = {name: getattr(masks, name) for name in GRANULARITIES}
-    return {name: Masks(**{name: value}) for name, value in values.items() if value is not None}
+    found = {name: Masks(**{name: value}) for name, value in values.items() if value is not None}
+    if "hidden" in found:
+        found["hidden"] = replace(found["hidden"], norm_gain=masks.norm_gain)
+    return found
 
 
 def verdict(step: int, loss: float, source_loss: float, means: dict[str, float]) -> str:

@@ -36,10 +36,11 @@ def forward(ids, w, shape, masks=None, masking="exact"):
     one = torch.ones((), dtype=torch.float64)
     z = masks.get("hidden", torch.ones(shape.hidden_size, dtype=torch.float64))
     live = z != 0
+    gain = (len(z) / int(live.sum())) ** 0.5 if "norm_gain" in masks else 1.0
 
     def norm(x, weight):
         square = x[..., live].square().mean(-1, keepdim=True)
-        return weight * x * torch.rsqrt(square + shape.norm_eps) * z
+        return weight * x * torch.rsqrt(square + shape.norm_eps) * z * gain
 
     x = w["model.embed_tokens.weight"][ids] * (z if masking == "exact" else one)
     for layer in range(shape.num_layers):

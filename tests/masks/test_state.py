@@ -16,11 +16,12 @@ LIMIT = 4.605170185988092
 
 def published_config(**keys) -> PruneConfig:
     """The published constraint with the given keys; nothing sharpens and nothing settles."""
-    return PruneConfig(**{"constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0} | keys)
+    return PruneConfig(**{"basis": "source", "constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0} | keys)
 
 
 def values_of(masks):
-    return tuple(vars(masks).values())
+    assert masks.norm_gain is None
+    return masks.hidden, masks.head, masks.intermediate, masks.layer
 
 
 def set_log_alpha(state, values):

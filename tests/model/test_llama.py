@@ -11,7 +11,7 @@ from torch import Tensor
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape, RopeScaling
 from megashear.engine.layout import Layout
-from megashear.masks.masks import Masks
+from megashear.masks.masks import Masks, norm_gain
 from megashear.model.llama import Llama
 from megashear.model.save import gather_tensors
 from megashear.weights.names import tensor_shapes
@@ -24,6 +24,9 @@ INPUT, LABELS = TOKENS[:, :-1].contiguous(), TOKENS[:, 1:].contiguous()
 
 def model(shape: ModelShape) -> Llama:
     return build_model(shape, ParallelConfig(), Drawn(shape))[1][0]
+
+
+MASKS = ("hidden", "head", "intermediate", "layer")
 
 
 def some_masks(shape: ModelShape, dtype: torch.dtype = torch.float32) -> Masks:
@@ -43,9 +46,12 @@ def gradients(module: Llama) -> dict[str, Tensor]:
     return dict(gather_tensors(module, lambda parameter: parameter.grad))
 
 
+@pytest.mark.parametrize("principal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_masked_loss_and_gradients_equal_plain_float64(alone: Layout, shape: ModelShape) -> None:
+def test_masked_loss_and_gradients_equal_plain_float64(alone: Layout, shape: ModelShape, principal: bool) -> None:
     module, masks, wide = model(shape), some_masks(shape), some_masks(shape, torch.float64)
+    if principal:
+        masks, wide = (replace(one, norm_gain=norm_gain(one.hidden)) for one in (masks, wide))
     loss = module(INPUT, LABELS, masks).mean()
     loss.backward()
     weights = {name: Drawn(shape).read(name).double().requires_grad_() for name in tensor_shapes(shape)}
@@ -53,10 +59,10 @@ def test_masked_loss_and_gradients_equal_plain_float64(alone: Layout, shape: Mod
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), LABELS.flatten())
     wanted.backward()
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
-    found = gradients(module) | {name: value.grad for name, value in vars(masks).items()}
+    found = gradients(module) | {name: getattr(masks, name).grad for name in MASKS}
     # A head that is masked out is not computed, so its mask's gradient is 0: no hard concrete sample passes it on.
     wide.head.grad[wide.head == 0] = 0
-    for name, value in (weights | vars(wide)).items():
+    for name, value in (weights | {name: getattr(wide, name) for name in MASKS}).items():
         worst = (found[name].double() - value.grad).abs().max() / value.grad.abs().max()
         assert float(worst) <= 1e-5, name
 

@@ -108,7 +108,7 @@ ROWS: dict[str, str] = {
     "dynamic": "the same, on a dynamic mixture",
     "distilled": "learned masks, defaults, and distillation",
 }
-ONE_SHOT = {
+ONE_SHOT: dict[str, dict[str, Any]] = {
     "magnitude": {"basis": "source", "importance": {"criterion": "magnitude"}},
     "taylor": {"basis": "source", "importance": {"criterion": "taylor_mask"}},
     "minitron": {"basis": "source", "importance": {"criterion": "activation"}},
