@@ -15,7 +15,6 @@ from megashear.config.presets import resolve_shape
 from megashear.config.schema import STAGES, BatchConfig, Config, ShapeConfig
 from megashear.config.shape import ModelShape
 from megashear.config.stages import (
-    basis_problems,
     batch_problems,
     importance_problems,
     importance_warnings,
@@ -61,7 +60,6 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     report.problems += _stage_order(config.run.stages)
     report.problems += mixture_problems(config)
     report.problems += importance_problems(config, report.world_size)
-    report.problems += basis_problems(config, None if report.source is None else report.source.tie_word_embeddings)
     if report.source is not None and report.target is not None:
         report.warnings += importance_warnings(config, report.source.num_layers, report.target.num_layers)
     for name, stage in training_stages(config).items():

@@ -40,18 +40,6 @@ def importance_problems(config: Config, world_size: int | None) -> list[str]:
     return problems + batch_problems("prune", prune.batch, config.parallel, world_size)
 
 
-def basis_problems(config: Config, source_tied: bool | None) -> list[str]:
-    """What stops pruning in the principal basis. source_tied: its output is its embedding, if known."""
-    if "prune" not in config.run.stages or config.prune.basis != "principal":
-        return []
-    if source_tied:
-        return [
-            "prune.basis: principal cannot be had from a source whose output is its embedding: its final norm's weight "
-            "has no other place; set it to source"
-        ]
-    return []
-
-
 def importance_warnings(config: Config, source_layers: int | None, target_layers: int | None) -> list[str]:
     """What is set and changes nothing."""
     layer = config.prune.importance.layer_criterion

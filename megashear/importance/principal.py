@@ -24,6 +24,9 @@ from megashear.model.layer import Layer, Norm
 from megashear.model.llama import Llama
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 
+BAND = 0.1
+"""Of SmolLM2-135M's 576 units 489 lie within it; giving them one weight raises its loss by 0.006."""
+
 
 def residual_covariance(
     chunks: Sequence[Llama],
@@ -74,15 +77,37 @@ def _forward(chunks: Sequence[Llama], batches: list[MicroBatch]) -> None:
     run_micro_batches(forward, list(chunks), batches, batches[0].tokens_BS.shape[1], 1, forward_only=True)
 
 
-def principal_basis(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
+def principal_basis(covariance_DD: Tensor, axes_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Variances [D], falling, and their directions as columns [D, D], both fp64 on the covariance's device.
 
-    A direction's sign, which is free, is the one that makes its largest component positive.
+    A direction's sign, which is free, is the one that makes its largest component positive. axes_D: bool, units that
+    stay directions of their own; the others turn among themselves.
     """
-    variance_D, basis_DD = torch.linalg.eigh(covariance_DD)
-    variance_D, basis_DD = variance_D.flip(0).clamp(min=0.0), basis_DD.flip(1)
+    axes_D = torch.zeros(len(covariance_DD), dtype=torch.bool) if axes_D is None else axes_D
+    turned = (~axes_D).nonzero().flatten().to(covariance_DD.device)
+    own_DD = torch.eye(len(covariance_DD), dtype=torch.float64, device=covariance_DD.device)
+    variance_D, basis_DD = covariance_DD.diag().clone(), own_DD.clone()
+    variance_D[turned], basis_DD[turned[:, None], turned] = torch.linalg.eigh(covariance_DD[turned[:, None], turned])
+    variance_D, order_D = variance_D.clamp(min=0.0).sort(descending=True, stable=True)
+    basis_DD = basis_DD[:, order_D]
     largest_1D = basis_DD.gather(0, basis_DD.abs().argmax(0, keepdim=True))
     return variance_D, basis_DD * largest_1D.sign()
+
+
+def unlike_units(norm_D: Tensor) -> Tensor:
+    """Units of a tied model that have to stay directions of their own, bool [D], by its final norm's weight.
+
+    That weight cannot go into the output layer, which is the embedding. Units whose weights are the mean's may turn
+    among each other; those within BAND of the median are taken to be, and get the mean.
+    """
+    median = norm_D.median()
+    return (norm_D - median).abs() > BAND * median.abs()
+
+
+def turned_norm(norm_D: Tensor, basis_DD: Tensor) -> Tensor:
+    """The final norm's weight [D] of a tied model in a basis whose axes are `unlike_units`: theirs, else the mean."""
+    axes_D = unlike_units(norm_D)
+    return basis_DD.T.square() @ torch.where(axes_D, norm_D, norm_D[~axes_D].mean())
 
 
 def share_kept(variance_D: Tensor, units: int) -> float:

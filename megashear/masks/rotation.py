@@ -7,8 +7,9 @@ so that the result is an ordinary LLaMA):
     embedding Q        q, k, v, gate, up, output: W diag(norm) Q        o, down: Q^T W        norms 1
 
 Key properties: exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
-elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model has no such form. Read next:
-`fold.py` (cutting), `../importance/principal.py` (which basis).
+elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model's final norm keeps one, and its
+function only as far as that weight is alike for all units that turn. Read next: `fold.py` (cutting),
+`../importance/principal.py` (which basis).
 """
 
 from collections.abc import Callable
@@ -31,12 +32,14 @@ SHORT = {full.removesuffix(".weight"): part for part, full in PARTS.items()}
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotates any tensor of an untied LLaMA; call it tensor by tensor, in any order."""
+    """Rotates any tensor of a LLaMA; call it tensor by tensor, in any order."""
 
     basis_DD: Tensor
     """Orthonormal columns, fp64: the new basis in coordinates of the old one."""
     read: Callable[[str], Tensor]
     """Full tensors of the model by Hugging Face's names."""
+    final_norm_D: Tensor | None = None
+    """Weight of the final norm in the new basis, for a tied model."""
 
     def __call__(self, name: str) -> Tensor:
         """The rotated tensor, in the basis's precision on its device."""
@@ -44,7 +47,7 @@ class Rotation:
         if name == EMBEDDING:
             return tensor @ self.basis_DD
         if name == FINAL_NORM:
-            return torch.ones_like(tensor)
+            return torch.ones_like(tensor) if self.final_norm_D is None else self.final_norm_D
         if name == OUTPUT:
             return self._reader(tensor, FINAL_NORM)
         match = LAYER_NAME.fullmatch(name)

@@ -12,15 +12,16 @@ from torch import Tensor
 from megashear.engine.collectives import on_main
 from megashear.errors import TrainingError
 from megashear.files.atomic import atomic_folder
-from megashear.importance.principal import principal_basis, residual_covariance, share_kept
+from megashear.importance.principal import principal_basis, residual_covariance, share_kept, turned_norm, unlike_units
 from megashear.masks.rotation import Rotation
 from megashear.masks.target import in_principal_basis
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.run.calibration import build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
+from megashear.run.source_losses import open_heldout, source_losses
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
-from megashear.weights.names import tensor_shapes
+from megashear.weights.names import FINAL_NORM, tensor_shapes
 from megashear.weights.writer import ShardedWriter
 
 FOLDER = "principal"
@@ -57,8 +58,10 @@ def drop_rotated(context: Context) -> None:
 def _rotate(context: Context) -> None:
     prune = context.config.prune
     source = context.source or RandomWeights(context.source_shape, context.config.run.seed)
+    chunks = build_source(context, source)
+    source_losses(context, open_heldout(context, prune.batch.eval_sequences), chunks, prune.batch.micro_batch, None)
     covariance_DD = residual_covariance(
-        build_source(context, source),
+        chunks,
         context.layout,
         calibration_text(context),
         prune.importance.batches,
@@ -74,8 +77,11 @@ def _rotate(context: Context) -> None:
 
 
 def _write(context: Context, source: TensorSource, covariance_DD: Tensor) -> None:
-    variance_D, basis_DD = principal_basis(covariance_DD)
     assert context.target_shape is not None
+    shapes, norm_D = tensor_shapes(context.source_shape), None
+    if context.source_shape.tie_word_embeddings:
+        norm_D = source.read_slice(FINAL_NORM, 0, 0, len(covariance_DD)).to(covariance_DD)
+    variance_D, basis_DD = principal_basis(covariance_DD, None if norm_D is None else unlike_units(norm_D))
     kept = context.target_shape.hidden_size
     print(
         f"principal basis: {kept} of {len(variance_D)} hidden units hold {share_kept(variance_D, kept):.1%} of the "
@@ -84,8 +90,8 @@ def _write(context: Context, source: TensorSource, covariance_DD: Tensor) -> Non
     )
     if context.layout.device.type != "cpu":
         basis_DD = basis_DD.float()
-    shapes = tensor_shapes(context.source_shape)
-    rotation = Rotation(basis_DD, lambda name: source.read_slice(name, 0, 0, shapes[name][0]))
+    final_norm_D = None if norm_D is None else turned_norm(norm_D.to(basis_DD), basis_DD)
+    rotation = Rotation(basis_DD, lambda name: source.read_slice(name, 0, 0, shapes[name][0]), final_norm_D)
     with atomic_folder(context.model_folder(FOLDER)) as temporary:
         with ShardedWriter.create(temporary, shapes, context.dtype) as writer:
             for name in shapes:

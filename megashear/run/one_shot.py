@@ -7,12 +7,11 @@ Read next: `importance.py`, `finalize.py`.
 import time
 from typing import Any
 
-from megashear.data.loader import HeldOut
 from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
 from megashear.run.importance import calibration_tokens, importance_scores
-from megashear.run.training import source_losses
+from megashear.run.source_losses import open_heldout, source_losses
 
 
 def run_one_shot(context: Context) -> None:
@@ -22,9 +21,9 @@ def run_one_shot(context: Context) -> None:
     scores = importance_scores(context)
     assert scores is not None
     scored = time.monotonic()
-    data, batch = context.config.data, context.config.prune.batch
-    heldout = HeldOut(context.dataset, data.sequence_length, batch.eval_sequences, data.separate_documents)
-    source_losses(context, heldout, list(build_source(context, pruning_source(context))), batch.micro_batch, None)
+    batch = context.config.prune.batch
+    heldout = open_heldout(context, batch.eval_sequences)
+    source_losses(context, heldout, build_source(context, pruning_source(context)), batch.micro_batch, None)
     record: dict[str, Any] = {
         "name": "prune",
         "method": "one_shot",

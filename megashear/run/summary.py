@@ -7,7 +7,8 @@ from megashear.errors import MegashearError
 from megashear.files.atomic import write_json
 from megashear.plot.run import plot_run
 from megashear.run.context import DONE, Context, read_record
-from megashear.run.training import SOURCE_LOSSES, loss_record, read_losses
+from megashear.run.source_losses import SOURCE_LOSSES, read_losses
+from megashear.run.training import loss_record
 from megashear.train.evaluate import Losses, from_json
 from megashear.train.tables import loss_table, outcome_table
 

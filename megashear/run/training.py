@@ -7,17 +7,14 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 import logging
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-from torch.nn import Module
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
-from megashear.data.loader import HeldOut, Loader
+from megashear.data.loader import Loader
 from megashear.data.mixture import Mixture
 from megashear.data.references import reference_losses
 from megashear.engine.collectives import on_main
@@ -25,7 +22,6 @@ from megashear.engine.device import device_name
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.errors import CheckpointError
-from megashear.files.atomic import write_json
 from megashear.masks.keep import unfinished
 from megashear.masks.state import MaskState
 from megashear.model.build import filled_chunks
@@ -33,11 +29,12 @@ from megashear.model.load import RandomWeights, TensorSource
 from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
 from megashear.run.basis import principal, pruning_source
-from megashear.run.context import Context, read_record
+from megashear.run.context import Context
 from megashear.run.importance import importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
+from megashear.run.source_losses import open_heldout, source_losses
 from megashear.run.teacher import build_teacher
-from megashear.train.evaluate import Losses, evaluate, from_json, mean_loss, to_json
+from megashear.train.evaluate import Losses, from_json, mean_loss, to_json
 from megashear.train.loop import Counters, Stage, train
 from megashear.train.metrics import Metrics
 from megashear.train.profile import traced
@@ -45,8 +42,6 @@ from megashear.train.progress import Progress
 from megashear.train.step import Stepper, local_rows
 
 logger = logging.getLogger(__name__)
-
-SOURCE_LOSSES = "source_losses.json"
 
 
 def run_training(context: Context, name: str) -> None:
@@ -142,7 +137,7 @@ def build_stage(
     """Put the stage together and fill in its newest checkpoint's state, if there is one."""
     config, layout, dataset = context.config, context.layout, context.dataset
     length, batch = config.data.sequence_length, section.batch
-    heldout = HeldOut(dataset, length, batch.eval_sequences, config.data.separate_documents)
+    heldout = open_heldout(context, batch.eval_sequences)
     checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
     before = source_losses(context, heldout, weights.chunks, batch.micro_batch, checkpoint)
     references = reference_losses(config.mixture, dataset.domains, _means(before))
@@ -232,33 +227,6 @@ def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
         mixture.set_weights(given)
     elif pruned is not None:
         mixture.set_weights(pruned["weights"])
-
-
-def source_losses(
-    context: Context, heldout: HeldOut, chunks: list[Module], micro_batch: int, checkpoint: Path | None
-) -> Losses | None:
-    """Held-out losses of the source model, evaluated once a run, while its weights are what the stage starts from.
-
-    None for a run from scratch. They are the references of `references: source`, and a column of the run's last table.
-    """
-    path = context.folder / SOURCE_LOSSES
-    known = on_main(context.layout, lambda: read_losses(path))
-    if known is not None or context.source is None:
-        return known
-    if checkpoint is not None or context.done("prune") is not None:
-        raise CheckpointError(
-            f"{path}: missing, and the source's weights have been trained since it was written; restore it, or choose "
-            "another run.folder"
-        )
-    losses = evaluate(heldout, context.layout, chunks, micro_batch)
-    on_main(context.layout, lambda: write_json(path, to_json(losses)))
-    return losses
-
-
-def read_losses(path: Path) -> Losses | None:
-    """Losses and errors by domain from a JSON file, or None where there is none."""
-    found = read_record(path)
-    return None if found is None else from_json(found)
 
 
 def _means(losses: Losses | None) -> dict[str, float] | None:

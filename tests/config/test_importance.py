@@ -29,7 +29,6 @@ NONE = "prune.importance.criterion=null"
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),
         (["prune.basis=any"], "prune.basis"),
-        (["prune.basis=principal", "source.shape.tie_word_embeddings=true"], "whose output is its embedding"),
     ],
 )
 def test_each_rule(tmp_path: Path, overrides: list[str], words: str) -> None:

@@ -7,7 +7,7 @@ from parallel.importance_case import BATCHES, covariance, drawn_shape, open_load
 from run_stages.tiny import Tiny
 
 from importance.oracle import llama
-from megashear.importance.principal import principal_basis, share_kept
+from megashear.importance.principal import principal_basis, share_kept, turned_norm, unlike_units
 
 
 def expected(data: Path, shape_name: str, sequences: int) -> torch.Tensor:
@@ -51,3 +51,25 @@ def test_directions_are_orthonormal_ordered_and_of_a_fixed_sign() -> None:
     assert bool((directions.gather(0, directions.abs().argmax(0, keepdim=True)) > 0).all())
     assert share_kept(found, 12) == 1.0
     assert abs(share_kept(found.flip(0), 1) - 3.0 / float(variance.sum())) < 1e-12
+
+
+def test_units_of_an_unlike_norm_stay_their_own_directions() -> None:
+    norm = torch.tensor([1.0, 1.05, 2.0, 0.97, -1.0, 1.01], dtype=torch.float64)
+    axes = unlike_units(norm)
+    assert axes.tolist() == [False, False, True, False, True, False]
+    generator = torch.Generator().manual_seed(2)
+    factor = torch.randn(6, 6, generator=generator).double()
+    variance, basis = principal_basis(factor @ factor.T, axes)
+    assert torch.equal(variance, variance.sort(descending=True).values)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64))
+    for unit in (2, 4):
+        column = basis[unit].abs().argmax()
+        assert torch.equal(basis[:, column].abs(), torch.eye(6, dtype=torch.float64)[unit])
+        assert turned_norm(norm, basis)[column] == norm[unit]
+    inner = (factor @ factor.T)[~axes][:, ~axes]
+    turned = basis[~axes]
+    turned = turned[:, turned.abs().amax(0) > 0]
+    off = turned.T @ inner @ turned
+    assert (off - off.diag().diag()).abs().max() < 1e-12 * off.diag().max()
+    mean = norm[~axes].mean()
+    assert int(((turned_norm(norm, basis) - mean).abs() < 1e-12).sum()) == 4

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megashear.errors import ConfigError
 from megashear.run import basis
 from megashear.weights.folder import ModelFolder
 from run_stages.tiny import Tiny, break_off, die, differing, finish, results
@@ -91,6 +90,16 @@ def test_a_killed_run_goes_on_in_the_same_basis(untied: Tiny, tmp_path: Path) ->
     assert not (tmp_path / "broken/principal").exists()
 
 
-def test_a_tied_source_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"prune\.basis: principal cannot be had"):
-        finish(tiny.config(tmp_path / "run", "prune.basis=principal"))
+def test_a_tied_source_turns_where_it_is_asked_to(tiny: Tiny, tmp_path: Path) -> None:
+    """Its final norm has one weight for all units, as at birth: then nothing of its function is lost."""
+    finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.basis=principal"))
+    rotated = tmp_path / "run/principal"
+    logits = []
+    for folder in (tiny.source, rotated):
+        with torch.no_grad():
+            logits.append(LlamaForCausalLM.from_pretrained(folder)(torch.arange(40)[None]).logits)
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+    assert prune_record(tmp_path / "run")["principal"]
+    finish(tiny.config(tmp_path / "run", "prune.basis=principal"))
+    assert ModelFolder.open(tmp_path / "run/final").shape.tie_word_embeddings
+    assert json.loads((tmp_path / "run/finalize/done.json").read_text())["logit_difference"] <= 1e-5
