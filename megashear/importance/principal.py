@@ -11,38 +11,52 @@ directions are any basis of the space they span, so another layout's may be anot
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megashear.data.loader import Loader
-from megashear.engine.collectives import sum_over_world
+from megashear.engine.collectives import max_over_world, sum_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
 from megashear.model.layer import Layer, Norm
 from megashear.model.llama import Llama
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 
+MASSIVE = 10.0
+"""Times the root of the mean square over a token's units, from which on an activation is massive."""
 BAND = 0.1
 """Of SmolLM2-135M's 576 units 489 lie within it; giving them one weight raises its loss by 0.006."""
 
 
-def residual_covariance(
+@dataclass(frozen=True)
+class ResidualStream:
+    """What norms read, x / rms(x), over calibration tokens and all norms; fp64, equal on every rank."""
+
+    covariance_DD: Tensor
+    """Mean of outer products."""
+    peak_D: Tensor
+    """Largest size of each unit."""
+
+
+def residual_stream(
     chunks: Sequence[Llama],
     layout: Layout,
     loader: Loader,
     batches: int,
     global_batch: int,
     each: Callable[[int], None] = lambda _: None,
-) -> Tensor:
-    """Covariance [D, D] in fp64 of the normalised residual stream, equal on every rank (all of them take part).
+) -> ResidualStream:
+    """Moments of the normalised residual stream (all ranks take part).
 
     chunks: of the model, whose weights stay; global_batch: sequences of a batch, divisible among data-parallel ranks;
     each: called after every batch.
     """
     shape, rows = chunks[0].shape, local_rows(global_batch, layout, 1)
     sum_DD = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=layout.device)
+    peak_D = torch.zeros_like(sum_DD[0])
     # Where every tensor-parallel rank sees whole sequences, each of them counts its share of what all see alike.
     share = 1.0 if layout.sequence else 1.0 / layout.tensor_size
 
@@ -51,6 +65,7 @@ def residual_covariance(
         wide_ND = stream_SBD.flatten(0, 1).to(torch.promote_types(stream_SBD.dtype, torch.float32))
         unit_ND = wide_ND * torch.rsqrt(wide_ND.square().mean(1, keepdim=True) + norm.eps)
         sum_DD.add_((unit_ND.T @ unit_ND).double(), alpha=share)
+        torch.maximum(peak_D, unit_ND.abs().amax(0), out=peak_D)
 
     for number in range(batches):
         samples, _ = loader.read(loader.stream.next_batch(global_batch), rows.numpy())
@@ -60,7 +75,7 @@ def residual_covariance(
             _forward(chunks, micro_batches(samples, layout, 1, layout.device, loader.separator))
         each(number + 1)
     seen = batches * global_batch * loader.sequence_length * (2 * shape.num_layers + 1)
-    return sum_over_world(sum_DD).div_(seen)
+    return ResidualStream(sum_over_world(sum_DD).div_(seen), max_over_world(peak_D))
 
 
 def _norms(chunks: Sequence[Llama]) -> list[Norm]:
@@ -94,6 +109,15 @@ def principal_basis(covariance_DD: Tensor, axes_D: Tensor | None = None) -> tupl
     return variance_D, basis_DD * largest_1D.sign()
 
 
+def massive_units(peak_D: Tensor) -> Tensor:
+    """Units whose activations are massive for some token, bool [D].
+
+    Such activations (Sun et al. 2024, arXiv 2402.17762) may be thousands of times larger than the others: spread over
+    directions they would take these directions' digits with them. They stay directions of their own.
+    """
+    return peak_D > MASSIVE
+
+
 def unlike_units(norm_D: Tensor) -> Tensor:
     """Units of a tied model that have to stay directions of their own, bool [D], by its final norm's weight.
 
@@ -104,9 +128,8 @@ def unlike_units(norm_D: Tensor) -> Tensor:
     return (norm_D - median).abs() > BAND * median.abs()
 
 
-def turned_norm(norm_D: Tensor, basis_DD: Tensor) -> Tensor:
-    """The final norm's weight [D] of a tied model in a basis whose axes are `unlike_units`: theirs, else the mean."""
-    axes_D = unlike_units(norm_D)
+def turned_norm(norm_D: Tensor, axes_D: Tensor, basis_DD: Tensor) -> Tensor:
+    """The final norm's weight [D] of a tied model in the basis: that of units that stay, for all others their mean."""
     return basis_DD.T.square() @ torch.where(axes_D, norm_D, norm_D[~axes_D].mean())
 
 

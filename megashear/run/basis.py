@@ -7,12 +7,18 @@ one. Read next: `importance/principal.py`, `masks/rotation.py`.
 
 import shutil
 
-from torch import Tensor
-
 from megashear.engine.collectives import on_main
 from megashear.errors import TrainingError
 from megashear.files.atomic import atomic_folder
-from megashear.importance.principal import principal_basis, residual_covariance, share_kept, turned_norm, unlike_units
+from megashear.importance.principal import (
+    ResidualStream,
+    massive_units,
+    principal_basis,
+    residual_stream,
+    share_kept,
+    turned_norm,
+    unlike_units,
+)
 from megashear.masks.rotation import Rotation
 from megashear.masks.target import in_principal_basis
 from megashear.model.load import RandomWeights, TensorSource
@@ -60,7 +66,7 @@ def _rotate(context: Context) -> None:
     source = context.source or RandomWeights(context.source_shape, context.config.run.seed)
     chunks = build_source(context, source)
     source_losses(context, open_heldout(context, prune.batch.eval_sequences), chunks, prune.batch.micro_batch, None)
-    covariance_DD = residual_covariance(
+    stream = residual_stream(
         chunks,
         context.layout,
         calibration_text(context),
@@ -68,29 +74,31 @@ def _rotate(context: Context) -> None:
         prune.batch.global_batch,
         calibration_progress(context, "principal basis"),
     )
-    if not bool(covariance_DD.isfinite().all()):
+    if not bool(stream.covariance_DD.isfinite().all()):
         raise TrainingError(
             "principal basis: the source's activations are not finite numbers; look for losses that are not in it "
             "(`megashear eval SOURCE DATA`), or set precision: fp32"
         )
-    on_main(context.layout, lambda: _write(context, source, covariance_DD))
+    on_main(context.layout, lambda: _write(context, source, stream))
 
 
-def _write(context: Context, source: TensorSource, covariance_DD: Tensor) -> None:
+def _write(context: Context, source: TensorSource, stream: ResidualStream) -> None:
     assert context.target_shape is not None
-    shapes, norm_D = tensor_shapes(context.source_shape), None
+    shapes, kept = tensor_shapes(context.source_shape), context.target_shape.hidden_size
+    axes_D, norm_D = massive_units(stream.peak_D), None
     if context.source_shape.tie_word_embeddings:
-        norm_D = source.read_slice(FINAL_NORM, 0, 0, len(covariance_DD)).to(covariance_DD)
-    variance_D, basis_DD = principal_basis(covariance_DD, None if norm_D is None else unlike_units(norm_D))
-    kept = context.target_shape.hidden_size
+        norm_D = source.read_slice(FINAL_NORM, 0, 0, len(axes_D)).to(stream.peak_D)
+        axes_D |= unlike_units(norm_D)
+    variance_D, basis_DD = principal_basis(stream.covariance_DD, axes_D)
     print(
         f"principal basis: {kept} of {len(variance_D)} hidden units hold {share_kept(variance_D, kept):.1%} of the "
-        f"residual stream's variance (of the source's own units {share_kept(covariance_DD.diag(), kept):.1%})",
+        f"residual stream's variance (of the source's own units {share_kept(stream.covariance_DD.diag(), kept):.1%}); "
+        f"{int(axes_D.sum())} of the source's stay as they are",
         flush=True,
     )
     if context.layout.device.type != "cpu":
         basis_DD = basis_DD.float()
-    final_norm_D = None if norm_D is None else turned_norm(norm_D.to(basis_DD), basis_DD)
+    final_norm_D = None if norm_D is None else turned_norm(norm_D.to(basis_DD), axes_D, basis_DD)
     rotation = Rotation(basis_DD, lambda name: source.read_slice(name, 0, 0, shapes[name][0]), final_norm_D)
     with atomic_folder(context.model_folder(FOLDER)) as temporary:
         with ShardedWriter.create(temporary, shapes, context.dtype) as writer:

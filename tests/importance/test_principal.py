@@ -3,23 +3,25 @@
 from pathlib import Path
 
 import torch
-from parallel.importance_case import BATCHES, covariance, drawn_shape, open_loader
+from parallel.importance_case import BATCHES, drawn_shape, open_loader, residual_moments
 from run_stages.tiny import Tiny
 
 from importance.oracle import llama
-from megashear.importance.principal import principal_basis, share_kept, turned_norm, unlike_units
+from megashear.importance.principal import massive_units, principal_basis, share_kept, turned_norm, unlike_units
 
 
-def expected(data: Path, shape_name: str, sequences: int) -> torch.Tensor:
-    """Mean over tokens and norms of outer products of x / rms(x), one sequence after another."""
+def expected(data: Path, shape_name: str, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over tokens and norms of outer products of x / rms(x), and largest sizes, one sequence after another."""
     shape = drawn_shape(shape_name)
     model, loader = llama(shape), open_loader(data)
     found: list[torch.Tensor] = []
+    peaks: list[torch.Tensor] = []
 
     def note(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
         x = inputs[0][0].double()
         unit = x / (x.square().mean(1, keepdim=True) + shape.norm_eps).sqrt()
         found.append(unit.T @ unit / len(unit))
+        peaks.append(unit.abs().amax(0))
 
     for name, module in model.named_modules():
         if name.endswith("norm"):
@@ -30,12 +32,13 @@ def expected(data: Path, shape_name: str, sequences: int) -> torch.Tensor:
             for sample in samples.long():
                 model(sample[None, :-1], use_cache=False)
     assert len(found) == BATCHES * sequences * (2 * shape.num_layers + 1)
-    return torch.stack(found).mean(0)
+    return torch.stack(found).mean(0), torch.stack(peaks).amax(0)
 
 
 def test_covariance_is_that_of_transformers_activations(alone, tiny: Tiny) -> None:
-    found = covariance(str(tiny.data), "grouped untied", {})
-    wanted = expected(tiny.data, "grouped untied", 4)
+    moments = residual_moments(str(tiny.data), "grouped untied", {})
+    found, (wanted, peak) = moments["covariance_DD"], expected(tiny.data, "grouped untied", 4)
+    assert (moments["peak_D"] - peak).abs().max() <= 1e-6 * peak.max()
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
     assert abs(float(found.trace()) / len(found) - 1.0) < 1e-4  # x / rms(x) has a mean square of 1, but for eps
 
@@ -65,11 +68,17 @@ def test_units_of_an_unlike_norm_stay_their_own_directions() -> None:
     for unit in (2, 4):
         column = basis[unit].abs().argmax()
         assert torch.equal(basis[:, column].abs(), torch.eye(6, dtype=torch.float64)[unit])
-        assert turned_norm(norm, basis)[column] == norm[unit]
+        assert turned_norm(norm, axes, basis)[column] == norm[unit]
     inner = (factor @ factor.T)[~axes][:, ~axes]
     turned = basis[~axes]
     turned = turned[:, turned.abs().amax(0) > 0]
     off = turned.T @ inner @ turned
     assert (off - off.diag().diag()).abs().max() < 1e-12 * off.diag().max()
     mean = norm[~axes].mean()
-    assert int(((turned_norm(norm, basis) - mean).abs() < 1e-12).sum()) == 4
+    assert int(((turned_norm(norm, axes, basis) - mean).abs() < 1e-12).sum()) == 4
+
+
+def test_units_of_massive_activations_are_told_by_their_peaks() -> None:
+    peak = torch.full((16,), 3.0, dtype=torch.float64)
+    peak[3], peak[5] = 10.1, 9.9
+    assert massive_units(peak).nonzero().flatten().tolist() == [3]

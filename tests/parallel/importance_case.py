@@ -11,7 +11,7 @@ from megashear.config.shape import ModelShape
 from megashear.data.loader import Loader
 from megashear.data.manifest import Dataset
 from megashear.importance.calibrate import calibrate, calibration_loader
-from megashear.importance.principal import residual_covariance
+from megashear.importance.principal import residual_stream
 from megashear.importance.registry import criteria_of
 from megashear.masks.scores import Scores
 from parallel.models import SHAPES, Drawn, build_model
@@ -58,8 +58,10 @@ def score(
     return {name: vars(one) for name, one in found.items()}
 
 
-def covariance(data: str, shape: str, parallel: dict[str, Any], layers: int = 3, sequences: int = 4) -> torch.Tensor:
-    """The covariance of the residual stream, [D, D]."""
+def residual_moments(
+    data: str, shape: str, parallel: dict[str, Any], layers: int = 3, sequences: int = 4
+) -> dict[str, Any]:
+    """Covariance [D, D] and peaks [D] of the residual stream."""
     source = drawn_shape(shape, layers)
     layout, chunks = build_model(source, ParallelConfig(**parallel), Drawn(source))
-    return residual_covariance(chunks, layout, open_loader(Path(data)), BATCHES, sequences)
+    return vars(residual_stream(chunks, layout, open_loader(Path(data)), BATCHES, sequences))
