@@ -145,13 +145,7 @@ def build_stage(
     mixture = Mixture(config.mixture, tokens, references, batch.steps)
     if name == "pretrain":
         _start_pretraining_mixture(context, mixture)
-    stream = BlendedStream(
-        sources(dataset, length),
-        config.run.seed,
-        mixture.weights,
-        config.data.exhausted,
-        config.data.repeat_limit,
-    )
+    stream = open_stream(context, mixture)
     taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
     stepper = build_stepper(context, section, weights, masks)
     counters, losses = Counters(), None
@@ -197,6 +191,13 @@ def build_stepper(
     teacher = build_teacher(context, section.distillation)
     seed, clip = context.config.run.seed, section.optimizer.clip_norm
     return Stepper(context.layout, weights, masks, seed, section.batch.micro_batch, clip, jointly, teacher)
+
+
+def open_stream(context: Context, mixture: Mixture) -> BlendedStream:
+    """The run's stream of samples from its beginning, by the mixture's weights."""
+    data, seed = context.config.data, context.config.run.seed
+    windows = sources(context.dataset, data.sequence_length)
+    return BlendedStream(windows, seed, mixture.weights, data.exhausted, data.repeat_limit)
 
 
 def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) -> Batches:
