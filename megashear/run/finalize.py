@@ -100,8 +100,8 @@ def load_cut(context: Context) -> Cut:
         scores = read_scores(context).units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
         masks = _on(context.layout.device, open_units(scores, specs, shape, principal(context)))
-        keep, record = keep_sets(scores, specs, shape), context.provenance([record])
-        return Cut(pruning_folder(context), keep, masks, [], record)
+        keep = keep_sets(scores, specs, shape)
+        return Cut(pruning_folder(context), keep, masks, [], context.provenance([record]))
     learned = load_masks(context)
     keep = keep_sets(learned.log_alpha, learned.specs, shape)
     borderline = borderline_units(learned.log_alpha, learned.specs)

@@ -2,8 +2,10 @@
 
 A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning stage has
 reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
-moments: pre-training goes on as if pruning had. Key property: the files are model folders like any other, so that
-layouts may change between the stages; without them pre-training starts a fresh Adam. They go when it is done.
+moments: pre-training goes on as if pruning had. (In the principal basis norms' weights take their gain at the cut, and
+their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Key property: the files are
+model folders like any other, so that layouts may change between the stages; without them pre-training starts a fresh
+Adam. They go when it is done.
 Read next: `training.py`, `finalize.py`.
 """
 
