@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import PruneConfig, ShapeConfig
@@ -31,18 +32,23 @@ def start_command() -> None:
     subprocess.run([sys.executable, "-m", "megashear", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
+def learned(masks: MaskState, number: int) -> dict[str, Tensor]:
+    """A step's sample, without what has no gradient (the norms' gain)."""
+    return {name: value for name, value in vars(masks.sample(SEED, number, 0)).items() if value.requires_grad}
+
+
 def mask_step() -> Callable[[], None]:
     """A step of the mask module at the shapes of 7B and 1.3B, its number counting up."""
     source = resolve_shape(ShapeConfig(preset="llama2-7b"), None)
     masks = MaskState(source, resolve_shape(ShapeConfig(preset="sheared-1.3b"), source), PruneConfig(), SEED)
-    upstream = {name: torch.ones_like(value) for name, value in vars(masks.sample(SEED, 0, 0)).items()}
+    upstream = {name: torch.ones_like(value) for name, value in learned(masks, 0).items()}
     number = 0
 
     def step() -> None:
         nonlocal number
         number += 1
         masks.zero_gradients()
-        drawn = vars(masks.sample(SEED, number, 0))
+        drawn = learned(masks, number)
         torch.autograd.backward(list(drawn.values()), [upstream[name] for name in drawn])
         masks.add_lagrangian_gradients(number)
         masks.grad_norm_squared()
