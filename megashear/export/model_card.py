@@ -74,6 +74,8 @@ def _stage(stage: dict[str, Any]) -> str:
         text += "), without training.\n"
     else:
         text += f"{', '.join(counts)}.\n" if counts else ""
+    if stage.get("principal"):
+        text += "Hidden units were chosen among the principal directions of the source's residual stream.\n"
     losses = stage.get("losses") or {}
     if losses:
         text += "\n| domain | held-out loss (nats per token) |\n|---|---|\n"

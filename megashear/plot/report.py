@@ -122,6 +122,8 @@ def kept(run: RunRecord) -> list[Html]:
         criteria = ", ".join(f"{name} by {criterion}" for name, criterion in pruned["criteria"].items())
         tokens = count(pruned.get("calibration_tokens") or 0)
         parts.append(paragraph(f"Chosen at once: {criteria}; {tokens} tokens of calibration are not in the cost."))
+    if pruned.get("principal"):
+        parts.append(paragraph("Hidden units are principal directions of the source's residual stream."))
     near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
     for name in dict.fromkeys([*run.masks, *near]):
         mask, cut = run.masks.get(name), near.get(name)

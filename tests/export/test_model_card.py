@@ -27,7 +27,8 @@ def test_units_kept_by_scores_alone():
     stage["criteria"] = {"hidden": "activation", "intermediate": "activation", "layer": "block_influence"}
     card = model_card(SHAPE, "float32", {"stages": [stage]})
     assert "(activation, block_influence; 65,536 tokens of text), without training." in card
-    assert "0 steps" not in card
+    assert "0 steps" not in card and "principal" not in card
+    assert "among the principal directions" in model_card(SHAPE, "float32", {"stages": [stage | {"principal": True}]})
     by_weights = stage | {"criteria": {"hidden": "magnitude"}, "calibration_tokens": 0}
     assert "(magnitude), without training." in model_card(SHAPE, "float32", {"stages": [by_weights]})
 

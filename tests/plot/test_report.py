@@ -58,7 +58,7 @@ class Page(HTMLParser):
 def stage_done(folder: Path, stage: str, names: tuple[str, ...], loss: float, **more: object) -> None:
     """The record of a finished stage; losses rise by 0.1 from domain to domain."""
     losses = {name: loss + 0.1 * number for number, name in enumerate(names)}
-    (folder / stage).mkdir(parents=True)
+    (folder / stage).mkdir(parents=True, exist_ok=True)
     record = {"name": stage, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
     (folder / stage / "done.json").write_text(json.dumps(record))
 
@@ -197,7 +197,9 @@ def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
     stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, calibration_tokens=65_536)
     cells = Page(write_report(run)).cells
     said = "Chosen at once: head by fisher, layer by block_influence; 65.5 k tokens of calibration are not in the cost."
-    assert said in cells and "Cost" not in cells
+    assert said in cells and "Cost" not in cells and not any("principal" in cell for cell in cells)
+    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True)
+    assert "Hidden units are principal directions of the source's residual stream." in Page(write_report(run)).cells
 
 
 def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) -> None:
