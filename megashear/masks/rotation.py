@@ -4,7 +4,10 @@ RMSNorm without its weight commutes with rotations, so norm weights go into the 
 with Q's columns the new basis (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3; here one Q for all layers,
 so that the result is an ordinary LLaMA):
 
-    embedding Q        q, k, v, gate, up, output: W diag(norm) Q        o, down: Q^T W        norms 1
+    embedding Q        q, k, v, gate, up, output: W diag(norm / c) Q        o, down: Q^T W        norms c
+
+c, one number for each norm, is the root mean square of its weights, often a few tenths: Adam's steps have a length of
+their own, and would change matrices that had taken all of the norm in by as much more as they had got smaller.
 
 Key properties: exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
 elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model's final norm keeps one, and its
@@ -47,7 +50,7 @@ class Rotation:
         if name == EMBEDDING:
             return tensor @ self.basis_DD
         if name == FINAL_NORM:
-            return torch.ones_like(tensor) if self.final_norm_D is None else self.final_norm_D
+            return uniform(tensor) if self.final_norm_D is None else self.final_norm_D
         if name == OUTPUT:
             return self._reader(tensor, FINAL_NORM)
         match = LAYER_NAME.fullmatch(name)
@@ -55,7 +58,17 @@ class Rotation:
         part = SHORT[match[2]]
         if part in READS:
             return self._reader(tensor, layer_name(int(match[1]), READS[part]))
-        return self.basis_DD.T @ tensor if part in WRITES else torch.ones_like(tensor)
+        return self.basis_DD.T @ tensor if part in WRITES else uniform(tensor)
 
     def _reader(self, tensor: Tensor, norm: str) -> Tensor:
-        return (tensor * self.read(norm).to(self.basis_DD)) @ self.basis_DD
+        norm_D = self.read(norm).to(self.basis_DD)
+        return (tensor * (norm_D / uniform(norm_D))) @ self.basis_DD
+
+
+def uniform(norm_D: Tensor) -> Tensor:
+    """The norm's weight in a rotated basis, [D]: one number, the root mean square of what it was (1 where that is 0).
+
+    Rounded to bf16, so that it is the same number in every precision that a model is written in.
+    """
+    size = norm_D.square().mean().sqrt().to(torch.bfloat16).to(norm_D)
+    return torch.where(size > 0, size, torch.ones_like(size)).expand_as(norm_D)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from importance.oracle import llama
-from parallel.models import SHAPES, Drawn
+from parallel.models import SHAPES
 
 from megashear.masks.rotation import Rotation
 
@@ -17,14 +17,28 @@ TOLERANCE = 1e-6
 def test_logits_stay(name: str) -> None:
     shape = replace(SHAPES[name], num_layers=2)
     model = llama(shape)
+    with torch.no_grad():
+        for tensor, weight in model.named_parameters():
+            if "norm" in tensor:
+                weight.mul_(0.3)
+    source = {tensor: weight.detach().clone() for tensor, weight in model.named_parameters()}
     tokens = torch.randint(shape.vocab_size, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         before = model(tokens).logits
         basis = torch.linalg.qr(torch.randn(48, 48, generator=torch.Generator().manual_seed(4)).double()).Q
-        rotation = Rotation(basis, Drawn(shape).read)
-        rotated = {tensor: rotation(tensor) for tensor in Drawn(shape).shapes}
+        rotation = Rotation(basis, source.__getitem__)
+        rotated = {tensor: rotation(tensor) for tensor in source}
         model.load_state_dict(rotated)
         after = model(tokens).logits
     assert (after - before).abs().max() <= TOLERANCE * before.abs().max()
-    assert all(torch.equal(one, torch.ones_like(one)) for tensor, one in rotated.items() if "norm" in tensor)
-    assert (rotated["lm_head.weight"] - Drawn(shape).read("lm_head.weight")).abs().max() > 0.1
+    assert (rotated["lm_head.weight"] - source["lm_head.weight"]).abs().max() > 0.1
+    for norm in (tensor for tensor in source if "norm" in tensor):
+        size = rotated[norm][0]
+        assert (rotated[norm] == size).all() and size == size.bfloat16().to(size), norm
+        assert abs(size / source[norm].square().mean().sqrt() - 1) <= 2**-8, norm
+
+
+def test_a_norm_of_zeros_stays_one() -> None:
+    zeros = {"model.norm.weight": torch.zeros(4), "lm_head.weight": torch.ones(3, 4)}
+    rotation = Rotation(torch.eye(4, dtype=torch.float64), zeros.__getitem__)
+    assert (rotation("model.norm.weight") == 1).all() and (rotation("lm_head.weight") == 0).all()
