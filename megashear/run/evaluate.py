@@ -74,15 +74,19 @@ def model_losses(
     if problems:
         raise ConfigError(problems)
     sequences = HeldOut(dataset, *astuple(heldout))
-    chunks = build_fp32(folder, parallel, layout)
+    chunks = build_plain(folder, parallel, layout)
     return evaluate(sequences, layout, chunks, MICRO_BATCH)
 
 
-def build_fp32(
-    folder: ModelFolder, parallel: ParallelConfig, layout: Layout, exact: bool = True
+def build_plain(
+    folder: ModelFolder,
+    parallel: ParallelConfig,
+    layout: Layout,
+    exact: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks of a model folder in fp32, without optimizer. exact: as `prune.masking`."""
-    core = transformer_config(folder.shape, parallel, torch.float32)
+    """This rank's chunks of a model folder in fp32 or fp64, without optimizer. exact: as `prune.masking`."""
+    core = transformer_config(folder.shape, parallel, dtype)
     return list(filled_chunks(folder.shape, core, layout, folder, exact))
 
 

@@ -2,8 +2,8 @@
 
 From the model folder `masked` and the masks of pruning's last checkpoint, or from the source and its scores after
 one-shot pruning, tensor by tensor (`masks/fold.py`), to the model folder `pruned` in fp32, so that folding rounds
-nothing away. Then both run on held-out text in fp32, under the run's own layout: logits must agree. Read next:
-`masks/keep.py` (what is kept, borderline units).
+nothing away. Then both run on held-out text: logits must agree. Read next: `proof.py`, `masks/keep.py` (what is kept,
+borderline units).
 """
 
 import shutil
@@ -14,9 +14,7 @@ import torch
 
 from megashear.checkpoint.store import newest_valid, read_masks, step_folder
 from megashear.data.loader import HeldOut
-from megashear.engine.collectives import max_over_world, on_main
-from megashear.engine.parallel import gather_logits
-from megashear.engine.pipeline import run_micro_batches
+from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError, ModelError
 from megashear.files.atomic import atomic_folder
 from megashear.masks.fold import Fold
@@ -27,19 +25,13 @@ from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
 from megashear.run.basis import drop_rotated, principal, pruning_folder
 from megashear.run.context import Context
-from megashear.run.evaluate import build_fp32
 from megashear.run.importance import read_scores
 from megashear.run.moments import fold_moments, write_folded
+from megashear.run.proof import ROUNDINGS, TOLERANCE, Proof, prove
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
-from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
-
-TOLERANCE = 1e-5
-"""Largest difference of a logit, as a share of the largest logit: two fp32 computations of one function."""
-PROOF_SEQUENCES = 4
-"""Held-out sequences per data-parallel rank on which the logits are compared."""
 
 
 def run_finalize(context: Context) -> None:
@@ -51,23 +43,15 @@ def run_finalize(context: Context) -> None:
     data, sequences = context.config.data, context.config.prune.batch.eval_sequences
     heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
     assert context.target_shape is not None
-    exact = context.config.prune.masking == "exact"
-    masked = build_fp32(cut.masked, context.config.parallel, context.layout, exact)
-    expected = heldout_logits(context, masked, heldout, cut.masks)
-    del masked
-    pruned = build_fp32(ModelFolder.open(folder), context.config.parallel, context.layout, exact)
-    difference = compare(context, expected, heldout_logits(context, pruned, heldout, None))
-    if not difference <= TOLERANCE:
+    proof, pruned = prove(context, cut.masked, cut.masks, ModelFolder.open(folder), heldout)
+    if not proof.holds:
         on_main(context.layout, lambda: shutil.rmtree(folder))
-        raise ModelError(
-            f"{folder}: the pruned model's logits differ from the masked model's by {difference:.1e} of the largest "
-            f"(at most {TOLERANCE:.0e}); it was removed. This is a fault of megashear: please report it with "
-            f"{context.folder}/identity.json"
-        )
+        raise ModelError(failure(context, proof))
     losses = evaluate(heldout, context.layout, pruned, context.config.prune.batch.micro_batch)
     record: dict[str, Any] = {
         "name": "finalize",
-        "logit_difference": difference,
+        "logit_difference": proof.difference,
+        "logit_rounding": proof.rounding,
         "borderline": [vars(one) for one in cut.borderline],
         **loss_record(losses),
     }
@@ -141,43 +125,27 @@ def fold_folder(context: Context, cut: Cut) -> None:
         seal_folder(temporary, cut.provenance)
 
 
-def heldout_logits(
-    context: Context, chunks: list[torch.nn.Module], heldout: HeldOut, masks: Masks | None
-) -> list[torch.Tensor]:
-    """Logits [S, 1, V] of the first held-out sequences, one a micro-batch, on the ranks of the last stage."""
-    layout = context.layout
-    count = PROOF_SEQUENCES * layout.data_size * layout.pipeline_size
-    rows = [int(row) % len(heldout.rows) for row in local_rows(count, layout, 1)]
-    samples, _ = heldout.read(rows)
-
-    def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
-        return chunk(batch.tokens_BS, None, masks, None, batch.first_BS), lambda logits: (
-            logits.sum(),
-            gather_logits(logits),
-        )
-
-    batches = micro_batches(samples, layout, 1, layout.device, heldout.separator)
-    with torch.no_grad():
-        return run_micro_batches(forward, chunks, batches, samples.shape[1] - 1, 1, forward_only=True)
-
-
-def compare(context: Context, expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference of a logit over all ranks, as a share of the largest logit; padding columns are left out."""
-    vocab = context.source_shape.vocab_size
-    pair = torch.zeros(2, dtype=torch.float64, device=context.layout.device)
-    for one, other in zip(expected, found, strict=True):
-        one, other = one[..., :vocab].double(), other[..., :vocab].double()
-        pair = torch.maximum(pair, torch.stack([(one - other).abs().max(), one.abs().max()]))
-    difference, largest = max_over_world(pair).tolist()
-    return difference / largest
-
-
 def report(record: dict[str, Any]) -> str:
     """What finalisation found, in lines for a person."""
     lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest"]
+    if record["logit_rounding"] is not None:
+        lines.append(
+            f"  this model amplifies rounding: its masked logits in fp32 are {record['logit_rounding']:.1e} of the "
+            "largest away from those in fp64, so that pruned and masked ones cannot agree better"
+        )
     for one in record["borderline"]:
         lines.append(
             f"  {one['granularity']:<12} {one['kept']:>7} units kept, {one['below_half']:>5} of them borderline "
             f"(mask under 0.5), the least at {one['worst']:.4f}"
         )
     return "\n".join(lines)
+
+
+def failure(context: Context, proof: Proof) -> str:
+    """What is wrong where the pruned model is not the masked one."""
+    return (
+        f"{context.model_folder('pruned')}: the pruned model's logits differ from the masked model's by "
+        f"{proof.difference:.1e} of the largest (at most {TOLERANCE:.0e}, or {ROUNDINGS} times what fp32 loses of the "
+        f"masked model, {proof.rounding:.1e}); it was removed. This is a fault of megashear: please report it with "
+        f"{context.folder}/identity.json"
+    )
