@@ -12,6 +12,7 @@ import torch
 
 from megashear.config.legality import shape_problems
 from megashear.config.schema import ParallelConfig
+from megashear.config.shape import ModelShape
 from megashear.data.loader import HeldOut
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
@@ -20,6 +21,7 @@ from megashear.engine.parallel import transformer_config
 from megashear.errors import ConfigError, ModelError
 from megashear.files.atomic import write_json
 from megashear.model.build import filled_chunks
+from megashear.model.load import TensorSource
 from megashear.run.context import check_tokenizer
 from megashear.train.evaluate import Losses, evaluate, to_json
 from megashear.train.tables import loss_table
@@ -74,20 +76,20 @@ def model_losses(
     if problems:
         raise ConfigError(problems)
     sequences = HeldOut(dataset, *astuple(heldout))
-    chunks = build_plain(folder, parallel, layout)
+    chunks = plain_chunks(folder.shape, folder, parallel, layout)
     return evaluate(sequences, layout, chunks, MICRO_BATCH)
 
 
-def build_plain(
-    folder: ModelFolder,
+def plain_chunks(
+    shape: ModelShape,
+    source: TensorSource,
     parallel: ParallelConfig,
     layout: Layout,
     exact: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks of a model folder in fp32 or fp64, without optimizer. exact: as `prune.masking`."""
-    core = transformer_config(folder.shape, parallel, dtype)
-    return list(filled_chunks(folder.shape, core, layout, folder, exact))
+    """This rank's chunks of a model in fp32 or fp64, without optimizer. exact: as `prune.masking`."""
+    return list(filled_chunks(shape, transformer_config(shape, parallel, dtype), layout, source, exact))
 
 
 def verify_model(path: Path) -> None:

@@ -27,7 +27,7 @@ from megashear.run.basis import drop_rotated, principal, pruning_folder
 from megashear.run.context import Context
 from megashear.run.importance import read_scores
 from megashear.run.moments import fold_moments, write_folded
-from megashear.run.proof import ROUNDINGS, TOLERANCE, Proof, prove
+from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
 from megashear.weights.finish import seal_folder, write_settings
@@ -38,12 +38,13 @@ def run_finalize(context: Context) -> None:
     """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
     cut = load_cut(context)
     folder = context.model_folder("pruned")
-    on_main(context.layout, lambda: fold_folder(context, cut))
+    fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
+    on_main(context.layout, lambda: fold_folder(context, cut, fold))
     on_main(context.layout, lambda: fold_moments(context, cut.keep))
     data, sequences = context.config.data, context.config.prune.batch.eval_sequences
     heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
     assert context.target_shape is not None
-    proof, pruned = prove(context, cut.masked, cut.masks, ModelFolder.open(folder), heldout)
+    proof, pruned = prove(context, cut.masked, fold, ModelFolder.open(folder), heldout)
     if not proof.holds:
         on_main(context.layout, lambda: shutil.rmtree(folder))
         raise ModelError(failure(context, proof))
@@ -51,7 +52,7 @@ def run_finalize(context: Context) -> None:
     record: dict[str, Any] = {
         "name": "finalize",
         "logit_difference": proof.difference,
-        "logit_rounding": proof.rounding,
+        "exact_difference": proof.exact,
         "borderline": [vars(one) for one in cut.borderline],
         **loss_record(losses),
     }
@@ -113,11 +114,10 @@ def load_masks(context: Context) -> MaskState:
     return masks
 
 
-def fold_folder(context: Context, cut: Cut) -> None:
+def fold_folder(context: Context, cut: Cut, fold: Fold) -> None:
     """Write the model folder `pruned`, one tensor in memory at a time."""
     masked, target = cut.masked, context.target_shape
     assert target is not None
-    fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
     shutil.rmtree(context.model_folder("pruned"), ignore_errors=True)
     with atomic_folder(context.model_folder("pruned")) as temporary:
         write_folded(temporary, masked, fold, context, torch.float32)
@@ -128,10 +128,10 @@ def fold_folder(context: Context, cut: Cut) -> None:
 def report(record: dict[str, Any]) -> str:
     """What finalisation found, in lines for a person."""
     lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest"]
-    if record["logit_rounding"] is not None:
+    if record["exact_difference"] is not None:
         lines.append(
-            f"  this model amplifies rounding: its masked logits in fp32 are {record['logit_rounding']:.1e} of the "
-            "largest away from those in fp64, so that pruned and masked ones cannot agree better"
+            f"  this model amplifies rounding; in fp64, where it shows less, they agree within "
+            f"{record['exact_difference']:.1e}"
         )
     for one in record["borderline"]:
         lines.append(
@@ -145,7 +145,7 @@ def failure(context: Context, proof: Proof) -> str:
     """What is wrong where the pruned model is not the masked one."""
     return (
         f"{context.model_folder('pruned')}: the pruned model's logits differ from the masked model's by "
-        f"{proof.difference:.1e} of the largest (at most {TOLERANCE:.0e}, or {ROUNDINGS} times what fp32 loses of the "
-        f"masked model, {proof.rounding:.1e}); it was removed. This is a fault of megashear: please report it with "
+        f"{proof.difference:.1e} of the largest (at most {TOLERANCE:.0e}), and in fp64 by {proof.exact:.1e} (at most "
+        f"{EXACT_TOLERANCE:.0e}); it was removed. This is a fault of megashear: please report it with "
         f"{context.folder}/identity.json"
     )

@@ -1,8 +1,9 @@
 """The proof of a cut: on held-out text the pruned model computes the logits of the masked one, under the run's layout.
 
 Key properties: both run in fp32, where what the same function computed twice may differ by is known of an ordinary
-model (`TOLERANCE`). One that was nearly destroyed may amplify rounding a thousandfold; so where that is exceeded the
-masked model also runs in fp64, which tells what fp32 loses of this very model. Read next: `finalize.py`.
+model (`TOLERANCE`). One that was nearly destroyed may amplify rounding a thousandfold; where that is exceeded the
+masked model runs in fp64 beside one that is cut from it in fp64, and they have to agree far better. Read next:
+`finalize.py`.
 """
 
 from dataclasses import dataclass
@@ -10,21 +11,25 @@ from typing import Any
 
 import torch
 
+from megashear.config.shape import ModelShape
 from megashear.data.loader import HeldOut
 from megashear.engine.collectives import max_over_world
 from megashear.engine.parallel import gather_logits
 from megashear.engine.pipeline import run_micro_batches
+from megashear.masks.fold import LAYER_NAME, Fold
 from megashear.masks.masks import Masks
+from megashear.model.load import TensorSource
 from megashear.run.context import Context
-from megashear.run.evaluate import build_plain
+from megashear.run.evaluate import plain_chunks
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.folder import ModelFolder
 
 TOLERANCE = 1e-5
 """Largest difference of a logit, as a share of the largest logit: two fp32 computations of one function."""
-ROUNDINGS = 4
-"""How many times what fp32 loses of the masked model its logits and the pruned one's may differ by: either may be off
-by as much to either side, and the pruned weights were rounded once more."""
+EXACT_TOLERANCE = 1e-9
+"""The same of two fp64 computations."""
+LOOSE_TOLERANCE = 1e-2
+"""What fp32 may be off by at most where fp64 proved the cut: the folder's tensors are that cut, rounded."""
 SEQUENCES = 4
 """Held-out sequences per data-parallel rank on which the logits are compared."""
 
@@ -35,39 +40,67 @@ class Proof:
 
     difference: float
     """Of the pruned model from the masked one, both in fp32."""
-    rounding: float | None
-    """Of the masked model in fp32 from itself in fp64; None where nothing asked for it."""
+    exact: float | None
+    """Of the same cut from the masked model, both in fp64; None where nothing asked for it."""
 
     @property
     def holds(self) -> bool:
         """Whether they are one function but for rounding; NaN is not."""
-        return self.difference <= max(TOLERANCE, ROUNDINGS * (self.rounding or 0.0))
+        if self.exact is None:
+            return self.difference <= TOLERANCE
+        return self.exact <= EXACT_TOLERANCE and self.difference <= LOOSE_TOLERANCE
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The pruned model's tensors in fp64, cut from the masked model's as they are read."""
+
+    masked: ModelFolder
+    fold: Fold
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        match = LAYER_NAME.fullmatch(name)
+        layer = None if match is None else int(self.fold.keep.layer[int(match[1])])
+        source = name if match is None else f"model.layers.{layer}.{match[2]}.weight"
+        made = self.fold(source, self.masked.read(source).double())
+        assert made is not None, name
+        return made[1].narrow(dim, start, stop - start)
 
 
 def prove(
-    context: Context, masked: ModelFolder, masks: Masks, pruned: ModelFolder, heldout: HeldOut
+    context: Context, masked: ModelFolder, fold: Fold, pruned: ModelFolder, heldout: HeldOut
 ) -> tuple[Proof, list[torch.nn.Module]]:
     """Compare the masked model with the pruned one; returns this rank's chunks of the pruned one in fp32 too.
 
     Every rank calls it, and gets the same proof. One model is in memory at a time, where nothing asks for fp64.
     """
-    expected = _masked_logits(context, masked, masks, heldout, torch.float32)
-    exact = context.config.prune.masking == "exact"
-    chunks = build_plain(pruned, context.config.parallel, context.layout, exact)
+    expected = _logits(context, masked.shape, masked, heldout, torch.float32, fold.masks)
+    chunks = _chunks(context, pruned.shape, pruned, torch.float32)
     difference = _apart(context, expected, heldout_logits(context, chunks, heldout, None))
     if difference <= TOLERANCE:
         return Proof(difference, None), chunks
-    wide = _masked_logits(context, masked, masks, heldout, torch.float64)
-    return Proof(difference, _apart(context, wide, expected)), chunks
+    expected = _logits(context, masked.shape, masked, heldout, torch.float64, fold.masks)
+    found = _logits(context, pruned.shape, _Cut(masked, fold), heldout, torch.float64, None)
+    return Proof(difference, _apart(context, expected, found)), chunks
 
 
-def _masked_logits(
-    context: Context, masked: ModelFolder, masks: Masks, heldout: HeldOut, dtype: torch.dtype
-) -> list[torch.Tensor]:
+def _chunks(context: Context, shape: ModelShape, source: TensorSource, dtype: torch.dtype) -> list[torch.nn.Module]:
     exact = context.config.prune.masking == "exact"
-    chunks = build_plain(masked, context.config.parallel, context.layout, exact, dtype)
-    wide = Masks(*(None if mask is None else mask.to(dtype) for mask in vars(masks).values()))
-    return heldout_logits(context, chunks, heldout, wide)
+    return plain_chunks(shape, source, context.config.parallel, context.layout, exact, dtype)
+
+
+def _logits(
+    context: Context,
+    shape: ModelShape,
+    source: TensorSource,
+    heldout: HeldOut,
+    dtype: torch.dtype,
+    masks: Masks | None,
+) -> list[torch.Tensor]:
+    device, wide = context.layout.device, None
+    if masks is not None:
+        wide = Masks(*(None if mask is None else mask.to(device, dtype) for mask in vars(masks).values()))
+    return heldout_logits(context, _chunks(context, shape, source, dtype), heldout, wide)
 
 
 def heldout_logits(

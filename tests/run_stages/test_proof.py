@@ -14,7 +14,7 @@ from megashear.errors import ModelError
 from megashear.masks.fold import Fold
 from megashear.masks.rotation import Rotation
 from megashear.run.finalize import report
-from megashear.run.proof import ROUNDINGS, TOLERANCE
+from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE
 from run_stages.tiny import Tiny, finish
 
 MASSIVE = 1e4
@@ -57,14 +57,15 @@ def proof(folder: Path) -> dict[str, Any]:
 def test_rounding_that_a_model_amplifies_is_told_from_a_fault(tiny: Tiny, amplifying: Path, tmp_path: Path) -> None:
     finish(cut(tiny, tmp_path / "run", f"source.folder={amplifying}", "target={intermediate_size: 32}"))
     found = proof(tmp_path / "run")
-    assert TOLERANCE < found["logit_difference"] <= ROUNDINGS * found["logit_rounding"] < 0.1
+    assert TOLERANCE < found["logit_difference"] < 0.01
+    assert 0 < found["exact_difference"] <= EXACT_TOLERANCE
     assert "amplifies rounding" in report(found)
 
 
 def test_an_ordinary_model_needs_no_fp64(tiny: Tiny, tmp_path: Path) -> None:
     finish(cut(tiny, tmp_path / "run"))
     found = proof(tmp_path / "run")
-    assert found["logit_difference"] <= TOLERANCE and found["logit_rounding"] is None
+    assert found["logit_difference"] <= TOLERANCE and found["exact_difference"] is None
     assert "amplifies" not in report(found)
 
 
