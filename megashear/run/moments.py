@@ -3,10 +3,12 @@
 A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning stage has
 reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
 moments: pre-training goes on as if pruning had. (In the principal basis norms' weights take their gain at the cut, and
-their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Key property: the files are
-model folders like any other, so that layouts may change between the stages; without them pre-training starts a fresh
-Adam. They go when it is done.
-Read next: `training.py`, `finalize.py`.
+their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Where a teacher's share in the
+loss changes between the stages, so does the size of the gradients, sixfold and more: moments of a smooth loss would let
+the first steps on a noisy one run wild, and Adam starts fresh.
+
+Key property: the files are model folders like any other, so that layouts may change between the stages; without them
+pre-training starts a fresh Adam. They go when it is done. Read next: `training.py`, `finalize.py`.
 """
 
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megashear.config.schema import DistillationConfig
 from megashear.engine.collectives import on_main
 from megashear.engine.moments import MOMENTS, count_steps, kept_weights, shown_moment, take_moment
 from megashear.engine.optimizer import WeightOptimizer, unwrap
@@ -37,6 +40,7 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) 
     """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
     config = context.config
     goes_on = "pretrain" in config.run.stages and config.pretrain.moments == "pruned"
+    goes_on = goes_on and _same_loss(config.prune.distillation, config.pretrain.distillation)
     if not goes_on or not masks.closing.settled(config.prune.batch.steps):
         return
     folder, shape = context.folder / FOLDER, context.source_shape
@@ -46,6 +50,11 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) 
         with shown_moment(weights, name):
             path = folder / f"masked-{name}"
             write_model(weights.chunks, shape, context.dtype, path, context.layout, context.hf_config(), [], {})
+
+
+def _same_loss(one: DistillationConfig, other: DistillationConfig) -> bool:
+    """Whether two stages descend on the same mixture of cross entropy and KL."""
+    return one.weight == other.weight and (one.weight == 0 or one.temperature == other.temperature)
 
 
 def fold_moments(context: Context, keep: KeepSets) -> None:
