@@ -255,7 +255,7 @@ class PruneConfig:
     basis: str | None = key(
         None,
         "hidden units to choose from: the source's own, or the principal directions of its residual stream (a rotation "
-        "of its weights); null: principal where hidden units go and output and embedding are not tied",
+        "of its weights); null: principal where hidden units go",
         ("source", "principal"),
         before="source",
     )

@@ -77,4 +77,4 @@ def in_principal_basis(config: PruneConfig, source: ModelShape, target: ModelSha
     """Whether pruning starts from the source's principal basis, by `config.basis`, whose text says what null means."""
     if config.basis is not None:
         return config.basis == "principal"
-    return target.hidden_size < source.hidden_size and not source.tie_word_embeddings
+    return target.hidden_size < source.hidden_size

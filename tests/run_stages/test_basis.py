@@ -1,4 +1,4 @@
-"""Pruning in the principal basis as runs: chosen by default where it exists, one function, resumed, dropped."""
+"""Pruning in the principal basis as runs: chosen by default where hidden units go, one function, resumed, dropped."""
 
 import json
 from pathlib import Path
@@ -36,18 +36,23 @@ def prune_record(folder: Path) -> dict:
     return json.loads((folder / "prune/done.json").read_text())
 
 
-def test_the_default_is_the_principal_basis_where_there_is_one(untied: Tiny, tiny: Tiny, tmp_path: Path) -> None:
-    keys = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
-    finish(untied.config(tmp_path / "run", *keys))
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_default_is_the_principal_basis(untied: Tiny, tiny: Tiny, tmp_path: Path, tied: bool) -> None:
+    inputs, keys = tiny if tied else untied, ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+    finish(inputs.config(tmp_path / "run", *keys, "prune.basis=null"))
     assert prune_record(tmp_path / "run")["principal"]
     assert not (tmp_path / "run/principal").exists()
     embedding = ModelFolder.open(tmp_path / "run/pruned").read("model.embed_tokens.weight")
-    own = ModelFolder.open(untied.source).read("model.embed_tokens.weight")
+    own = ModelFolder.open(inputs.source).read("model.embed_tokens.weight")
     assert not any(torch.allclose(embedding[:, 0], column, atol=1e-3) for column in own.T)
-    finish(tiny.config(tmp_path / "tied", *keys))
-    assert not prune_record(tmp_path / "tied")["principal"]
+
+
+def test_the_sources_own_units_where_they_are_asked_for_or_all_stay(untied: Tiny, tmp_path: Path) -> None:
+    keys = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
     finish(untied.config(tmp_path / "own", *keys, "prune.basis=source"))
     assert not prune_record(tmp_path / "own")["principal"]
+    finish(untied.config(tmp_path / "all", *keys, "prune.basis=null", "target.hidden_size=32"))
+    assert not prune_record(tmp_path / "all")["principal"]
 
 
 def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
@@ -75,13 +80,13 @@ def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, m
         return shares[-1]
 
     monkeypatch.setattr(basis, "share_kept", noted)
-    finish(untied.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune]"))
+    finish(untied.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune]", "prune.basis=principal"))
     principal, own = shares
     assert 1.0 > principal > own > 0.0
 
 
 def test_a_killed_run_goes_on_in_the_same_basis(untied: Tiny, tmp_path: Path) -> None:
-    whole, broken = untied.config(tmp_path / "whole"), untied.config(tmp_path / "broken")
+    whole, broken = (untied.config(tmp_path / name, "prune.basis=principal") for name in ("whole", "broken"))
     finish(whole)
     assert break_off(broken, ("prune", 5), die)
     assert (tmp_path / "broken/principal").exists()
@@ -90,7 +95,7 @@ def test_a_killed_run_goes_on_in_the_same_basis(untied: Tiny, tmp_path: Path) ->
     assert not (tmp_path / "broken/principal").exists()
 
 
-def test_a_tied_source_turns_where_it_is_asked_to(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_tied_source_turns(tiny: Tiny, tmp_path: Path) -> None:
     """Its final norm has one weight for all units, as at birth: then nothing of its function is lost."""
     finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.basis=principal"))
     rotated = tmp_path / "run/principal"
