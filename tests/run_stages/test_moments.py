@@ -13,6 +13,7 @@ from run_stages.tiny import Tiny, break_off, finish, records
 
 STEADY = {"learning_rate": 1e-3, "warmup_steps": 0, "min_ratio": 1.0}
 SETTLING = {
+    "basis": "source",  # elsewhere the cut folds gains into norms, which then train by other steps
     "constraint": "projected",
     "clip": "weights",
     "mask_learning_rate": 0.1,
