@@ -17,7 +17,7 @@ from megashear.config.shape import ModelShape
 from megashear.config.stages import (
     batch_problems,
     importance_problems,
-    importance_warnings,
+    pruning_warnings,
     schedule_problems,
     teacher_problems,
     training_stages,
@@ -61,7 +61,7 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     report.problems += mixture_problems(config)
     report.problems += importance_problems(config, report.world_size)
     if report.source is not None and report.target is not None:
-        report.warnings += importance_warnings(config, report.source.num_layers, report.target.num_layers)
+        report.warnings += pruning_warnings(config, report.source, report.target)
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)

@@ -233,7 +233,10 @@ class ImportanceConfig:
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
-        50.0, "log-alpha at the start, before the constraint: units of each row at equal distances over +-spread", low=0
+        50.0,
+        "log-alpha at the start under `projected`, before the constraint: units of each row at equal distances over "
+        "+-spread (under `lagrangian` they lie below log_alpha_limit)",
+        low=0,
     )
     batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
 

@@ -3,8 +3,14 @@
 Read next: `schema.py` (the keys), `check.py`.
 """
 
-from megashear.config.legality import either, near_multiples
+from megashear.config.legality import either, granularity_sizes, near_multiples
 from megashear.config.schema import BatchConfig, Config, OptimizerConfig, ParallelConfig, PretrainConfig, PruneConfig
+from megashear.config.shape import ModelShape
+
+ONLY_LEARNED = ("closing", "settle_steps", "sparsity_warmup_steps", "mask_learning_rate")
+"""Keys of `prune` that one-shot pruning does not read, null or 0 where nobody set them."""
+ONLY_LAGRANGIAN = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
+"""Keys of `prune` that only multipliers have a use for, null where nobody set them."""
 
 
 def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
@@ -40,12 +46,25 @@ def importance_problems(config: Config, world_size: int | None) -> list[str]:
     return problems + batch_problems("prune", prune.batch, config.parallel, world_size)
 
 
-def importance_warnings(config: Config, source_layers: int | None, target_layers: int | None) -> list[str]:
-    """What is set and changes nothing."""
-    layer = config.prune.importance.layer_criterion
-    if layer is None or source_layers is None or source_layers != target_layers:
+def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
+    """What is set and changes nothing, in a run that prunes."""
+    prune, said = config.prune, []
+    if "prune" not in config.run.stages:
         return []
-    return [f"prune.importance.layer_criterion: {layer} changes nothing: the target keeps all {source_layers} layers"]
+    layer = prune.importance.layer_criterion
+    if layer is not None and source.num_layers == target.num_layers:
+        said.append(
+            f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
+        )
+    if prune.method == "one_shot" and prune.preset is None:
+        keys = {key: getattr(prune, key) for key in ONLY_LEARNED} | {"distillation.weight": prune.distillation.weight}
+        return said + [f"prune.{key}: changes nothing under method one_shot" for key, value in keys.items() if value]
+    if prune.constraint == "projected":
+        set_ones = [key for key in ONLY_LAGRANGIAN if getattr(prune, key) is not None]
+        said += [f"prune.{key}: changes nothing under constraint projected" for key in set_ones]
+    sizes = granularity_sizes(source, target)
+    stay = [name for name in prune.closing or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
+    return said + [f"prune.closing: {name} changes nothing: the target keeps all of its units" for name in stay]
 
 
 def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
@@ -84,12 +103,28 @@ def schedule_problems(config: Config, stage: str, optimizer: OptimizerConfig, ba
             f"{stage}.optimizer.decay_steps: {decay} and a warm-up of {warmup} are more than {batch.steps} steps; "
             f"use at most {batch.steps - warmup}"
         )
-    sparsity = config.prune.sparsity_warmup_steps or 0
-    if stage == "prune" and sparsity >= batch.steps:
+    return problems + (_closing_problems(config.prune) if stage == "prune" else [])
+
+
+def _closing_problems(prune: PruneConfig) -> list[str]:
+    """Mask schedules that do not fit into the steps, and a granularity that closes twice."""
+    problems, steps = [], prune.batch.steps
+    sparsity, settled, closing = prune.sparsity_warmup_steps or 0, prune.settle_steps or 0, prune.closing or []
+    if sparsity >= steps:
         problems.append(
-            f"prune.sparsity_warmup_steps: {sparsity} of {batch.steps} steps leaves none at the full target; "
+            f"prune.sparsity_warmup_steps: {sparsity} of {steps} steps leaves none at the full target; "
             "use fewer, or null"
         )
+    elif settled >= steps:
+        problems.append(f"prune.settle_steps: {settled} of {steps} steps leaves none to learn in; use fewer, or null")
+    elif settled and sparsity + settled > steps:
+        problems.append(
+            f"prune.settle_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
+            f"would be fixed before they are at their target; use at most {steps - sparsity}, or null"
+        )
+    twice = sorted({name for name in closing if closing.count(name) > 1})
+    if twice:
+        problems.append(f"prune.closing: {', '.join(twice)} more than once; name each granularity once")
     return problems
 
 

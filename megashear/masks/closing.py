@@ -49,6 +49,10 @@ class Closing:
         """Whether the masks of this step are fixed."""
         return self.settle_step <= step and self.settle_step < self.config.batch.steps
 
+    def settles(self, step: int) -> bool:
+        """Whether this step is the first whose masks are fixed, and masks were learned before it."""
+        return 0 < step == self.settle_step and self.settled(step)
+
     def targets(self, step: int) -> dict[str, float]:
         """Scheduled target sparsity by granularity at a step (from 0).
 

@@ -26,6 +26,7 @@ from megashear.config.shape import ModelShape
 from megashear.errors import CheckpointError
 from megashear.masks.closing import Closing
 from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, keep_largest, places
+from megashear.masks.keep import unfinished
 from megashear.masks.lagrangian import expected_sparsity, lagrangian
 from megashear.masks.masks import Masks, assemble
 from megashear.masks.projection import project
@@ -37,6 +38,8 @@ ADAM_EPS = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SETTLED = 16.0
 """|log-alpha| of a settled unit: every sample of it, whatever the noise, is exactly 1 or exactly 0."""
+OPEN = 2.0
+"""Log-alpha of the least unit at a warm start under `lagrangian`: it is closed in 3 % of the samples."""
 
 
 class MaskState:
@@ -59,6 +62,8 @@ class MaskState:
         self.specs = mask_specs(source, target, config.granularities)
         self.principal = in_principal_basis(config, source, target)
         self.closing = Closing(config, tuple(self.specs))
+        self.undecided: list[str] = []
+        """What was open about the masks when they settled, in sentences."""
         self.log_alpha: dict[str, Tensor] = {}
         self.multipliers: dict[str, Tensor] = {}
         for spec in self.specs:
@@ -91,21 +96,34 @@ class MaskState:
     def warm_start(self, scores: Mapping[str, Tensor]) -> None:
         """Start log-alpha from scores by granularity (of its log-alpha's shape, higher is kept), before the first step.
 
-        Within each row units stand in the order of their scores, at equal distances over +- `importance.spread`: what a
-        score's unit is, and how its values lie, tells nothing that holds for all criteria. Of equal scores the lower
-        index comes first, as in keep sets. Granularities without a score stay as they are.
+        Within each row units stand in the order of their scores, at equal distances: what a score's unit is, and how
+        its values lie, tells nothing that holds for all criteria. Under `projected` they lie over +-
+        `importance.spread`, and the constraint shifts them; under `lagrangian`, which shifts nothing, between OPEN and
+        the limit, so that all are open as they are without scores. Of equal scores the lower index comes first, as in
+        keep sets. Granularities without a score stay as they are.
         """
         for spec in self.specs:
             if spec.name in scores:
                 rows = scores[spec.name].reshape(spec.rows, spec.units).to(self.log_alpha[spec.name].device)
-                height = 1.0 - 2.0 * places(rows).double() / max(1, spec.units - 1)
-                self.log_alpha[spec.name].copy_((self.config.importance.spread * height).view(spec.shape))
+                low, high = self._span()
+                height = high - (high - low) * places(rows).double() / max(1, spec.units - 1)
+                self.log_alpha[spec.name].copy_(height.view(spec.shape))
         self._constrain(0)
+
+    def _span(self) -> tuple[float, float]:
+        """Log-alpha of the least and of the best unit of a row at a warm start."""
+        spread, limit = self.config.importance.spread, self.config.log_alpha_limit
+        if self.closing.projected:
+            return -spread, spread
+        high = max(OPEN, self.config.log_alpha_init) if limit is None else limit
+        return min(OPEN, high), high
 
     @torch.no_grad()
     def _constrain(self, step: int) -> None:
         """Put log-alpha where the schedule wants it at a step: within its limit, on its target, or settled."""
         targets = self.closing.targets(step)
+        if self.closing.settles(step):
+            self.undecided = unfinished(self.log_alpha, self.specs)
         for spec in self.specs:
             rows = self._rows(spec)
             if self.closing.settled(step):
@@ -211,6 +229,12 @@ class MaskState:
                 if cap is not None:
                     value.clamp_(max=cap)
         self._constrain(step + 1)
+
+    @torch.no_grad()
+    def skip(self, step: int) -> None:
+        """In place of `step` where a step is skipped: nothing moves but what the schedule moves."""
+        if not self.closing.settled(step):
+            self._constrain(step + 1)
 
     # Saving
 

@@ -124,6 +124,8 @@ def kept(run: RunRecord) -> list[Html]:
         parts.append(paragraph(f"Chosen at once: {criteria}; {tokens} tokens of calibration are not in the cost."))
     if pruned.get("principal"):
         parts.append(paragraph("Hidden units are principal directions of the source's residual stream."))
+    if pruned.get("undecided"):
+        parts.append(paragraph(f"Open when masks settled: {'; '.join(pruned['undecided'])}."))
     near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
     for name in dict.fromkeys([*run.masks, *near]):
         mask, cut = run.masks.get(name), near.get(name)

@@ -51,6 +51,8 @@ def run(config: Config, stages: list[str] | None = None, stop: StopRequest | Non
     """
     logging.basicConfig(level=logging.WARNING, format="megashear: %(levelname)s: %(message)s")
     with distributed(config.parallel) as layout, locked(Path(config.run.folder), layout):
+        if not layout.is_main:  # what is warned of, every rank finds; one says it
+            logging.getLogger("megashear").setLevel(logging.ERROR)
         context = open_context(config, layout, stop or StopRequest())
         report = check(config, None if context.source is None else context.source_shape, layout.world_size)
         if layout.is_main:

@@ -80,7 +80,7 @@ def run_training(context: Context, name: str) -> None:
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     if masks is not None:
-        record["principal"] = principal(context)
+        record |= {"principal": principal(context), "undecided": stage.counters.undecided}
     write_model(
         weights.chunks,
         shape,

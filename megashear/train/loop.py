@@ -48,6 +48,10 @@ class Counters:
     smoothed_loss: float | None = None
     warned: bool = False
     """Whether the stage has said that its masks destroy the model."""
+    ahead: bool = False
+    """Whether the stage has said that its masks close ahead of their schedule."""
+    undecided: list[str] = field(default_factory=list)
+    """What was open about the masks when they settled."""
 
 
 @dataclass
@@ -115,6 +119,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
         counters.seconds = time.monotonic() - started
         report_step(stage, result)
         watch_step(stage, result)
+        tell_settled(stage)
         finished = counters.step == steps
         if finished or counters.step % stage.batch.eval_interval == 0:
             evaluate_and_reweight(stage, update=not finished)
@@ -220,6 +225,26 @@ def watch_step(stage: Stage, result: StepResult) -> None:
     logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means))
 
 
+def warn_ahead(stage: Stage, expected: dict[str, float], target: dict[str, float]) -> None:
+    """Warn once where masks close far ahead of their schedule."""
+    if stage.counters.ahead:
+        return
+    text = watch.ahead(stage.counters.step, expected, target)
+    if text is not None:
+        stage.counters.ahead = True
+        logger.warning("%s: %s", stage.name, text)
+
+
+def tell_settled(stage: Stage) -> None:
+    """Say what was open about the masks when they settled, and keep it for the stage's record."""
+    masks, counters = stage.stepper.masks, stage.counters
+    if masks is None or counters.step != masks.closing.settle_step or not masks.undecided:
+        return
+    counters.undecided = list(masks.undecided)
+    if stage.layout.is_main:
+        print(f"{stage.name}: masks settle at step {counters.step}: {'; '.join(masks.undecided)}", flush=True)
+
+
 def report_step(stage: Stage, result: StepResult) -> None:
     """Write the records and print the line, every `logging.interval` steps and at the end."""
     counters = stage.counters
@@ -254,6 +279,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
     if result.sparsity is not None and stage.stepper.masks is not None:
         expected = {name: float(value) for name, value in result.sparsity["expected"].items()}
         target = result.sparsity["target"]
+        warn_ahead(stage, expected, target)
         pairs = {name: value.detach().cpu().numpy() for name, value in stage.stepper.masks.multipliers.items()}
         stage.metrics.write(
             head

@@ -171,6 +171,8 @@ class Stepper:
         skipped = not all(map(math.isfinite, (loss, *taught, total)))
         if not skipped:
             self._update(clipped, factor, learning_rate, step)
+        elif self.masks is not None:
+            self.masks.skip(step)
         seconds = time.monotonic() - started
         distillation = taught[0] if taught else None
         return StepResult(loss, distillation, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)

@@ -2,7 +2,8 @@
 
 The training loss, smoothed, is compared with the source model's held-out loss. Where it has gone a third of the way
 from there to ln V, the loss of a model that knows nothing, masks of one granularity at a time are laid over the present
-weights and evaluated on a few held-out sequences. Said once a stage; nothing that is computed changes.
+weights and evaluated on a few held-out sequences. Masks that close far ahead of their schedule are told as well, before the
+loss shows it. Each is said once a stage; nothing that is computed changes.
 Read next: `loop.py`.
 """
 
@@ -19,6 +20,8 @@ MEMORY = 0.8
 """Share of the smoothed loss that the next step keeps."""
 SEQUENCES = 2
 """Held-out sequences a domain by which granularities are told apart."""
+AHEAD = 0.1
+"""Share of a granularity's units that may be closed beyond what the schedule asks for."""
 GRANULARITIES = ("hidden", "head", "intermediate", "layer")
 
 
@@ -48,9 +51,27 @@ def verdict(step: int, loss: float, source_loss: float, means: dict[str, float])
     rises = {name: mean - means["open"] for name, mean in means.items() if name != "open"}
     worst = max(rises, key=lambda name: rises[name])
     parts = ", ".join(f"{name} {rise:+.2f}" for name, rise in sorted(rises.items(), key=lambda item: -item[1]))
+    weights = means["open"] - source_loss
+    cause = "the weights' training is" if weights > rises[worst] else "the masks are"
+    remedy = f"Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: projected`, an "
+    remedy += "`importance.criterion` to start from, or lower rates"
+    if weights > rises[worst]:
+        remedy = "Most of it is in the weights: stop, and lower `prune.optimizer.learning_rate` or warm it up longer"
     return (
-        f"step {step}: the loss is {loss:.2f}, the source's was {source_loss:.2f}: the masks are destroying the model. "
-        f"What each granularity's masks do to the held-out loss alone: {parts}; the weights themselves are at "
-        f"{means['open']:.2f}. Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: "
-        "projected`, an `importance.criterion` to start from, or lower rates"
+        f"step {step}: the loss is {loss:.2f}, the source's was {source_loss:.2f}: {cause} destroying the model. "
+        f"What each granularity's masks do to the held-out loss alone: {parts}; the weights without masks are at "
+        f"{means['open']:.2f} ({weights:+.2f}). {remedy}"
+    )
+
+
+def ahead(step: int, expected: dict[str, float], target: dict[str, float]) -> str | None:
+    """The warning of masks that are closed beyond their schedule, by granularity; None where none is by AHEAD."""
+    far = [name for name in target if expected[name] - target[name] > AHEAD]
+    if not far:
+        return None
+    parts = ", ".join(f"{name} {expected[name]:.0%} closed, {target[name]:.0%} asked for" for name in far)
+    return (
+        f"step {step}: masks close ahead of their schedule: {parts}; the model loses more than it has to. Lower "
+        "`prune.lambda_learning_rate` or `prune.mask_learning_rate`, cap the multipliers (`prune.lambda1_cap`, "
+        "`prune.lambda2_cap`), or use `prune.constraint: projected`, which cannot overshoot"
     )

@@ -29,6 +29,9 @@ NONE = "prune.importance.criterion=null"
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),
         (["prune.basis=any"], "prune.basis"),
+        (["prune.settle_steps=3200"], "prune.settle_steps: 3200 of 3200"),
+        (["prune.sparsity_warmup_steps=3000", "prune.settle_steps=300"], "use at most 200"),
+        (["prune.closing=[hidden,layer,hidden]"], "prune.closing: hidden more than once"),
     ],
 )
 def test_each_rule(tmp_path: Path, overrides: list[str], words: str) -> None:
@@ -51,3 +54,20 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
     assert len(said) == 1  # LLaMA2-7B to 2.7B keeps its layers
     other = examine(config(tmp_path, *keys, "target.num_layers=24"), None, None)
     assert not [text for text in other.warnings if "layer_criterion" in text]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], set()),
+        ([ONE_SHOT], set()),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"distillation.weight", "settle_steps"}),
+        (["prune.lambda1_cap=3", "prune.lambda_learning_rate=1"], {"lambda1_cap", "lambda_learning_rate"}),
+        (["prune.lambda1_cap=3", "prune.constraint=lagrangian"], set()),
+        (["prune.closing=[layer,query,hidden]"], {"closing"}),
+    ],
+)
+def test_what_changes_nothing_is_said(tmp_path: Path, overrides: list[str], named: set[str]) -> None:
+    said = examine(config(tmp_path, *overrides), None, None).warnings
+    keys = [text.split(":")[0].removeprefix("prune.") for text in said if "changes nothing" in text]
+    assert set(keys) == named

@@ -81,6 +81,45 @@ def test_a_warm_start_takes_the_order_of_the_scores(source, target):
     assert torch.equal(masks.log_alpha["layer"], layers)
 
 
+@pytest.mark.parametrize("limit", [4.6, None])
+def test_a_warm_start_under_multipliers_leaves_everything_open(source, target, limit):
+    """Multipliers shift nothing: what started closed would be closed at once."""
+    masks = state(source, target, constraint="lagrangian", log_alpha_limit=limit)
+    scores = {s.name: torch.randn(s.shape) for s in masks.specs}
+    masks.warm_start(scores)
+    for spec in masks.specs:
+        both = scores[spec.name], masks.log_alpha[spec.name].detach()
+        rows, units = (values.reshape(spec.rows, spec.units) for values in both)
+        assert torch.equal(rows.argsort(-1), units.argsort(-1)), spec.name
+        assert expected_sparsity(units).mean() < 0.03, spec.name
+
+
+def test_a_skipped_step_does_not_keep_masks_from_settling(source, target):
+    masks = state(source, target, mask_learning_rate=0.3)
+    walk(masks, range(29))
+    masks.skip(29)
+    assert all((value.detach().abs() == 16.0).all() for value in masks.log_alpha.values())
+    before = {name: value.detach().clone() for name, value in masks.log_alpha.items()}
+    masks.skip(30)
+    assert all(torch.equal(value, before[name]) for name, value in masks.log_alpha.items())
+
+
+def test_what_was_open_when_masks_settle_is_told(source, target):
+    vague = state(source, target, mask_learning_rate=0.0)  # all units of a row are alike: half of the kept are unsure
+    walk(vague, range(29))
+    assert vague.undecided == []
+    walk(vague, [29])
+    assert {text.split(":")[0] for text in vague.undecided} == {spec.name for spec in vague.specs}
+    sure = state(source, target, mask_learning_rate=0.0)
+    walk(sure, range(29))
+    with torch.no_grad():
+        for spec in sure.specs:
+            rows = sure.log_alpha[spec.name].view(spec.rows, spec.units)
+            rows.copy_(torch.where(torch.arange(spec.units) < spec.target_units, 12.0, -12.0))
+    walk(sure, [29])
+    assert sure.undecided == []
+
+
 def test_equal_scores_keep_the_lower_index(source, target):
     masks = state(source, target)
     masks.warm_start({"hidden": torch.zeros(source.hidden_size)})

@@ -56,7 +56,7 @@ RUN: dict[str, Any] = {
     "mixture": {"references": "list", "reference_losses": {"library": 6.2, "command": 6.0, "help": 5.0}},
     "precision": "fp32",
     "prune": {
-        # Directions of nearly equal variance are others under another layout: what compares layouts has the source's units.
+        # Directions of nearly equal variance may be others under another layout; here layouts are compared.
         "basis": "source",
         "batch": {"steps": 8, "global_batch": 8, "micro_batch": 2, "eval_interval": 3, "eval_sequences": 5},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},

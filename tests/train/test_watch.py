@@ -11,7 +11,7 @@ from run_stages.tiny import Tiny
 
 from megashear.masks.masks import Masks
 from megashear.run.runner import run
-from megashear.train.watch import alone, limit, smoothed, verdict
+from megashear.train.watch import ahead, alone, limit, smoothed, verdict
 
 
 def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
@@ -39,6 +39,20 @@ def test_the_verdict_names_what_rises_most() -> None:
     assert "layer +2.90, hidden +0.50" in text and "Most of it is layer" in text and "step 10" in text
 
 
+def test_weights_that_destroy_the_model_are_not_taken_for_masks() -> None:
+    text = verdict(120, 9.6, 1.75, {"open": 9.5, "hidden": 9.6, "head": 9.5})
+    assert "the weights' training is destroying" in text and "prune.optimizer.learning_rate" in text
+    assert "Most of it is hidden" not in text
+
+
+def test_masks_ahead_of_their_schedule_are_named() -> None:
+    target = {"hidden": 0.2, "layer": 0.0}
+    assert ahead(8, {"hidden": 0.29, "layer": 0.0}, target) is None
+    assert ahead(8, {"hidden": 0.0, "layer": 0.0}, target) is None
+    text = ahead(8, {"hidden": 0.43, "layer": 0.0}, target)
+    assert text is not None and "hidden 43% closed, 20% asked for" in text and "layer" not in text
+
+
 def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:  # noqa: F811
     with caplog.at_level(logging.WARNING):
         run(tiny.config(folder, "run.stages=[prune]", *overrides))
@@ -53,7 +67,14 @@ def test_a_run_that_is_destroyed_says_so_once(
     """Weights thrown about by a large rate: the loss of a random source is near ln V, and they take it far above."""
     loud = ("prune.optimizer.learning_rate=1.0", "prune.optimizer.warmup_steps=0")
     said = warnings_of(tiny, tmp_path / "loud", caplog, *loud)
-    assert len(said) == 1 and "hidden" in said[0] and "the weights themselves" in said[0]
+    assert len(said) == 1 and "hidden" in said[0] and "the weights' training is destroying" in said[0]
+
+
+def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    keys = ["prune.constraint=lagrangian", "prune.lambda_learning_rate=50", "prune.mask_learning_rate=5"]
+    with caplog.at_level(logging.WARNING):
+        run(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
+    assert len([record for record in caplog.records if "ahead of their schedule" in record.getMessage()]) == 1
 
 
 def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
