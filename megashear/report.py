@@ -3,16 +3,21 @@
 Key properties: text made of a `Report`, without torch. Read next: `config/check.py`, `train/tables.py`.
 """
 
-from megashear.config.check import Report
+from megashear.config.check import Report, prunes
 from megashear.config.dataset import planned_weights, stage_tokens
 from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
 from megashear.config.schema import BatchConfig, Config
 from megashear.config.stages import training_stages
+from megashear.masks.target import in_principal_basis
 from megashear.train import tables
 
 STATE_BYTES = {"bf16": 14, "fp32": 12}
 """Bytes of a checkpoint per parameter at most: weights, fp32 masters where they differ, Adam's two moments."""
+STORED_BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of a model folder per parameter."""
+FOLDED_BYTES = 4
+"""The same of the model that finalisation cuts."""
 
 
 def render(config: Config, report: Report) -> str:
@@ -72,14 +77,27 @@ def teacher_rows(config: Config, report: Report) -> list[list[str]]:
 
 
 def disk_table(config: Config, report: Report) -> str:
-    """GiB of one checkpoint of each stage, and of those kept with the one that is being written."""
+    """GiB of one checkpoint of each stage, of those kept with the one that is being written, and of model folders."""
     rows = []
     for name in training_stages(config):
         shape = report.target if name == "pretrain" and report.target is not None else report.source
         assert shape is not None
         size = STATE_BYTES[config.precision] * shape.parameters() / 2**30
         rows.append([name, f"{size:.1f}", f"{size * (config.checkpoint.keep + 1):.1f}"])
+    rows.append(["models", "", f"{_model_bytes(config, report) / 2**30:.1f}"])
     return tables.table("Disk space (GiB, at most)", ["", "a checkpoint", "at the peak"], rows)
+
+
+def _model_bytes(config: Config, report: Report) -> float:
+    """Bytes of a run's model folders while most of them are there: at the cut, where the run prunes."""
+    assert report.source is not None
+    size = STORED_BYTES[config.precision]
+    if not prunes(config) or report.target is None:
+        return size * report.source.parameters()
+    rotated = in_principal_basis(config.prune, report.source, report.target)
+    learned = config.prune.method == "learned"  # the masked model and two moments; both are cut with it
+    source = size * (rotated + (3 if learned else 0)) * report.source.parameters()
+    return source + (FOLDED_BYTES + (2 * size if learned else 0)) * report.target.parameters()
 
 
 def presets_table() -> str:

@@ -20,6 +20,7 @@ from megashear.config.stages import (
     pruning_warnings,
     schedule_problems,
     teacher_problems,
+    teacher_warnings,
     training_stages,
 )
 from megashear.errors import ConfigError, DataError
@@ -62,6 +63,7 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     report.problems += importance_problems(config, report.world_size)
     if report.source is not None and report.target is not None:
         report.warnings += pruning_warnings(config, report.source, report.target)
+    report.warnings += teacher_warnings(config)
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)

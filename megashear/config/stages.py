@@ -137,3 +137,14 @@ def teacher_problems(config: Config, stage: str) -> list[str]:
         f"{stage}.distillation.weight: {weight:g}, but a run from scratch has no source to be the teacher; set it to "
         "0, or give source.folder"
     ]
+
+
+def teacher_warnings(config: Config) -> list[str]:
+    """A teacher that is the very model that training starts from."""
+    weight, stages = config.pretrain.distillation.weight, config.run.stages
+    if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
+        return []
+    return [
+        f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
+        "very model that training starts from, and holds it there at the cost of its forward passes"
+    ]

@@ -232,8 +232,8 @@ class MaskState:
 
     @torch.no_grad()
     def skip(self, step: int) -> None:
-        """In place of `step` where a step is skipped: nothing moves but what the schedule moves."""
-        if not self.closing.settled(step):
+        """In place of `step` where a step is skipped: nothing moves, but masks settle where they are due."""
+        if self.closing.settles(step + 1):
             self._constrain(step + 1)
 
     # Saving

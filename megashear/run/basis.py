@@ -5,8 +5,10 @@ calibration text and dropped when pruning is finalized: whoever reads the source
 one. Read next: `importance/principal.py`, `masks/rotation.py`.
 """
 
+import logging
 import shutil
 
+from megashear.data.loader import HeldOut
 from megashear.engine.collectives import on_main
 from megashear.errors import TrainingError
 from megashear.files.atomic import atomic_folder
@@ -25,12 +27,16 @@ from megashear.model.load import RandomWeights, TensorSource
 from megashear.run.calibration import build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
 from megashear.run.source_losses import open_heldout, source_losses
+from megashear.train.evaluate import evaluate, mean_loss
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
 from megashear.weights.names import FINAL_NORM, tensor_shapes
 from megashear.weights.writer import ShardedWriter
 
 FOLDER = "principal"
+TURNING = 0.05
+"""Nats per token by which the turn may change the mean held-out loss without a warning."""
+logger = logging.getLogger(__name__)
 
 
 def principal(context: Context) -> bool:
@@ -64,8 +70,8 @@ def drop_rotated(context: Context) -> None:
 def _rotate(context: Context) -> None:
     prune = context.config.prune
     source = context.source or RandomWeights(context.source_shape, context.config.run.seed)
-    chunks = build_source(context, source)
-    source_losses(context, open_heldout(context, prune.batch.eval_sequences), chunks, prune.batch.micro_batch, None)
+    chunks, heldout = build_source(context, source), open_heldout(context, prune.batch.eval_sequences)
+    before = source_losses(context, heldout, chunks, prune.batch.micro_batch, None)
     stream = residual_stream(
         chunks,
         context.layout,
@@ -80,6 +86,20 @@ def _rotate(context: Context) -> None:
             "(`megashear eval SOURCE DATA`), or set precision: fp32"
         )
     on_main(context.layout, lambda: _write(context, source, stream))
+    del chunks
+    if before is not None:
+        _compare(context, heldout, mean_loss(before))
+
+
+def _compare(context: Context, heldout: HeldOut, before: float) -> None:
+    """Say what the turn itself does to the held-out loss: nothing but rounding, and what a tied model's norm costs."""
+    chunks = build_source(context, context.open_model(FOLDER))
+    after = mean_loss(evaluate(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch))
+    if context.layout.is_main:
+        print(f"principal basis: mean held-out loss {after:.4f} after the turn, {before:.4f} before", flush=True)
+    if not abs(after - before) <= TURNING:
+        change = after - before
+        logger.warning("principal basis: the turn changed the held-out loss by %+.3f; try prune.basis: source", change)
 
 
 def _write(context: Context, source: TensorSource, stream: ResidualStream) -> None:

@@ -17,6 +17,7 @@ from megashear.engine.layout import Layout, distributed
 from megashear.errors import Interrupted
 from megashear.files.lock import run_lock
 from megashear.report import render
+from megashear.run.basis import drop_rotated
 from megashear.run.context import Context, open_context
 from megashear.run.export import run_export
 from megashear.run.finalize import run_finalize
@@ -67,6 +68,8 @@ def run(config: Config, stages: list[str] | None = None, stop: StopRequest | Non
 def run_stage(context: Context, stage: str) -> None:
     """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it."""
     if context.done(stage) is not None:
+        if stage == "finalize":
+            drop_rotated(context)  # a run that was killed just after its record was written still has it
         if context.layout.is_main:
             print(f"{stage}: done before", flush=True)
         return

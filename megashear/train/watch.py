@@ -1,9 +1,9 @@
 """Watching a pruning stage's loss: a run whose masks destroy the model says so early, and which granularity does it.
 
 The training loss, smoothed, is compared with the source model's held-out loss. Where it has gone a third of the way
-from there to ln V, the loss of a model that knows nothing, masks of one granularity at a time are laid over the present
-weights and evaluated on a few held-out sequences. Masks that close far ahead of their schedule are told as well, before the
-loss shows it. Each is said once a stage; nothing that is computed changes.
+from there to ln V, the loss of a model that knows nothing, masks of one granularity at a time are laid over the
+present weights and evaluated on a few held-out sequences. Masks that close far ahead of their schedule are told as
+well, before the loss shows it. Each is said once a stage; nothing that is computed changes.
 Read next: `loop.py`.
 """
 

@@ -1,6 +1,7 @@
 """Checks across sections: every rule is broken once, and all problems come at once."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,19 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
         ("pretrain", "0.25", "1", "84%"),  # (6.738 - 0.131) / (2.702 - 0.082) / 3: parameters but the embedding
     ]
     assert "Teachers" not in render(config(tmp_path), plain)
+
+
+def test_a_model_that_would_teach_itself_is_said(tmp_path):
+    weight = "pretrain.distillation.weight=0.5"
+    said = examine(config(tmp_path, weight, "run.stages=[pretrain]", "target=null"), None, None).warnings
+    assert [text for text in said if "the very model that training starts from" in text]
+    assert not [text for text in examine(config(tmp_path, weight), None, None).warnings if "very model" in text]
+
+
+def test_disk_space_counts_model_folders(tmp_path):
+    """LLaMA2-7B to 2.7B, at the cut: rotated and masked source, two moments of each model, and the pruned one."""
+    for overrides, source, target in ([], 8, 8), (["prune.basis=source"], 6, 8), (["prune.method=one_shot"], 2, 4):
+        chosen = config(tmp_path, *overrides)
+        found = examine(chosen, None, None)
+        size = (source * found.source.parameters() + target * found.target.parameters()) / 2**30
+        assert re.search(rf"^models +{size:.1f}$", render(chosen, found), re.MULTILINE), overrides

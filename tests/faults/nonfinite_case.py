@@ -60,7 +60,8 @@ def main() -> None:
         return original_loss(losses * poison)
 
     with patch.object(loop, "train_step", train_step), patch.object(step, "_mean_loss", mean_loss):
-        finish(load_config(file, ["run.stages=[prune]", "prune.batch.steps=6"]))
+        # masks that settle by schedule would move in a skipped step too
+        finish(load_config(file, ["run.stages=[prune]", "prune.batch.steps=6", "prune.settle_steps=0"]))
     if os.environ["RANK"] == "0":
         output.write_text(json.dumps({"ranks": list(zip(*ranks, strict=True)), "skipped": skipped}))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megashear.masks.rotation import Rotation
 from megashear.run import basis
 from megashear.weights.folder import ModelFolder
 from run_stages.tiny import Tiny, break_off, die, differing, finish, results
@@ -70,6 +71,26 @@ def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
         with torch.no_grad():
             logits.append(LlamaForCausalLM.from_pretrained(folder)(torch.arange(40)[None]).logits)
     assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+
+
+def test_a_turn_that_costs_is_warned_of(
+    untied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ["prune.method=one_shot", "prune.basis=principal", "run.stages=[prune]"]
+    finish(untied.config(tmp_path / "sound", *keys))
+    assert "principal basis" not in caplog.text
+    turned = Rotation.__call__
+    monkeypatch.setattr(Rotation, "__call__", lambda self, name: turned(self, name) * (1 + 99 * ("lm_head" in name)))
+    finish(untied.config(tmp_path / "wrong", *keys))
+    assert "the turn changed the held-out loss" in caplog.text
+
+
+def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune,finalize]")
+    finish(config)
+    (tmp_path / "run/principal").mkdir()
+    finish(config)
+    assert not (tmp_path / "run/principal").exists()
 
 
 def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, monkeypatch) -> None:
