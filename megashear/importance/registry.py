@@ -40,13 +40,15 @@ class Criterion:
     """From what was measured, summed over ranks, to a sequence's value."""
     root: bool = False
     """The score is the root of the sum of sequences' values, else their mean."""
+    passes: int = 1
+    """What measuring costs, in forward passes: 2 with gradients of activations, 3 with those of weights."""
 
 
 REGISTRY: dict[str, Criterion] = {
-    "magnitude": Criterion(None),
-    "taylor_mask": Criterion(gradients.mask_gradients, torch.Tensor.abs),
-    "fisher": Criterion(gradients.mask_gradients, torch.Tensor.square),
-    "taylor_weight": Criterion(gradients.weight_products),
+    "magnitude": Criterion(None, passes=0),
+    "taylor_mask": Criterion(gradients.mask_gradients, torch.Tensor.abs, passes=2),
+    "fisher": Criterion(gradients.mask_gradients, torch.Tensor.square, passes=2),
+    "taylor_weight": Criterion(gradients.weight_products, passes=3),
     "activation": Criterion(activations.activation_sizes, torch.Tensor.square, root=True),
     "block_influence": Criterion(activations.block_influence),
     "angular_distance": Criterion(activations.angular_distance),

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megashear.plot.cost import costs, curves
+from megashear.plot.cost import costs, curves, trained_tokens
 from megashear.plot.html import Html, paragraph, picture, section, table
 from megashear.plot.record import Losses, RunRecord
 from megashear.plot.series import names_in
@@ -79,10 +79,11 @@ def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
         spent = costs(run)
         flops = sum(cost.flops + cost.teacher_flops for cost in spent)
         hours = sum(cost.seconds for cost in spent) / 3600
-        shown = [count(sum(cost.tokens for cost in spent)), "not known" if math.isnan(flops) else f"{flops:.3g}"]
+        shown = [count(trained_tokens(spent)), "not known" if math.isnan(flops) else f"{flops:.3g}"]
         size = "not known" if run.target is None else count(run.target.parameters())
         rows.append([name, size, *shown, "not known" if math.isnan(hours) else f"{hours:.2f}"])
-    return table(["run", "parameters", "tokens", "training FLOPs", "hours"], rows, "All training stages together.")
+    caption = "All training stages together; FLOPs with what basis and scores took."
+    return table(["run", "parameters", "tokens", "training FLOPs", "hours"], rows, caption)
 
 
 def draw_curves(names: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None:

@@ -2,8 +2,9 @@
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
 counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as what was recorded, or a third of a training step of the source; evaluation is told in
-seconds alone. Read next: `report.py`.
+a teacher's forward pass counts as what was recorded, or a third of a training step of the source; what basis and scores
+took before pruning is a stage of its own, known once pruning is done; evaluation is told in seconds alone. Read next:
+`report.py`.
 """
 
 import math
@@ -14,12 +15,15 @@ import numpy as np
 from megashear.plot.record import RunRecord
 from megashear.plot.series import Stage
 
+CALIBRATION = "calibration"
+
 
 @dataclass(frozen=True)
 class StageCost:
-    """One training stage: tokens; FLOPs of the model and of a teacher, and of the whole source on the same tokens (NaN
-    where the shape is not known); live: mean share of the source's FLOPs in pruning (NaN: not measured, counted as 1);
-    seconds, and how many of them were held-out evaluation (NaN where not recorded).
+    """One training stage, or calibration, which trains nothing: tokens; FLOPs of the model and of a teacher, and of the
+    whole source on the same tokens (NaN where the shape is not known); live: mean share of the source's FLOPs in
+    pruning (NaN: not measured, counted as 1); seconds, and how many of them were held-out evaluation (NaN where not
+    recorded).
     """
 
     stage: str
@@ -33,8 +37,15 @@ class StageCost:
 
 
 def costs(run: RunRecord) -> list[StageCost]:
-    """The cost of every training stage that has begun."""
+    """The cost of calibration where there was one, and of every training stage that has begun."""
     found = []
+    pruned = run.done.get("prune", {})
+    if pruned.get("calibration_flops"):
+        tokens, flops = float(pruned["calibration_tokens"]), float(pruned["calibration_flops"])
+        # Learned masks' calibration is timed with their stage.
+        alone = pruned.get("method") == "one_shot"
+        times = [float(pruned.get(key, math.nan)) if alone else 0.0 for key in ("seconds", "evaluation_seconds")]
+        found.append(StageCost(CALIBRATION, tokens, flops, 0.0, 0.0, math.nan, *times))
     for name in ("prune", "pretrain"):
         stage, tokens = run.stage(name), run.tokens(name)
         if not tokens:
@@ -103,6 +114,11 @@ def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
     return np.interp(steps, edges, counted) + beyond
 
 
+def trained_tokens(spent: list[StageCost]) -> float:
+    """Tokens that a model was trained on."""
+    return sum(cost.tokens for cost in spent if cost.stage != CALIBRATION)
+
+
 @dataclass(frozen=True)
 class Curve:
     """Mean held-out loss over domains at the evaluations of one stage, and what the run had cost by then, [n] each."""
@@ -117,6 +133,9 @@ def curves(run: RunRecord, domains: list[str]) -> list[Curve]:
     """The evaluations of every stage, over all that the run cost before; domains: whose mean is taken."""
     found, tokens, flops = [], 0.0, 0.0
     for cost in costs(run):
+        if cost.stage == CALIBRATION:
+            flops += cost.flops
+            continue
         stage = run.stage(cost.stage)
         steps, last = stage.steps("eval"), stage.last_step()
         if len(steps):

@@ -15,7 +15,7 @@ import numpy as np
 from megashear.errors import DataError
 from megashear.files.atomic import write_text
 from megashear.plot.compare import comparison
-from megashear.plot.cost import costs
+from megashear.plot.cost import costs, trained_tokens
 from megashear.plot.html import Html, bullets, page, paragraph, picture, section, table
 from megashear.plot.importance import importance_picture
 from megashear.plot.masks import draw_maps
@@ -120,8 +120,7 @@ def kept(run: RunRecord) -> list[Html]:
     pruned = run.done.get("prune", {})
     if pruned.get("method") == "one_shot":
         criteria = ", ".join(f"{name} by {criterion}" for name, criterion in pruned["criteria"].items())
-        tokens = count(pruned.get("calibration_tokens") or 0)
-        parts.append(paragraph(f"Chosen at once: {criteria}; {tokens} tokens of calibration are not in the cost."))
+        parts.append(paragraph(f"Chosen at once: {criteria}; nothing was trained before the cut."))
     if pruned.get("principal"):
         parts.append(paragraph("Hidden units are principal directions of the source's residual stream."))
     if pruned.get("undecided"):
@@ -171,20 +170,23 @@ def cost(run: RunRecord) -> list[Html]:
     for one in found:
         evaluation = one.evaluation_seconds / one.seconds if one.seconds else math.nan
         live = "-" if one.stage != "prune" else "not measured" if math.isnan(one.live) else f"{one.live:.1%}"
-        cells = [number(one.flops), number(one.teacher_flops) if one.teacher_flops else "-", number(one.source_flops)]
-        time = "not known" if math.isnan(one.seconds) else duration(one.seconds)
-        share = "not known" if math.isnan(evaluation) else f"{evaluation:.1%}"
+        others = (one.teacher_flops, one.source_flops)
+        cells = [number(one.flops), *(number(flops) if flops else "-" for flops in others)]
+        time = "not known" if math.isnan(one.seconds) else duration(one.seconds) if one.seconds else "-"
+        share = "-" if not one.seconds else "not known" if math.isnan(evaluation) else f"{evaluation:.1%}"
         rows.append([one.stage, count(one.tokens), live, *cells, time, share])
     sums = [sum(getattr(one, key) for one in found) for key in ("flops", "teacher_flops", "source_flops")]
     seconds = sum(one.seconds for one in found)
     time = "not known" if math.isnan(seconds) else duration(seconds)
     cells = [number(sums[0]), number(sums[1]) if sums[1] else "-", number(sums[2])]
-    rows.append(["all", count(sum(one.tokens for one in found)), "", *cells, time, ""])
+    rows.append(["all", count(trained_tokens(found)), "", *cells, time, ""])
     header = ["stage", "tokens", "live share", "training FLOPs", "teacher FLOPs", "the source on these tokens"]
     caption = (
         "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
         "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
-        "of a training step of the source. Held-out evaluation is in the time and not in the FLOPs."
+        "of a training step of the source. Calibration: the tokens that basis and scores read, on which nothing is "
+        "trained; before learned masks its time is in their stage's. Held-out evaluation is in the time and not in the "
+        "FLOPs."
     )
     return [section("Cost", [table([*header, "time (h:mm)", "of it evaluation"], rows, caption)])]
 

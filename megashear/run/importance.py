@@ -85,12 +85,14 @@ def made_by(context: Context) -> dict[str, Any]:
     return json.loads(json.dumps(known))
 
 
-def calibration_tokens(context: Context) -> int:
-    """Tokens on which the run's scores are computed."""
-    config, shape = context.config.prune, context.source_shape
-    if all(REGISTRY[one].measure is None for one in criteria_of(config.importance, shape).values()):
-        return 0
-    return config.importance.batches * config.batch.global_batch * context.config.data.sequence_length
+def calibration_record(context: Context) -> dict[str, Any]:
+    """What a stage's record says of calibration: the tokens that basis and scores read, and the FLOPs they took."""
+    config, shape, length = context.config.prune, context.source_shape, context.config.data.sequence_length
+    passes = int(principal(context))
+    if config.importance.criterion is not None:
+        passes += sum(REGISTRY[one].passes for one in set(criteria_of(config.importance, shape).values()))
+    tokens = config.importance.batches * config.batch.global_batch * length if passes else 0
+    return {"calibration_tokens": tokens, "calibration_flops": tokens * passes * shape.flops_per_token(length) / 3}
 
 
 def compute_scores(context: Context) -> Scores:

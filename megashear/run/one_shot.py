@@ -10,7 +10,7 @@ from typing import Any
 from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
-from megashear.run.importance import calibration_tokens, importance_scores
+from megashear.run.importance import calibration_record, importance_scores
 from megashear.run.source_losses import open_heldout, source_losses
 
 
@@ -31,7 +31,7 @@ def run_one_shot(context: Context) -> None:
         "criteria": scores.criteria,
         "steps": 0,
         "tokens": 0,
-        "calibration_tokens": calibration_tokens(context),
+        **calibration_record(context),
         "skipped": 0,
         "weights": calibration_weights(context),
         "epochs": dict.fromkeys(context.dataset.domains, 0.0),

@@ -30,7 +30,7 @@ from megashear.model.write import write_model
 from megashear.run.attention import settle_attention
 from megashear.run.basis import principal, pruning_source
 from megashear.run.context import Context
-from megashear.run.importance import importance_scores
+from megashear.run.importance import calibration_record, importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
 from megashear.run.source_losses import open_heldout, source_losses
 from megashear.run.teacher import build_teacher
@@ -81,6 +81,7 @@ def run_training(context: Context, name: str) -> None:
     record = stage_record(stage, losses)
     if masks is not None:
         record |= {"principal": principal(context), "undecided": stage.counters.undecided}
+        record |= calibration_record(context)
     write_model(
         weights.chunks,
         shape,

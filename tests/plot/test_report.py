@@ -16,7 +16,7 @@ from megashear.config.presets import resolve_shape
 from megashear.errors import DataError
 from megashear.masks.scores import Scores, save_scores
 from megashear.plot.compare import difference_row
-from megashear.plot.cost import costs, curves, live_steps
+from megashear.plot.cost import costs, curves, live_steps, trained_tokens
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.plot.series import Stage
@@ -152,6 +152,14 @@ def test_cost_by_hand(tmp_path: Path) -> None:
     assert first.tokens.tolist() == [5e5, 1e6] and second.tokens.tolist() == [1e6, 2.5e6, 4e6]
     assert first.flops[-1] == second.flops[0] == pytest.approx(prune.flops)
     assert second.flops[-1] == pytest.approx(prune.flops + pretrain.flops)
+    path = tmp_path / "mine/prune/done.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration_tokens": 5e5, "calibration_flops": 7e15}))
+    again = read_run(tmp_path / "mine")
+    assert [cost.stage for cost in costs(again)] == ["calibration", "prune", "pretrain"]
+    assert trained_tokens(costs(again)) == 4e6
+    third, fourth = curves(again, list(DOMAINS))
+    assert np.allclose(third.flops, first.flops + 7e15, rtol=1e-12) and third.tokens.tolist() == first.tokens.tolist()
+    assert np.allclose(fourth.flops, second.flops + 7e15, rtol=1e-12)
     assert first.loss[0] == np.mean(list(run.stage("prune").records["eval"][0]["loss"].values()))
 
 
@@ -194,10 +202,13 @@ def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "masks.npz"):
         (run / name).unlink()
     criteria = {"head": "fisher", "layer": "block_influence"}
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, calibration_tokens=65_536)
+    spent = {"calibration_tokens": 65_536, "calibration_flops": 1.5e12, "evaluation_seconds": 30.0}
+    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, **spent)
     cells = Page(write_report(run)).cells
-    said = "Chosen at once: head by fisher, layer by block_influence; 65.5 k tokens of calibration are not in the cost."
-    assert said in cells and "Cost" not in cells and not any("principal" in cell for cell in cells)
+    said = "Chosen at once: head by fisher, layer by block_influence; nothing was trained before the cut."
+    assert said in cells and not any("principal" in cell for cell in cells)
+    at = cells.index("calibration")
+    assert cells[at : at + 6] == ["calibration", "65.5 k", "-", "1.5e+12", "-", "-"]
     stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True)
     assert "Hidden units are principal directions of the source's residual stream." in Page(write_report(run)).cells
 

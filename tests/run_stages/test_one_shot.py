@@ -61,6 +61,7 @@ def test_units_of_the_highest_scores_are_cut_out_of_the_source(
         assert torch.equal(pruned.read(f"model.layers.{number}.self_attn.o_proj.weight"), wanted)
     done = record(tmp_path / "run", "prune")
     assert (done["tokens"], done["calibration_tokens"]) == (0, 0 if criterion == "magnitude" else 2 * 8 * 32)
+    assert (done["calibration_flops"] > 0) == (criterion != "magnitude")
     assert record(tmp_path / "run", "finalize")["logit_difference"] <= 1e-5
     assert sum(scores.samples.values()) == (0 if criterion == "magnitude" else 16)
 

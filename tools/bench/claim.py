@@ -31,7 +31,7 @@ from megashear.config.presets import resolve_shape
 from megashear.config.schema import ShapeConfig
 from megashear.config.shape import ModelShape
 from megashear.files.atomic import write_json
-from megashear.plot.cost import costs
+from megashear.plot.cost import costs, trained_tokens
 from megashear.plot.record import read_run
 from megashear.train.tables import table
 from megashear.weights.folder import ModelFolder
@@ -249,7 +249,7 @@ def summarise(cases: list[Case], output: Path, source: dict[str, float]) -> dict
         one = found.setdefault(f"{case.budget:g}", {}).setdefault(case.row, {"seeds": {}, "spread": []})
         one["seeds"][case.seed] = losses
         one["spread"].append(spread(losses, source))
-        one["tokens"] = sum(cost.tokens for cost in spent)
+        one["tokens"] = trained_tokens(spent)
         one["flops"] = sum(cost.flops + cost.teacher_flops for cost in spent)
     for rows in found.values():
         for one in rows.values():
