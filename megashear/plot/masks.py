@@ -1,4 +1,7 @@
-"""The masks of the last evaluation: which heads, layers, intermediate and hidden units stay. Read next: `run.py`."""
+"""The masks of the cut, or of the last evaluation before: which heads, layers, intermediate and hidden units stay.
+
+Read next: `run.py`.
+"""
 
 from collections.abc import Mapping
 
@@ -27,7 +30,7 @@ def draw_masks(masks: Mapping[str, np.ndarray]) -> Figure | None:
         return None
     width = 0.75 + sum(sum(PANELS[name]) for name in shown)
     figure = new_figure(
-        max(width, 5.6), 4.9, "Masks at the last evaluation", "dark: kept   white: pruned, a value of exactly 0"
+        max(width, 5.6), 4.9, "Masks", "dark: kept   white: pruned, a value of exactly 0"
     )
     left, first = 0.75, None
     for name in shown:

@@ -32,9 +32,9 @@ class RunRecord:
     """What a run folder holds.
 
     config: None where the run file cannot be read any more; source, target: None where not known; done: records of the
-    finished stages; stages: of `metrics.jsonl`; masks: of the last evaluation while pruning; losses: by model (source,
-    pruned, final, or the last evaluation of a stage that goes on), {domain: (nats per token, standard error)};
-    missing: what the run has not, in sentences.
+    finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation while pruning;
+    losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a stage that goes on),
+    {domain: (nats per token, standard error)}; missing: what the run has not, in sentences.
     """
 
     folder: Path
@@ -142,6 +142,10 @@ def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) 
         if stage in done:
             record = done[stage]
             columns[column] = {n: (_number(v), _number(record["errors"].get(n))) for n, v in record["losses"].items()}
+    pruned = done.get("prune", {})
+    if "finalize" not in done and pruned.get("losses"):
+        errors = pruned.get("errors", {})
+        columns["masked"] = {name: (_number(v), _number(errors.get(name))) for name, v in pruned["losses"].items()}
     last = stages[-1] if stages else None
     if last is not None and last.name not in done and last.records.get("eval"):
         record = last.records["eval"][-1]

@@ -133,18 +133,19 @@ def kept(run: RunRecord) -> list[Html]:
         rows.append([str(name), *shown])
     if rows:
         caption = (
-            "Open: masks that are not exactly 0 at the last evaluation, over all layers. Borderline: units that the "
-            "cut keeps although their mask is below one half; lowest: the least mask among the kept. A group is the "
-            "query heads that share a key/value head."
+            "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation, over all layers. "
+            "Borderline: units that the cut keeps although their mask is below one half; lowest: the least mask among "
+            "the kept. A group is the query heads that share a key/value head."
         )
-        header = ["granularity", "open at the last evaluation", "kept by the cut", "borderline", "lowest"]
+        header = ["granularity", "open", "kept by the cut", "borderline", "lowest"]
         parts.append(table(header, rows, caption))
     grids: dict[str, np.ndarray] = {name: run.masks[name] for name in ("head", "intermediate") if name in run.masks}
     if grids or "layer" in run.masks:
         parts.append(by_layer(run, grids))
     figure = draw_maps(run.masks)
     if figure is not None:
-        parts.append(picture(figure, "Layers by heads and layers by intermediate units at the last evaluation."))
+        caption = "Layers by heads and layers by intermediate units, at the cut or at the last evaluation before."
+        parts.append(picture(figure, caption))
     return [section("What was kept", parts)] if parts else []
 
 
@@ -158,7 +159,7 @@ def by_layer(run: RunRecord, grids: dict[str, np.ndarray]) -> Html:
         cells = [f"{layer[row]:.3f}" if layer[row] else "pruned"] if layer is not None else []
         cells += [f"{np.count_nonzero(mask[row]):,} of {mask.shape[1]:,}" for mask in grids.values()]
         rows.append([str(row), *cells])
-    return table(header, rows, "Open units of each layer at the last evaluation while pruning.")
+    return table(header, rows, "Open units of each layer, at the cut or at the last evaluation before.")
 
 
 def cost(run: RunRecord) -> list[Html]:

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megashear.checkpoint.store import newest_valid, read_masks, step_folder
@@ -30,6 +31,7 @@ from megashear.run.moments import fold_moments, write_folded
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
+from megashear.train.metrics import save_masks
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
 
@@ -56,6 +58,7 @@ def run_finalize(context: Context) -> None:
         "borderline": [vars(one) for one in cut.borderline],
         **loss_record(losses),
     }
+    on_main(context.layout, lambda: save_masks(context.folder, shown_masks(cut.masks)))
     if context.layout.is_main:
         print(report(record), flush=True)
     context.finish("finalize", record)
@@ -92,6 +95,12 @@ def load_cut(context: Context) -> Cut:
     borderline = borderline_units(learned.log_alpha, learned.specs)
     masked = context.open_model("masked")
     return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
+
+
+def shown_masks(masks: Masks) -> dict[str, np.ndarray]:
+    """The cut's masks by granularity, as the run's pictures and its report show them."""
+    names = ("hidden", "head", "intermediate", "layer")
+    return {name: mask.cpu().numpy() for name in names if (mask := getattr(masks, name)) is not None}
 
 
 def _on(device: torch.device | str, masks: Masks) -> Masks:

@@ -232,16 +232,13 @@ class Metrics:
         """Replace `masks.npz`; masks: deterministic masks by granularity, shapes in the module's docstring."""
         if not self._masks:
             return
-        path = self._folder / MASKS_NAME
         try:
-            with atomic_file(path) as temporary, open(temporary, "wb") as file:
-                arrays: dict[str, Any] = {name: np.asarray(mask, np.float32) for name, mask in masks.items()}
-                np.savez_compressed(file, **arrays)
+            save_masks(self._folder, masks)
         except Interrupted:
             raise
         except Exception as error:
             self._masks = False
-            warn(str(path), error)
+            warn(str(self._folder / MASKS_NAME), error)
 
     def close(self) -> None:
         """Flush and close every place."""
@@ -283,3 +280,10 @@ def warn(name: str, error: Exception) -> None:
     """Tell the user, once, that a logger is switched off and that training goes on."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     logger.warning("%s: cannot be written (%s); it is switched off, training goes on", name, reason)
+
+
+def save_masks(folder: Path, masks: Mapping[str, np.ndarray]) -> None:
+    """Write `masks.npz` of a run folder whole, or leave the one that is there."""
+    with atomic_file(folder / MASKS_NAME) as temporary, open(temporary, "wb") as file:
+        arrays: dict[str, Any] = {name: np.asarray(mask, np.float32) for name, mask in masks.items()}
+        np.savez_compressed(file, **arrays)

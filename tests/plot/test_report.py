@@ -134,6 +134,15 @@ def test_nothing_from_a_run_folder_can_run_or_load(tmp_path: Path) -> None:
     assert bad in page.cells and names[1] in page.cells and names[3] in page.cells
 
 
+def test_masked_losses_stand_until_the_cut(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "mine")
+    assert list(read_run(run).losses) == ["source", "pruned", "final"]
+    for stage in ("finalize", "pretrain"):
+        (run / stage / "done.json").unlink()
+    found = read_run(run).losses
+    assert list(found)[:2] == ["source", "masked"] and found["masked"][DOMAINS[0]] == (2.5, 0.01)
+
+
 def test_cost_by_hand(tmp_path: Path) -> None:
     """Tokens times 6 a weight and half the attention; pruning by the live share of the records, each for its steps."""
     run = read_run(make_run(tmp_path / "mine"))

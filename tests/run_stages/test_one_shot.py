@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from megashear.importance import calibrate
 from megashear.masks.keep import keep_sets
 from megashear.masks.scores import load_scores
 from megashear.masks.target import mask_specs
+from megashear.plot.run import read_masks
 from megashear.run import importance
 from megashear.train.signals import StopRequest
 from megashear.weights.folder import ModelFolder
@@ -59,6 +61,11 @@ def test_units_of_the_highest_scores_are_cut_out_of_the_source(
         out = source.read(f"model.layers.{layer}.self_attn.o_proj.weight").float().view(32, -1, shape.head_dim)
         wanted = out[keep.hidden][:, keep.head[layer]].flatten(1)
         assert torch.equal(pruned.read(f"model.layers.{number}.self_attn.o_proj.weight"), wanted)
+    shown = read_masks(tmp_path / "run/masks.npz")
+    for name in ("head", "intermediate"):
+        wanted = torch.zeros(shown[name].shape).scatter_(1, getattr(keep, name), 1.0)
+        assert np.array_equal(shown[name] * shown["layer"][:, None] != 0, wanted.numpy() * shown["layer"][:, None] != 0)
+    assert shown["hidden"].nonzero()[0].tolist() == keep.hidden.tolist()
     done = record(tmp_path / "run", "prune")
     assert (done["tokens"], done["calibration_tokens"]) == (0, 0 if criterion == "magnitude" else 2 * 8 * 32)
     assert (done["calibration_flops"] > 0) == (criterion != "magnitude")
