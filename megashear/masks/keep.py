@@ -91,8 +91,8 @@ def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec])
 def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> list[str]:
     """What is wrong with masks that are to be cut, a sentence for each granularity; nothing where all is well.
 
-    Wrong is a row whose expected sparsity is more than OFF_TARGET off its target; and a
-    kept unit whose mask is below a half.
+    Wrong is a row whose expected sparsity is more than OFF_TARGET off its target, and a kept unit whose mask is below a
+    half.
     """
     found = []
     borderline = {one.granularity: one for one in borderline_units(log_alpha, specs)}
