@@ -233,10 +233,7 @@ class ImportanceConfig:
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
-        50.0,
-        "log-alpha at the start under `projected`, before the constraint: units of each row at equal distances over "
-        "+-spread (under `lagrangian` they lie below log_alpha_limit)",
-        low=0,
+        50.0, "log-alpha at the start under `projected`: units of each row at equal distances over +-spread", low=0
     )
     batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
 
@@ -257,8 +254,7 @@ class PruneConfig:
     )
     basis: str | None = key(
         None,
-        "hidden units to choose from: the source's own, or the principal directions of its residual stream (a rotation "
-        "of its weights); null: principal where hidden units go",
+        "hidden units: the source's own, or principal directions of its residual stream; null: these where some go",
         ("source", "principal"),
         before="source",
     )

@@ -6,6 +6,7 @@ not learned), so that an unpruned pass costs nothing. Read next: `state.py`, whi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ class Masks:
     """[L], shared by attention and MLP of a layer."""
     norm_gain: Tensor | None = None
     """[1], by which norms multiply besides the hidden mask, or none; see `norm_gain` below."""
+
+    def by_granularity(self) -> dict[str, Tensor]:
+        """The masks there are, by name; the norms' gain is none."""
+        names = ("hidden", "head", "intermediate", "layer")
+        return {name: mask for name in names if (mask := getattr(self, name)) is not None}
+
+    def arrays(self) -> dict[str, Any]:
+        """The same as numpy arrays, for files and pictures."""
+        return {name: mask.cpu().numpy() for name, mask in self.by_granularity().items()}
 
 
 def assemble(values: Mapping[str, Tensor], source: ModelShape, principal: bool = False) -> Masks:

@@ -102,10 +102,10 @@ class MaskState:
         the limit, so that all are open as they are without scores. Of equal scores the lower index comes first, as in
         keep sets. Granularities without a score stay as they are.
         """
+        low, high = self._span()
         for spec in self.specs:
             if spec.name in scores:
                 rows = scores[spec.name].reshape(spec.rows, spec.units).to(self.log_alpha[spec.name].device)
-                low, high = self._span()
                 height = high - (high - low) * places(rows).double() / max(1, spec.units - 1)
                 self.log_alpha[spec.name].copy_(height.view(spec.shape))
         self._constrain(0)

@@ -10,11 +10,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from megashear.checkpoint.store import newest_valid, read_masks, step_folder
-from megashear.data.loader import HeldOut
 from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError, ModelError
 from megashear.files.atomic import atomic_folder
@@ -29,6 +27,7 @@ from megashear.run.context import Context
 from megashear.run.importance import read_scores
 from megashear.run.moments import fold_moments, write_folded
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
+from megashear.run.source_losses import open_heldout
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate
 from megashear.train.metrics import save_masks
@@ -43,8 +42,7 @@ def run_finalize(context: Context) -> None:
     fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
     on_main(context.layout, lambda: fold_folder(context, cut, fold))
     on_main(context.layout, lambda: fold_moments(context, cut.keep))
-    data, sequences = context.config.data, context.config.prune.batch.eval_sequences
-    heldout = HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
+    heldout = open_heldout(context, context.config.prune.batch.eval_sequences)
     assert context.target_shape is not None
     proof, pruned = prove(context, cut.masked, fold, ModelFolder.open(folder), heldout)
     if not proof.holds:
@@ -58,7 +56,7 @@ def run_finalize(context: Context) -> None:
         "borderline": [vars(one) for one in cut.borderline],
         **loss_record(losses),
     }
-    on_main(context.layout, lambda: save_masks(context.folder, shown_masks(cut.masks)))
+    on_main(context.layout, lambda: save_masks(context.folder, cut.masks.arrays()))
     if context.layout.is_main:
         print(report(record), flush=True)
     context.finish("finalize", record)
@@ -95,12 +93,6 @@ def load_cut(context: Context) -> Cut:
     borderline = borderline_units(learned.log_alpha, learned.specs)
     masked = context.open_model("masked")
     return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
-
-
-def shown_masks(masks: Masks) -> dict[str, np.ndarray]:
-    """The cut's masks by granularity, as the run's pictures and its report show them."""
-    names = ("hidden", "head", "intermediate", "layer")
-    return {name: mask.cpu().numpy() for name in names if (mask := getattr(masks, name)) is not None}
 
 
 def _on(device: torch.device | str, masks: Masks) -> Masks:

@@ -202,8 +202,7 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
         }
     )
     if deterministic is not None:
-        found = {name: getattr(deterministic, name) for name in ("hidden", "head", "intermediate", "layer")}
-        stage.metrics.write_masks({name: mask.cpu().numpy() for name, mask in found.items() if mask is not None})
+        stage.metrics.write_masks(deterministic.arrays())
 
 
 def watch_step(stage: Stage, result: StepResult) -> None:

@@ -22,7 +22,6 @@ SEQUENCES = 2
 """Held-out sequences a domain by which granularities are told apart."""
 AHEAD = 0.1
 """Share of a granularity's units that may be closed beyond what the schedule asks for."""
-GRANULARITIES = ("hidden", "head", "intermediate", "layer")
 
 
 def smoothed(average: float | None, loss: float) -> float:
@@ -39,8 +38,7 @@ def limit(source_loss: float, vocab_size: int) -> float:
 
 def alone(masks: Masks) -> dict[str, Masks]:
     """The masks of one granularity at a time, by name, of those that are learned; `head` is group times query."""
-    values = {name: getattr(masks, name) for name in GRANULARITIES}
-    found = {name: Masks(**{name: value}) for name, value in values.items() if value is not None}
+    found = {name: Masks(**{name: value}) for name, value in masks.by_granularity().items()}
     if "hidden" in found:
         found["hidden"] = replace(found["hidden"], norm_gain=masks.norm_gain)
     return found
@@ -52,11 +50,13 @@ def verdict(step: int, loss: float, source_loss: float, means: dict[str, float])
     worst = max(rises, key=lambda name: rises[name])
     parts = ", ".join(f"{name} {rise:+.2f}" for name, rise in sorted(rises.items(), key=lambda item: -item[1]))
     weights = means["open"] - source_loss
-    cause = "the weights' training is" if weights > rises[worst] else "the masks are"
-    remedy = f"Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: projected`, an "
-    remedy += "`importance.criterion` to start from, or lower rates"
     if weights > rises[worst]:
+        cause = "the weights' training is"
         remedy = "Most of it is in the weights: stop, and lower `prune.optimizer.learning_rate` or warm it up longer"
+    else:
+        cause = "the masks are"
+        remedy = f"Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: projected`, an "
+        remedy += "`importance.criterion` to start from, or lower rates"
     return (
         f"step {step}: the loss is {loss:.2f}, the source's was {source_loss:.2f}: {cause} destroying the model. "
         f"What each granularity's masks do to the held-out loss alone: {parts}; the weights without masks are at "
