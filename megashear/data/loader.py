@@ -7,6 +7,7 @@ token for most vocabularies; both read memory-mapped files, so there is no worke
 Legend: N rows read, T tokens of a row (S + 1).
 """
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
 
@@ -85,6 +86,15 @@ class HeldOut:
                 few.rows.append((domain, window))
                 taken[domain] += 1
         return few
+
+    def digests(self) -> dict[str, str]:
+        """By domain 64 bits of a hash of its windows' tokens and of where attention starts anew in them."""
+        found = {}
+        for index, name in enumerate(self.names):
+            tokens, _ = self.read([row for row, (domain, _) in enumerate(self.rows) if domain == index])
+            content = tokens.numpy().astype("<u4").tobytes() + repr((tuple(tokens.shape), self.separator)).encode()
+            found[name] = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return found
 
     def read(self, rows: Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [N, S+1] in the files' dtype and domain indices int64 [N] of these entries of `rows`, on the CPU."""

@@ -6,15 +6,15 @@ Key property: runs are told apart by the names of their folders. Read next: `rep
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megashear.plot.cost import costs, curves, trained_tokens
 from megashear.plot.html import Html, paragraph, picture, section, table
-from megashear.plot.record import Losses, RunRecord
+from megashear.plot.record import RunRecord
 from megashear.plot.series import names_in
 from megashear.plot.style import PALETTE, markers, new_figure, panel
+from megashear.train.losses import DomainSequences, mean_of, other_text, paired_difference
 from megashear.train.tables import count, loss_cells
 
 
@@ -29,7 +29,7 @@ def comparison(first: RunRecord, second: RunRecord) -> Html:
     names = names_of(first, second)
     parts = [paragraph(f"{names[0]} beside {names[1]}.")]
     if first.losses and second.losses:
-        parts.append(loss_differences(names, *(list(run.losses.items())[-1] for run in (first, second))))
+        parts.append(loss_differences(names, first, second))
     else:
         parts.append(paragraph("One of the runs has no held-out losses yet."))
     parts.append(cost_beside(names, (first, second)))
@@ -40,28 +40,55 @@ def comparison(first: RunRecord, second: RunRecord) -> Html:
     return section("Comparison", parts)
 
 
-def loss_differences(names: Sequence[str], first: tuple[str, Losses], second: tuple[str, Losses]) -> Html:
+def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) -> Html:
     """Losses of both by domain, second minus first, and whether that is more than two standard errors of it."""
-    (column, mine), (other_column, other) = first, second
+    (column, mine), (other_column, other) = (list(run.losses.items())[-1] for run in (first, second))
     shared = [domain for domain in mine if domain in other]
-    rows = [difference_row(domain, mine[domain], other[domain]) for domain in shared]
+    both = {domain: (first.sequences.get(domain), second.sequences.get(domain)) for domain in shared}
+    differences = {domain: difference_of(mine[domain], other[domain], *both[domain]) for domain in shared}
+    rows = [difference_row(domain, mine[domain], other[domain], differences[domain]) for domain in shared]
     if len(shared) > 1:
-        means = []
-        for losses in (mine, other):
-            values, errors = np.array([losses[domain] for domain in shared]).T
-            means.append((float(values.mean()), float(np.sqrt((errors**2).sum()) / len(shared))))
+        means = (mean_of([values[domain] for domain in shared]) for values in (mine, other, differences))
         rows.append(difference_row(f"mean of {len(shared)}", *means))
     header = ["domain", *(f"{n} ({c})" for n, c in zip(names, (column, other_column), strict=True))]
-    caption = (
-        "Nats per token with standard errors; difference: the second less the first. Errors are added as if the "
-        "held-out texts were drawn anew for each run; what another seed would change is not in them."
+    said = table([*header, "difference", "beyond 2 standard errors"], rows, caption_of(list(both.values())))
+    others = [name for name, pair in both.items() if other_text(*pair)]
+    if not others:
+        return said
+    warning = (
+        f"The runs were evaluated on other held-out text, or with another tokenizer or length of sequences "
+        f"({', '.join(others)}): their losses there are not of one kind."
     )
-    return table([*header, "difference", "beyond 2 standard errors"], rows, caption)
+    return Html(paragraph(warning) + said)
 
 
-def difference_row(name: str, mine: tuple[float, float], other: tuple[float, float]) -> list[str]:
-    """One line of the table."""
-    difference, error = other[0] - mine[0], math.hypot(mine[1], other[1])
+def caption_of(both: list[tuple[DomainSequences | None, DomainSequences | None]]) -> str:
+    """What the errors of the differences are."""
+    paired = [paired_difference(*pair) is not None for pair in both]
+    if all(paired):
+        how = "Their errors are those of the differences sequence by sequence"
+    elif not any(paired):
+        how = "Errors are added as if the held-out texts were drawn anew for each run"
+    else:
+        how = "Their errors are those of the differences sequence by sequence where both runs read the same text"
+    return (
+        f"Nats per token with standard errors; difference: the second less the first. {how}; what another seed would "
+        "change is not in them."
+    )
+
+
+def difference_of(
+    mine: tuple[float, float], other: tuple[float, float], first: DomainSequences | None, second: DomainSequences | None
+) -> tuple[float, float]:
+    """Difference of two losses and its standard error: over pairs of sequences where both runs have the same ones."""
+    return paired_difference(first, second) or (other[0] - mine[0], math.hypot(mine[1], other[1]))
+
+
+def difference_row(
+    name: str, mine: tuple[float, float], other: tuple[float, float], found: tuple[float, float]
+) -> list[str]:
+    """One line of the table: both losses, and the difference that was found, each with its standard error."""
+    difference, error = found
     shown = f"{difference:+.4f} +- {error:.4f}" if math.isfinite(difference) else "-"
     if not math.isfinite(error) or not math.isfinite(difference):
         beyond = "not known"

@@ -19,12 +19,12 @@ from megashear.config.shape import ModelShape
 from megashear.errors import ConfigError, DataError, MegashearError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
+from megashear.train.losses import DomainSequences, Losses, read_sequences
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 from megashear.weights.hf_config import read_config, shape_of_config
 
 CONFIG, IDENTITY, DONE, SOURCE_LOSSES = "config.yaml", "identity.json", "done.json", "source_losses.json"
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
-Losses = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class RunRecord:
     config: None where the run file cannot be read any more; source, target: None where not known; done: records of the
     finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation while pruning;
     losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a stage that goes on),
-    {domain: (nats per token, standard error)}; missing: what the run has not, in sentences.
+    {domain: (nats per token, standard error)}; sequences: of the last of these models, by domain the losses that they
+    are the means of, where they are recorded; missing: what the run has not, in sentences.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class RunRecord:
     stages: list[Stage]
     masks: dict[str, np.ndarray]
     losses: dict[str, Losses]
+    sequences: dict[str, DomainSequences]
     missing: list[str]
 
     @property
@@ -80,7 +82,8 @@ def read_run(folder: Path) -> RunRecord:
     source, target = _shapes(folder, config)
     if source is None:
         missing.append("The source's shape is not known here, so FLOPs are not counted.")
-    return RunRecord(folder, config, source, target, done, stages, read_masks(folder / MASKS_NAME), losses, missing)
+    masks, sequences = read_masks(folder / MASKS_NAME), _sequences(folder, names, losses)
+    return RunRecord(folder, config, source, target, done, stages, masks, losses, sequences, missing)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -152,6 +155,16 @@ def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) 
         name = f"{last.name}, step {int(record['step']):,}"
         columns[name] = {n: (_number(v), _number((record["error"] or {}).get(n))) for n, v in record["loss"].items()}
     return columns
+
+
+def _sequences(folder: Path, stages: list[str], losses: dict[str, Losses]) -> dict[str, DomainSequences]:
+    """Losses by sequence of the model of the last column: those whose means are the column's."""
+    last = next(reversed(losses.values()), {})
+    for stage in reversed(stages):
+        found = read_sequences(folder / stage)
+        if found and all(name in last and float(one.loss_N.mean()) == last[name][0] for name, one in found.items()):
+            return found
+    return {}
 
 
 def _number(value: Any) -> float:

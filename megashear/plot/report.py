@@ -22,6 +22,7 @@ from megashear.plot.masks import draw_maps
 from megashear.plot.record import RunRecord, read_run
 from megashear.plot.run import draw_pictures
 from megashear.plot.style import STYLE
+from megashear.train.losses import mean_of
 from megashear.train.progress import duration
 from megashear.train.tables import count, loss_cells
 
@@ -104,11 +105,8 @@ def losses(run: RunRecord) -> list[Html]:
     rows = [[d, *(cell for column in columns.values() for cell in loss_cells(column.get(d)))] for d in domains]
     shared = [domain for domain in domains if all(domain in column for column in columns.values())]
     if len(shared) > 1:
-        means = []
-        for column in columns.values():
-            values, errors = np.array([column[domain] for domain in shared]).T
-            means += loss_cells((float(values.mean()), float(np.sqrt((errors**2).sum()) / len(shared))))
-        rows.append([f"mean of {len(shared)}", *means])
+        means = [mean_of([column[domain] for domain in shared]) for column in columns.values()]
+        rows.append([f"mean of {len(shared)}", *(cell for mean in means for cell in loss_cells(mean))])
     header = ["domain", *(text for name in columns for text in (name, "perplexity"))]
     caption = "Nats per token with the standard error of the evaluation, and perplexity, on held-out text."
     return [section("Held-out losses", [table(header, rows, caption)])]

@@ -27,7 +27,8 @@ from megashear.model.load import RandomWeights, TensorSource
 from megashear.run.calibration import build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
 from megashear.run.source_losses import open_heldout, source_losses
-from megashear.train.evaluate import evaluate, mean_loss
+from megashear.train.evaluate import evaluate
+from megashear.train.losses import mean_loss
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
 from megashear.weights.names import FINAL_NORM, tensor_shapes

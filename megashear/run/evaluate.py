@@ -23,7 +23,8 @@ from megashear.files.atomic import write_json
 from megashear.model.build import filled_chunks
 from megashear.model.load import TensorSource
 from megashear.run.context import check_tokenizer
-from megashear.train.evaluate import Losses, evaluate, to_json
+from megashear.train.evaluate import evaluate
+from megashear.train.losses import Losses, to_json
 from megashear.train.tables import loss_table
 from megashear.weights.folder import ModelFolder
 from megashear.weights.hf_config import NAME as CONFIG

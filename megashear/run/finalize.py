@@ -29,7 +29,8 @@ from megashear.run.moments import fold_moments, write_folded
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
 from megashear.run.source_losses import open_heldout
 from megashear.run.training import loss_record
-from megashear.train.evaluate import evaluate
+from megashear.train.evaluate import evaluate_sequences
+from megashear.train.losses import save_sequences, summarise
 from megashear.train.metrics import save_masks
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
@@ -48,15 +49,16 @@ def run_finalize(context: Context) -> None:
     if not proof.holds:
         on_main(context.layout, lambda: shutil.rmtree(folder))
         raise ModelError(failure(context, proof))
-    losses = evaluate(heldout, context.layout, pruned, context.config.prune.batch.micro_batch)
+    losses = evaluate_sequences(heldout, context.layout, pruned, context.config.prune.batch.micro_batch)
     record: dict[str, Any] = {
         "name": "finalize",
         "logit_difference": proof.difference,
         "exact_difference": proof.exact,
         "borderline": [vars(one) for one in cut.borderline],
-        **loss_record(losses),
+        **loss_record(summarise(losses)),
     }
     on_main(context.layout, lambda: save_masks(context.folder, cut.masks.arrays()))
+    on_main(context.layout, lambda: save_sequences(context.folder / "finalize", losses, heldout.digests()))
     if context.layout.is_main:
         print(report(record), flush=True)
     context.finish("finalize", record)

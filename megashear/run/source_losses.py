@@ -10,7 +10,8 @@ from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError
 from megashear.files.atomic import write_json
 from megashear.run.context import Context, read_record
-from megashear.train.evaluate import Losses, evaluate, from_json, to_json
+from megashear.train.evaluate import evaluate
+from megashear.train.losses import Losses, from_json, to_json
 
 SOURCE_LOSSES = "source_losses.json"
 

@@ -9,7 +9,7 @@ from megashear.plot.run import plot_run
 from megashear.run.context import DONE, Context, read_record
 from megashear.run.source_losses import SOURCE_LOSSES, read_losses
 from megashear.run.training import loss_record
-from megashear.train.evaluate import Losses, from_json
+from megashear.train.losses import Losses, from_json
 from megashear.train.tables import loss_table, outcome_table
 
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}

@@ -34,8 +34,8 @@ from megashear.run.importance import calibration_record, importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
 from megashear.run.source_losses import open_heldout, source_losses
 from megashear.run.teacher import build_teacher
-from megashear.train.evaluate import Losses, from_json, mean_loss, to_json
 from megashear.train.loop import Counters, Stage, train
+from megashear.train.losses import Losses, from_json, mean_loss, to_json
 from megashear.train.metrics import Metrics
 from megashear.train.profile import traced
 from megashear.train.progress import Progress

@@ -1,11 +1,9 @@
 """Held-out loss per domain, with its standard error: the same sequences every time, spread over data-parallel ranks.
 
 Each domain's loss is the mean over its sequences, all of one length, so it is the token mean; its error is the
-standard deviation over sequences divided by the root of their number. Read next: `loop.py`.
+standard deviation over sequences divided by the root of their number. Read next: `losses.py`, `loop.py`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,21 @@ from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.masks import Masks
 from megashear.model.live import live_patterns
+from megashear.train.losses import Losses, SequenceLosses, summarise
 from megashear.train.step import MicroBatch, local_rows, micro_batches
-
-Losses = dict[str, tuple[float, float]]
-"""Loss and its standard error by domain; the error of a single sequence is not known: NaN."""
 
 
 def evaluate(
     heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
 ) -> Losses:
     """Loss in nats per token and its standard error, by domain; the same on every rank (all of them take part)."""
+    return summarise(evaluate_sequences(heldout, layout, chunks, micro_batch, masks))
+
+
+def evaluate_sequences(
+    heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
+) -> SequenceLosses:
+    """As `evaluate`, sequence by sequence."""
     total = len(heldout.rows)
     wave = layout.data_size * micro_batch * (layout.pipeline_size if layout.virtual_size > 1 else 1)
     padded = -(-total // wave) * wave
@@ -39,31 +42,7 @@ def evaluate(
         .numpy()
     )
     domain_N = np.array([domain for domain, _ in heldout.rows])
-    return {name: _mean_and_error(losses[domain_N == index]) for index, name in enumerate(heldout.names)}
-
-
-def mean_loss(losses: Losses) -> float:
-    """Mean over domains, in nats per token."""
-    return sum(loss for loss, _ in losses.values()) / len(losses)
-
-
-def to_json(losses: Losses) -> dict[str, list[float | None]]:
-    """Losses and errors as JSON values that round-trip: [loss, error] by domain, null for what is not finite."""
-    return {name: [value if math.isfinite(value) else None for value in pair] for name, pair in losses.items()}
-
-
-def from_json(values: Mapping[str, Sequence[float | None]]) -> Losses:
-    """What `to_json` gave."""
-    return {name: (_number(loss), _number(error)) for name, (loss, error) in values.items()}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _mean_and_error(losses: np.ndarray) -> tuple[float, float]:
-    error = float(losses.std(ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else math.nan
-    return float(losses.mean()), error
+    return {name: losses[domain_N == index] for index, name in enumerate(heldout.names)}
 
 
 def _sequence_losses(

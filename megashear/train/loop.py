@@ -24,7 +24,8 @@ from megashear.engine.layout import Layout
 from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
 from megashear.train import watch
-from megashear.train.evaluate import Losses, evaluate, mean_loss
+from megashear.train.evaluate import evaluate, evaluate_sequences
+from megashear.train.losses import Losses, mean_loss, summarise
 from megashear.train.metrics import Metrics
 from megashear.train.profile import Tick
 from megashear.train.progress import Progress
@@ -182,8 +183,8 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
     masks = stage.stepper.masks
     deterministic = None if masks is None else masks.deterministic("expected")
     chunks = stage.stepper.weights.chunks
-    losses = evaluate(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
-    stage.losses = losses
+    sequences = evaluate_sequences(stage.heldout, stage.layout, chunks, stage.batch.micro_batch, deterministic)
+    stage.losses = losses = summarise(sequences)
     stage.counters.evaluation_seconds += time.monotonic() - started
     if update:
         for warning in stage.mixture.update({name: loss for name, (loss, _) in losses.items()}, stage.counters.step):
@@ -201,6 +202,7 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
             "weights": dict(zip(names, map(float, stage.stream.weights), strict=True)),
         }
     )
+    stage.metrics.write_sequences(stage.name, sequences, stage.heldout.digests())
     if deterministic is not None:
         stage.metrics.write_masks(deterministic.arrays())
 

@@ -1,4 +1,5 @@
-"""What a run writes down while it trains: `metrics.jsonl`, TensorBoard events, Weights & Biases, `masks.npz`.
+"""What a run writes down while it trains: `metrics.jsonl`, TensorBoard events, Weights & Biases, `masks.npz`, and
+`heldout.json` of each stage (`losses.py`).
 
 Key properties: `metrics.jsonl` is the record of truth and holds an unbroken run, whatever was killed and resumed; a
 logger that fails (a full disk, a lost network) warns once, is switched off and never stops training. Torch is imported
@@ -35,6 +36,7 @@ import orjson
 
 from megashear.errors import DataError, Interrupted
 from megashear.files.atomic import atomic_file, write_text
+from megashear.train.losses import SEQUENCES_NAME, SequenceLosses, save_sequences
 
 FILE_NAME = "metrics.jsonl"
 MASKS_NAME = "masks.npz"
@@ -205,7 +207,7 @@ class Metrics:
         """folder: the run's; wandb_project: None is off; enabled: False makes every method do nothing."""
         self._folder = Path(folder)
         self._sinks: list[Sink] = []
-        self._masks = enabled
+        self._files = {save_masks, save_sequences} if enabled else set()
         if not enabled:
             return
         self._add("metrics.jsonl", lambda: JsonLines(self._folder))
@@ -230,15 +232,24 @@ class Metrics:
 
     def write_masks(self, masks: Mapping[str, np.ndarray]) -> None:
         """Replace `masks.npz`; masks: deterministic masks by granularity, shapes in the module's docstring."""
-        if not self._masks:
+        self._save(save_masks, self._folder / MASKS_NAME, self._folder, masks)
+
+    def write_sequences(self, stage: str, losses: SequenceLosses, digests: Mapping[str, str]) -> None:
+        """Replace the stage's `heldout.json`; losses of its held-out sequences, and digests of them, by domain."""
+        folder = self._folder / stage
+        self._save(save_sequences, folder / SEQUENCES_NAME, folder, losses, digests)
+
+    def _save(self, save: Callable[..., None], path: Path, *arguments: Any) -> None:
+        """Write a file; any failure but a stop signal is a warning, and the last try."""
+        if save not in self._files:
             return
         try:
-            save_masks(self._folder, masks)
+            save(*arguments)
         except Interrupted:
             raise
         except Exception as error:
-            self._masks = False
-            warn(str(self._folder / MASKS_NAME), error)
+            self._files.remove(save)
+            warn(str(path), error)
 
     def close(self) -> None:
         """Flush and close every place."""

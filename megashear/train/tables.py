@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from megashear.config.schema import BatchConfig, CheckpointConfig, ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.train.losses import Losses, mean_of
 from megashear.train.progress import duration
 
-Losses = Mapping[str, tuple[float, float]]
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,10 +128,7 @@ def loss_table(columns: Mapping[str, Losses]) -> str:
     ]
     shared = [domain for domain in domains if all(domain in losses for losses in columns.values())]
     if len(shared) > 1:
-        means = []
-        for losses in columns.values():
-            loss = sum(losses[domain][0] for domain in shared) / len(shared)
-            means.append((loss, math.sqrt(sum(losses[domain][1] ** 2 for domain in shared)) / len(shared)))
+        means = [mean_of([losses[domain] for domain in shared]) for losses in columns.values()]
         rows.append([f"mean of {len(shared)}", *(cell for mean in means for cell in loss_cells(mean))])
     header = ["domain", *(text for name in columns for text in (name, "ppl"))]
     return table("Held-out loss (nats per token, +- standard error) and perplexity", header, rows)

@@ -62,3 +62,12 @@ def test_held_out_windows(dataset):
 def test_a_domain_without_one_held_out_window(dataset):
     with pytest.raises(DataError, match=r"'code' has 90 held-out tokens.*--heldout-fraction"):
         HeldOut(dataset, 90, 10)
+
+
+def test_equal_windows_have_equal_digests(dataset):
+    digests = HeldOut(dataset, LENGTH, 4).digests()
+    assert list(digests) == dataset.domains and len(set(digests.values())) == 3
+    assert HeldOut(dataset, LENGTH, 10).first(4).digests()["web"] != digests["web"]  # other windows: they are spread
+    assert HeldOut(dataset, LENGTH, 4).digests() == digests
+    assert HeldOut(dataset, LENGTH, 4, separate_documents=True).digests().keys() == digests.keys()
+    assert set(HeldOut(dataset, LENGTH, 4, separate_documents=True).digests().values()).isdisjoint(digests.values())

@@ -15,11 +15,12 @@ from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
 from megashear.errors import DataError
 from megashear.masks.scores import Scores, save_scores
-from megashear.plot.compare import difference_row
+from megashear.plot.compare import difference_of, difference_row
 from megashear.plot.cost import costs, curves, live_steps, trained_tokens
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.plot.series import Stage
+from megashear.train.losses import save_sequences
 from megashear.train.metrics import SCORES_NAME
 
 KEYS = [
@@ -267,7 +268,37 @@ def test_two_runs(tmp_path: Path) -> None:
 )
 def test_beyond_two_standard_errors_of_the_difference(mine, other, said) -> None:
     """3, 4 and 5: the error of the difference is 0.05."""
-    assert difference_row("web", mine, other)[-1] == said
+    assert difference_row("web", mine, other, difference_of(mine, other, None, None))[-1] == said
+
+
+def test_two_runs_over_the_same_sequences_are_compared_by_pairs(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "mine"), make_run(tmp_path / "yours", final=1.7)
+    noise_N = np.array([-1.0, 1.0, -0.5, 0.5])
+    for run, loss, off in ((first, 1.8, 0.0), (second, 1.7, 0.01)):
+        off_N = np.array([-off, off, off, -off])
+        texts = dict.fromkeys(DOMAINS, "same")
+        losses = {name: loss + 0.1 * number + noise_N + off_N for number, name in enumerate(DOMAINS)}
+        record = json.loads((run / "pretrain/done.json").read_text())
+        record["losses"] = {name: float(loss_N.mean()) for name, loss_N in losses.items()}
+        (run / "pretrain/done.json").write_text(json.dumps(record))
+        save_sequences(run / "pretrain", losses, texts)
+    cells = Page(write_report(first, second)).cells
+    error = 0.01 * math.sqrt(4 / 3 / 4)  # of four differences that are 0.01 off their mean
+    assert cells[cells.index("mine (final)") + 7 :][:2] == [f"-0.1000 +- {error:.4f}", "yes, lower"]
+    assert any("sequence by sequence;" in cell for cell in cells)
+    save_sequences(second / "pretrain", losses, texts | {DOMAINS[0]: "other"})
+    cells = Page(write_report(first, second)).cells
+    said = f"other held-out text, or with another tokenizer or length of sequences ({DOMAINS[0]})"
+    assert any(said in cell for cell in cells)
+    assert cells[cells.index("mine (final)") + 7] == "-0.1000 +- 0.0141"
+    assert any("where both runs read the same text" in cell for cell in cells)
+    shifted = {name: loss_N + 0.5 for name, loss_N in losses.items()}  # of another evaluation than the recorded losses
+    save_sequences(second / "pretrain", shifted, texts)
+    cells = Page(write_report(first, second)).cells
+    assert any("drawn anew" in cell for cell in cells)
+    (second / "pretrain/heldout.json").write_text('{"cc": {"text": 3}}')
+    with pytest.raises(DataError, match=r"heldout\.json: cannot be read .*remove it"):
+        write_report(first, second)
 
 
 def test_what_is_no_run_or_damaged_is_one_message(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 from megashear import cli
 from megashear.data.loader import HeldOut
 from megashear.data.manifest import Dataset
+from megashear.plot.record import read_run
+from megashear.train.losses import read_sequences
 from run_stages.tiny import TEXTS, Tiny, make_dataset, make_tokenizer, torchrun
 
 LENGTH, SEQUENCES = 32, 7
@@ -62,6 +64,17 @@ def test_the_losses_of_a_finished_run_are_these(unbroken_folder: Path, tiny: Tin
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["losses"] == pytest.approx(recorded["losses"], rel=1e-6)
     assert found["errors"] == pytest.approx(recorded["errors"], rel=1e-5)
+
+
+def test_a_finished_run_keeps_the_losses_of_its_sequences(unbroken_folder: Path) -> None:
+    texts = []
+    for stage in ("prune", "finalize", "pretrain"):
+        recorded = json.loads((unbroken_folder / stage / "done.json").read_text())
+        found = read_sequences(unbroken_folder / stage)
+        assert {name: float(one.loss_N.mean()) for name, one in found.items()} == recorded["losses"]
+        texts.append({name: one.text for name, one in found.items()})
+    assert texts[0] == texts[1] == texts[2]
+    assert read_run(unbroken_folder).sequences.keys() == texts[2].keys()
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megashear.config.schema import PretrainConfig, PruneConfig
-from megashear.train.evaluate import _mean_and_error, from_json, to_json
+from megashear.train.losses import from_json, mean_and_error, to_json
 
 
 def test_losses_round_trip_through_json() -> None:
@@ -19,9 +19,9 @@ def test_losses_round_trip_through_json() -> None:
 
 def test_the_error_is_that_of_the_mean() -> None:
     draws = np.random.default_rng(0).normal(3.0, 0.5, (20_000, 16))
-    means, errors = zip(*(_mean_and_error(row) for row in draws), strict=True)
+    means, errors = zip(*(mean_and_error(row) for row in draws), strict=True)
     assert math.isclose(np.sqrt(np.mean(np.square(errors))), np.std(means), rel_tol=0.02)
-    assert math.isnan(_mean_and_error(np.array([1.0]))[1])
+    assert math.isnan(mean_and_error(np.array([1.0]))[1])
 
 
 @pytest.mark.parametrize("section", [PruneConfig(), PretrainConfig()])

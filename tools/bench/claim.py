@@ -93,7 +93,7 @@ TRIALS = {
         global_batch=4,
         micro_batch=4,
         eval_interval=30,
-        eval_sequences=8,
+        eval_sequences=16,
     ),
 }
 DISTILLED = {"distillation": {"weight": 0.5}}
