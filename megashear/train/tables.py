@@ -13,7 +13,6 @@ from megashear.train.losses import Losses, mean_of
 from megashear.train.progress import duration
 
 
-
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A title line, a header (none where all its cells are empty), a rule and the rows, in columns two blanks apart."""
     widths = [max(len(cells[column]) for cells in [header, *rows]) for column in range(len(header))]
