@@ -96,7 +96,8 @@ def _model_bytes(config: Config, report: Report) -> float:
         return size * report.source.parameters()
     rotated = in_principal_basis(config.prune, report.source, report.target)
     learned = config.prune.method == "learned"  # the masked model and two moments; both are cut with it
-    source = size * (rotated + (3 if learned else 0)) * report.source.parameters()
+    copies = 3 if learned else int(config.prune.refit != 0)  # else the fitted source
+    source = size * (rotated + copies) * report.source.parameters()
     return source + (FOLDED_BYTES + (2 * size if learned else 0)) * report.target.parameters()
 
 

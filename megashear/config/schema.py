@@ -212,6 +212,7 @@ class DistillationConfig:
     )
 
 
+GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")
 CRITERIA = ("magnitude", "taylor_mask", "taylor_weight", "fisher", "activation")
 LAYER_CRITERIA = ("block_influence", "angular_distance")
 
@@ -259,6 +260,12 @@ class PruneConfig:
         before="source",
     )
     importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
+    refit: int | None = key(
+        None,
+        "calibration batches on which one-shot pruning fits the output matrices of what stays to the source by least "
+        "squares; 0: none; null: 16 under one_shot",
+        low=0,
+    )
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
     constraint: str = key(
         "projected",
@@ -277,15 +284,13 @@ class PruneConfig:
         low=0,
     )
     sparsity_warmup_steps: int | None = key(
-        None,
-        "steps over which targets grow to their full value; null: a fifth of the steps, under `projected` a half",
-        low=0,
+        None, "steps over which targets grow; null: a fifth of the steps, under `projected` a half", low=0
     )
     closing: list[str] | None = key(
         None,
         "order in which granularities close one after another, each over an equal part of the sparsity warm-up; those "
         "left out come last; null: all together",
-        ("hidden", "group", "query", "intermediate", "layer"),
+        GRANULARITIES,
     )
     sharpening: float = key(
         10.0,
@@ -305,13 +310,11 @@ class PruneConfig:
         None,
         "masks to learn, of: hidden, group (a key/value head with its query heads), query, intermediate, layer; "
         "null: those that shrink",
-        ("hidden", "group", "query", "intermediate", "layer"),
+        GRANULARITIES,
     )
     log_alpha_init: float = key(5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01)")
     log_alpha_limit: float | None = key(
-        4.605170185988092,
-        "log-alpha is kept within +-limit under `lagrangian`; the published value is ln 100; null: no limit",
-        low=0.1,
+        4.605170185988092, "log-alpha stays within +-limit under `lagrangian`; published: ln 100; null: none", low=0.1
     )
     lambda1_cap: float | None = key(None, "largest linear multiplier; null: none, as published", low=0)
     lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
@@ -319,14 +322,11 @@ class PruneConfig:
         True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"
     )
     clip: str = key(
-        "weights",
-        "gradient clipping: one norm over the weights alone, or over weights, masks and multipliers (joint, published)",
+        "weights", "gradient clipping: one norm over the weights, or over masks and multipliers too (joint, published)",
         ("weights", "joint"),
     )
     masking: str = key(
-        "exact",
-        "exact: masked equals pruned; published: embedding unmasked, as the published code",
-        ("exact", "published"),
+        "exact", "exact: masked equals pruned; published: embedding unmasked, as there", ("exact", "published")
     )
 
 

@@ -59,6 +59,8 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
     if prune.method == "one_shot" and prune.preset is None:
         keys = {key: getattr(prune, key) for key in ONLY_LEARNED} | {"distillation.weight": prune.distillation.weight}
         return said + [f"prune.{key}: changes nothing under method one_shot" for key, value in keys.items() if value]
+    if prune.refit is not None:
+        said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
     if prune.constraint == "projected":
         set_ones = [key for key in ONLY_LAGRANGIAN if getattr(prune, key) is not None]
         said += [f"prune.{key}: changes nothing under constraint projected" for key in set_ones]

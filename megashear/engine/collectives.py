@@ -27,6 +27,14 @@ def max_over_world(flat: torch.Tensor) -> torch.Tensor:
     return flat
 
 
+def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over the data-parallel ranks, in place; all of them hold the same bits afterwards."""
+    group = parallel_state.get_data_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.get_world_size() > 1:

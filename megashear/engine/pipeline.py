@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 
@@ -58,3 +60,17 @@ def run_micro_batches(
         micro_batch_size=micro_batch,
         forward_only=forward_only,
     )
+
+
+def to_next_stage(tensor: torch.Tensor) -> None:
+    """Send a tensor to the rank of the next stage (after the last one, the first), which calls `from_previous_stage`.
+
+    For what no schedule runs; returns when the tensor may be changed.
+    """
+    dist.send(tensor.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+
+
+def from_previous_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor with what the rank of the stage before sends by `to_next_stage`."""
+    dist.recv(tensor, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return tensor

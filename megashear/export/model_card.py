@@ -76,6 +76,8 @@ def _stage(stage: dict[str, Any]) -> str:
         text += f"{', '.join(counts)}.\n" if counts else ""
     if stage.get("principal"):
         text += "Hidden units were chosen among the principal directions of the source's residual stream.\n"
+    if stage.get("refit"):
+        text += "Output matrices of what was kept were fitted to the source by least squares.\n"
     losses = stage.get("losses") or {}
     if losses:
         text += "\n| domain | held-out loss (nats per token) |\n|---|---|\n"

@@ -136,11 +136,20 @@ class Layer(nn.Module):
         self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None = None
     ) -> Stream:
         """The stream after this layer; the MLP's part is not added yet."""
-        hidden = masks.norm, masks.live_hidden
-        if masks.live.attention:
-            x_SBD, normed_SBD = self.attention_norm(stream, *hidden)
-            stream = Stream(x_SBD, self.attention(normed_SBD, rope, masks, first_BS), masks.branch)
-        if masks.live.mlp:
-            x_SBD, normed_SBD = self.mlp_norm(stream, *hidden)
-            stream = Stream(x_SBD, self.mlp(normed_SBD, masks), masks.branch)
-        return stream
+        return self.transform(self.attend(stream, rope, masks, first_BS), masks)
+
+    def attend(
+        self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None = None
+    ) -> Stream:
+        """The stream after attention, whose part is not added yet."""
+        if not masks.live.attention:
+            return stream
+        x_SBD, normed_SBD = self.attention_norm(stream, masks.norm, masks.live_hidden)
+        return Stream(x_SBD, self.attention(normed_SBD, rope, masks, first_BS), masks.branch)
+
+    def transform(self, stream: Stream, masks: LayerMasks) -> Stream:
+        """The stream after the MLP, whose part is not added yet."""
+        if not masks.live.mlp:
+            return stream
+        x_SBD, normed_SBD = self.mlp_norm(stream, masks.norm, masks.live_hidden)
+        return Stream(x_SBD, self.mlp(normed_SBD, masks), masks.branch)

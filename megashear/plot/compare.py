@@ -14,7 +14,8 @@ from megashear.plot.html import Html, paragraph, picture, section, table
 from megashear.plot.record import RunRecord
 from megashear.plot.series import names_in
 from megashear.plot.style import PALETTE, markers, new_figure, panel
-from megashear.train.losses import DomainSequences, mean_of, other_text, paired_difference
+from megashear.train.losses import mean_of
+from megashear.train.sequences import DomainSequences, other_text, paired_difference
 from megashear.train.tables import count, loss_cells
 
 

@@ -5,7 +5,6 @@ source is still there; what is missing is said, what is damaged is one DataError
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from megashear.config.shape import ModelShape
 from megashear.errors import ConfigError, DataError, MegashearError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
-from megashear.train.losses import DomainSequences, Losses, read_sequences
+from megashear.train.losses import Losses, number
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
+from megashear.train.sequences import DomainSequences, read_sequences
 from megashear.weights.hf_config import read_config, shape_of_config
 
 CONFIG, IDENTITY, DONE, SOURCE_LOSSES = "config.yaml", "identity.json", "done.json", "source_losses.json"
@@ -140,20 +140,20 @@ def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) 
     columns: dict[str, Losses] = {}
     source = read_json(folder / SOURCE_LOSSES)
     if source is not None:
-        columns["source"] = {name: (_number(pair[0]), _number(pair[1])) for name, pair in source.items()}
+        columns["source"] = {name: (number(pair[0]), number(pair[1])) for name, pair in source.items()}
     for stage, column in COLUMNS.items():
         if stage in done:
             record = done[stage]
-            columns[column] = {n: (_number(v), _number(record["errors"].get(n))) for n, v in record["losses"].items()}
+            columns[column] = {n: (number(v), number(record["errors"].get(n))) for n, v in record["losses"].items()}
     pruned = done.get("prune", {})
     if "finalize" not in done and pruned.get("losses"):
         errors = pruned.get("errors", {})
-        columns["masked"] = {name: (_number(v), _number(errors.get(name))) for name, v in pruned["losses"].items()}
+        columns["masked"] = {name: (number(v), number(errors.get(name))) for name, v in pruned["losses"].items()}
     last = stages[-1] if stages else None
     if last is not None and last.name not in done and last.records.get("eval"):
         record = last.records["eval"][-1]
         name = f"{last.name}, step {int(record['step']):,}"
-        columns[name] = {n: (_number(v), _number((record["error"] or {}).get(n))) for n, v in record["loss"].items()}
+        columns[name] = {n: (number(v), number((record["error"] or {}).get(n))) for n, v in record["loss"].items()}
     return columns
 
 
@@ -165,7 +165,3 @@ def _sequences(folder: Path, stages: list[str], losses: dict[str, Losses]) -> di
         if found and all(name in last and float(one.loss_N.mean()) == last[name][0] for name, one in found.items()):
             return found
     return {}
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)

@@ -121,6 +121,8 @@ def kept(run: RunRecord) -> list[Html]:
         parts.append(paragraph(f"Chosen at once: {criteria}; nothing was trained before the cut."))
     if pruned.get("principal"):
         parts.append(paragraph("Hidden units are principal directions of the source's residual stream."))
+    if pruned.get("refit"):
+        parts.append(paragraph("Output matrices of what was kept were fitted to the source by least squares."))
     if pruned.get("undecided"):
         parts.append(paragraph(f"Open when masks settled: {'; '.join(pruned['undecided'])}."))
     near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
@@ -183,9 +185,9 @@ def cost(run: RunRecord) -> list[Html]:
     caption = (
         "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
         "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
-        "of a training step of the source. Calibration: the tokens that basis and scores read, on which nothing is "
-        "trained; before learned masks its time is in their stage's. Held-out evaluation is in the time and not in the "
-        "FLOPs."
+        "of a training step of the source. Calibration: the tokens that basis, scores and least squares read, by which "
+        "no step is taken; before learned masks its time is in their stage's. Held-out evaluation is in the time and "
+        "not in the FLOPs."
     )
     return [section("Cost", [table([*header, "time (h:mm)", "of it evaluation"], rows, caption)])]
 

@@ -6,7 +6,6 @@ one. Read next: `importance/principal.py`, `masks/rotation.py`.
 """
 
 import logging
-import shutil
 
 from megashear.data.loader import HeldOut
 from megashear.engine.collectives import on_main
@@ -61,11 +60,6 @@ def pruning_folder(context: Context) -> ModelFolder:
     if not on_main(context.layout, context.model_folder(FOLDER).exists):
         _rotate(context)
     return context.open_model(FOLDER)
-
-
-def drop_rotated(context: Context) -> None:
-    """Remove the rotated source, which nothing reads once pruning is finalized."""
-    on_main(context.layout, lambda: shutil.rmtree(context.model_folder(FOLDER), ignore_errors=True))
 
 
 def _rotate(context: Context) -> None:

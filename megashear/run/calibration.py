@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from megashear.config.schema import ParallelConfig
 from megashear.data.loader import Loader
 from megashear.data.mixture import starting_weights
 from megashear.engine.parallel import transformer_config
@@ -32,10 +33,13 @@ def calibration_weights(context: Context) -> dict[str, float]:
     return dict(zip(tokens, starting_weights(context.config.mixture, tokens).tolist(), strict=True))
 
 
-def build_source(context: Context, source: TensorSource) -> list[Llama]:
-    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers."""
+def build_source(context: Context, source: TensorSource, parallel: ParallelConfig | None = None) -> list[Llama]:
+    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers.
+
+    parallel: the run's own, or one that differs from it in sequence parallelism.
+    """
     config, layout, shape = context.config, context.layout, context.source_shape
-    core = transformer_config(shape, config.parallel, context.dtype)
+    core = transformer_config(shape, parallel or config.parallel, context.dtype)
     core.gradient_accumulation_fusion = False  # there is no buffer to add gradients to
     exact, recompute = config.prune.masking == "exact", config.parallel.recompute == "full"
     return filled_chunks(shape, core, layout, source, exact, recompute)

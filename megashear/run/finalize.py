@@ -22,16 +22,18 @@ from megashear.masks.masks import Masks
 from megashear.masks.scores import open_units
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
-from megashear.run.basis import drop_rotated, principal, pruning_folder
+from megashear.run import basis, refit
+from megashear.run.basis import principal
 from megashear.run.context import Context
 from megashear.run.importance import read_scores
 from megashear.run.moments import fold_moments, write_folded
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
+from megashear.run.refit import fitted_folder
 from megashear.run.source_losses import open_heldout
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate_sequences
-from megashear.train.losses import save_sequences, summarise
 from megashear.train.metrics import save_masks
+from megashear.train.sequences import save_sequences, summarise
 from megashear.weights.finish import seal_folder, write_settings
 from megashear.weights.folder import ModelFolder
 
@@ -40,7 +42,7 @@ def run_finalize(context: Context) -> None:
     """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
     cut = load_cut(context)
     folder = context.model_folder("pruned")
-    fold = Fold(context.source_shape, cut.keep, _on("cpu", cut.masks), context.config.prune.masking)
+    fold = Fold(context.source_shape, cut.keep, cut.masks.to("cpu"), context.config.prune.masking)
     on_main(context.layout, lambda: fold_folder(context, cut, fold))
     on_main(context.layout, lambda: fold_moments(context, cut.keep))
     heldout = open_heldout(context, context.config.prune.batch.eval_sequences)
@@ -62,7 +64,17 @@ def run_finalize(context: Context) -> None:
     if context.layout.is_main:
         print(report(record), flush=True)
     context.finish("finalize", record)
-    drop_rotated(context)
+    drop_sources(context)
+
+
+def drop_sources(context: Context) -> None:
+    """Remove the rotated and the fitted source, which nothing reads once pruning is finalized."""
+
+    def drop() -> None:
+        for name in (basis.FOLDER, refit.FOLDER):
+            shutil.rmtree(context.model_folder(name), ignore_errors=True)
+
+    on_main(context.layout, drop)
 
 
 @dataclass(frozen=True)
@@ -87,18 +99,14 @@ def load_cut(context: Context) -> Cut:
         assert context.target_shape is not None
         scores = read_scores(context).units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
-        masks = _on(context.layout.device, open_units(scores, specs, shape, principal(context)))
+        masks = open_units(scores, specs, shape, principal(context)).to(context.layout.device)
         keep = keep_sets(scores, specs, shape)
-        return Cut(pruning_folder(context), keep, masks, [], context.provenance([record]))
+        return Cut(fitted_folder(context), keep, masks, [], context.provenance([record]))
     learned = load_masks(context)
     keep = keep_sets(learned.log_alpha, learned.specs, shape)
     borderline = borderline_units(learned.log_alpha, learned.specs)
     masked = context.open_model("masked")
     return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
-
-
-def _on(device: torch.device | str, masks: Masks) -> Masks:
-    return Masks(*(None if mask is None else mask.to(device) for mask in vars(masks).values()))
 
 
 def load_masks(context: Context) -> MaskState:

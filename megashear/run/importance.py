@@ -25,6 +25,7 @@ from megashear.model.load import TensorSource
 from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_progress, calibration_text, calibration_weights
 from megashear.run.context import Context
+from megashear.run.refit import refit_batches
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.tables import table
 
@@ -86,13 +87,20 @@ def made_by(context: Context) -> dict[str, Any]:
 
 
 def calibration_record(context: Context) -> dict[str, Any]:
-    """What a stage's record says of calibration: the tokens that basis and scores read, and the FLOPs they took."""
+    """What a stage's record says of calibration: tokens that basis, scores and fit read, and the FLOPs they took."""
     config, shape, length = context.config.prune, context.source_shape, context.config.data.sequence_length
     passes = int(principal(context))
     if config.importance.criterion is not None:
         passes += sum(REGISTRY[one].passes for one in set(criteria_of(config.importance, shape).values()))
-    tokens = config.importance.batches * config.batch.global_batch * length if passes else 0
-    return {"calibration_tokens": tokens, "calibration_flops": tokens * passes * shape.flops_per_token(length) / 3}
+    batch, full, target = config.batch.global_batch * length, shape.flops_per_token(length), context.target_shape
+    tokens = batch * config.importance.batches if passes else 0
+    flops = tokens * passes * full / 3
+    if refit_batches(config):  # a forward pass of the source and two of what stays of it, on text that was read before
+        assert target is not None
+        fitted = batch * refit_batches(config)
+        tokens = max(tokens, fitted)
+        flops += fitted * (full + 2 * target.flops_per_token(length)) / 3
+    return {"calibration_tokens": tokens, "calibration_flops": flops}
 
 
 def compute_scores(context: Context) -> Scores:

@@ -1,7 +1,8 @@
 """`prune.method: one_shot`: the stage `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
 
-Key property: no copy of the source is written; its held-out losses are evaluated as by every run that starts from it.
-Read next: `importance.py`, `finalize.py`.
+Before that the output matrices of what stays are fitted to the source (`prune.refit`). Key property: the source's
+held-out losses are evaluated as by every run that starts from it. Read next: `importance.py`, `refit.py`,
+`finalize.py`.
 """
 
 import time
@@ -11,6 +12,7 @@ from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
 from megashear.run.importance import calibration_record, importance_scores
+from megashear.run.refit import fit_source, refit_batches
 from megashear.run.source_losses import open_heldout, source_losses
 
 
@@ -20,6 +22,7 @@ def run_one_shot(context: Context) -> None:
     assert context.source is not None
     scores = importance_scores(context)
     assert scores is not None
+    fit_source(context, scores)
     scored = time.monotonic()
     batch = context.config.prune.batch
     heldout = open_heldout(context, batch.eval_sequences)
@@ -28,6 +31,7 @@ def run_one_shot(context: Context) -> None:
         "name": "prune",
         "method": "one_shot",
         "principal": principal(context),
+        "refit": refit_batches(context.config.prune),
         "criteria": scores.criteria,
         "steps": 0,
         "tokens": 0,

@@ -17,10 +17,9 @@ from megashear.engine.layout import Layout, distributed
 from megashear.errors import Interrupted
 from megashear.files.lock import run_lock
 from megashear.report import render
-from megashear.run.basis import drop_rotated
 from megashear.run.context import Context, open_context
 from megashear.run.export import run_export
-from megashear.run.finalize import run_finalize
+from megashear.run.finalize import drop_sources, run_finalize
 from megashear.run.one_shot import run_one_shot
 from megashear.run.summary import conclude
 from megashear.run.training import run_training
@@ -69,7 +68,7 @@ def run_stage(context: Context, stage: str) -> None:
     """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it."""
     if context.done(stage) is not None:
         if stage == "finalize":
-            drop_rotated(context)  # a run that was killed just after its record was written still has it
+            drop_sources(context)  # a run that was killed just after its record was written still has them
         if context.layout.is_main:
             print(f"{stage}: done before", flush=True)
         return

@@ -1,7 +1,7 @@
 """Held-out loss per domain, with its standard error: the same sequences every time, spread over data-parallel ranks.
 
 Each domain's loss is the mean over its sequences, all of one length, so it is the token mean; its error is the
-standard deviation over sequences divided by the root of their number. Read next: `losses.py`, `loop.py`.
+standard deviation over sequences divided by the root of their number. Read next: `sequences.py`, `loop.py`.
 """
 
 from typing import Any
@@ -16,7 +16,8 @@ from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.masks import Masks
 from megashear.model.live import live_patterns
-from megashear.train.losses import Losses, SequenceLosses, summarise
+from megashear.train.losses import Losses
+from megashear.train.sequences import SequenceLosses, summarise
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 
 

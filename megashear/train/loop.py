@@ -25,11 +25,12 @@ from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
 from megashear.train import watch
 from megashear.train.evaluate import evaluate, evaluate_sequences
-from megashear.train.losses import Losses, mean_loss, summarise
+from megashear.train.losses import Losses, mean_loss
 from megashear.train.metrics import Metrics
 from megashear.train.profile import Tick
 from megashear.train.progress import Progress
 from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
+from megashear.train.sequences import summarise
 from megashear.train.signals import StopRequest
 from megashear.train.step import Stepper, StepResult, micro_batches
 

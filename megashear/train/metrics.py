@@ -1,5 +1,5 @@
 """What a run writes down while it trains: `metrics.jsonl`, TensorBoard events, Weights & Biases, `masks.npz`, and
-`heldout.json` of each stage (`losses.py`).
+`heldout.json` of each stage (`sequences.py`).
 
 Key properties: `metrics.jsonl` is the record of truth and holds an unbroken run, whatever was killed and resumed; a
 logger that fails (a full disk, a lost network) warns once, is switched off and never stops training. Torch is imported
@@ -36,7 +36,7 @@ import orjson
 
 from megashear.errors import DataError, Interrupted
 from megashear.files.atomic import atomic_file, write_text
-from megashear.train.losses import SEQUENCES_NAME, SequenceLosses, save_sequences
+from megashear.train.sequences import SEQUENCES_NAME, SequenceLosses, save_sequences
 
 FILE_NAME = "metrics.jsonl"
 MASKS_NAME = "masks.npz"

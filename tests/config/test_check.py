@@ -268,8 +268,12 @@ def test_a_model_that_would_teach_itself_is_said(tmp_path):
 
 
 def test_disk_space_counts_model_folders(tmp_path):
-    """LLaMA2-7B to 2.7B, at the cut: rotated and masked source, two moments of each model, and the pruned one."""
-    for overrides, source, target in ([], 8, 8), (["prune.basis=source"], 6, 8), (["prune.method=one_shot"], 2, 4):
+    """LLaMA2-7B to 2.7B, at the cut: rotated and masked source, two moments of each model, and the pruned one; in one
+    shot rotated and fitted source, and the pruned model.
+    """
+    one_shot = ["prune.method=one_shot"]
+    cases = ([], 8, 8), (["prune.basis=source"], 6, 8), (one_shot, 4, 4), ([*one_shot, "prune.refit=0"], 2, 4)
+    for overrides, source, target in cases:
         chosen = config(tmp_path, *overrides)
         found = examine(chosen, None, None)
         size = (source * found.source.parameters() + target * found.target.parameters()) / 2**30

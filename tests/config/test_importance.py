@@ -62,6 +62,8 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         ([], set()),
         ([ONE_SHOT], set()),
         ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"distillation.weight", "settle_steps"}),
+        ([ONE_SHOT, "prune.refit=4"], set()),
+        (["prune.refit=4"], {"refit"}),
         (["prune.lambda1_cap=3", "prune.lambda_learning_rate=1"], {"lambda1_cap", "lambda_learning_rate"}),
         (["prune.lambda1_cap=3", "prune.constraint=lagrangian"], set()),
         (["prune.closing=[layer,query,hidden]"], {"closing"}),

@@ -29,6 +29,7 @@ def test_units_kept_by_scores_alone():
     assert "(activation, block_influence; 65,536 tokens of text), without training." in card
     assert "0 steps" not in card and "principal" not in card
     assert "among the principal directions" in model_card(SHAPE, "float32", {"stages": [stage | {"principal": True}]})
+    assert "fitted to the source by least squares" in model_card(SHAPE, "float32", {"stages": [stage | {"refit": 16}]})
     by_weights = stage | {"criteria": {"hidden": "magnitude"}, "calibration_tokens": 0}
     assert "(magnitude), without training." in model_card(SHAPE, "float32", {"stages": [by_weights]})
 

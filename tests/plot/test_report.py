@@ -20,8 +20,8 @@ from megashear.plot.cost import costs, curves, live_steps, trained_tokens
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.plot.series import Stage
-from megashear.train.losses import save_sequences
 from megashear.train.metrics import SCORES_NAME
+from megashear.train.sequences import save_sequences
 
 KEYS = [
     "source.shape.preset=llama2-7b",
@@ -219,8 +219,10 @@ def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
     assert said in cells and not any("principal" in cell for cell in cells)
     at = cells.index("calibration")
     assert cells[at : at + 6] == ["calibration", "65.5 k", "-", "1.5e+12", "-", "-"]
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True)
-    assert "Hidden units are principal directions of the source's residual stream." in Page(write_report(run)).cells
+    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True, refit=16)
+    cells = Page(write_report(run)).cells
+    assert "Hidden units are principal directions of the source's residual stream." in cells
+    assert "Output matrices of what was kept were fitted to the source by least squares." in cells
 
 
 def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) -> None:

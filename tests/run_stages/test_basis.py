@@ -88,9 +88,10 @@ def test_a_turn_that_costs_is_warned_of(
 def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune,finalize]")
     finish(config)
-    (tmp_path / "run/principal").mkdir()
+    for name in ("principal", "fitted"):
+        (tmp_path / "run" / name).mkdir()
     finish(config)
-    assert not (tmp_path / "run/principal").exists()
+    assert not (tmp_path / "run/principal").exists() and not (tmp_path / "run/fitted").exists()
 
 
 def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from megashear import cli
 from megashear.data.loader import HeldOut
 from megashear.data.manifest import Dataset
 from megashear.plot.record import read_run
-from megashear.train.losses import read_sequences
+from megashear.train.sequences import read_sequences
 from run_stages.tiny import TEXTS, Tiny, make_dataset, make_tokenizer, torchrun
 
 LENGTH, SEQUENCES = 32, 7

@@ -49,6 +49,7 @@ def test_all_rows_see_equal_tokens_and_are_drawn(claim, tmp_path, monkeypatch, c
     found = json.loads((output / "claim.json").read_text())
     rows = found["budgets"]["0.2"]
     assert set(rows) == set(claim.ROWS)
+    assert rows["one_shot"]["flops"] > rows["directions"]["flops"]
     assert {one["tokens"] for one in rows.values()} == {(4 + 12) * 8 * 16}
     for name, one in rows.items():
         assert set(one["seeds"]) == {"1", "2"} and one["error"] > 0 and one["flops"] > 0, name

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from megashear.config.schema import PretrainConfig, PruneConfig
-from megashear.train.losses import from_json, mean_and_error, to_json
+from megashear.train.losses import from_json, to_json
+from megashear.train.sequences import mean_and_error
 
 
 def test_losses_round_trip_through_json() -> None:

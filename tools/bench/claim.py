@@ -103,18 +103,20 @@ ROWS: dict[str, str] = {
     "taylor": "one shot by first-order Taylor on masks",
     "minitron": "one shot by activations (Minitron)",
     "directions": "one shot by Taylor, of principal directions",
+    "one_shot": "one shot, defaults (Fisher, principal directions, outputs fitted)",
     "published": "learned masks, published rates",
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
     "distilled": "learned masks, defaults, and distillation",
 }
 ONE_SHOT: dict[str, dict[str, Any]] = {
-    "magnitude": {"basis": "source", "importance": {"criterion": "magnitude"}},
-    "taylor": {"basis": "source", "importance": {"criterion": "taylor_mask"}},
-    "minitron": {"basis": "source", "importance": {"criterion": "activation"}},
-    "directions": {"importance": {"criterion": "taylor_mask"}},
+    "magnitude": {"basis": "source", "refit": 0, "importance": {"criterion": "magnitude"}},
+    "taylor": {"basis": "source", "refit": 0, "importance": {"criterion": "taylor_mask"}},
+    "minitron": {"basis": "source", "refit": 0, "importance": {"criterion": "activation"}},
+    "directions": {"refit": 0, "importance": {"criterion": "taylor_mask"}},
+    "one_shot": {},
 }
-"""Rows of published criteria choose among the source's own units, as published."""
+"""Rows of published criteria choose among the source's own units and leave the weights of what stays, as published."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""The source with output matrices fitted for the cut, a model folder `fitted` of a run that prunes in one shot.
+
+Key property: of the source's shape, and cut as the source would be; computed once and dropped when pruning is
+finalized. Read next: `importance/refit.py`, `one_shot.py`.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from megashear.config.schema import PruneConfig
+from megashear.engine.collectives import on_main, sum_over_world
+from megashear.errors import Interrupted, TrainingError
+from megashear.importance.refit import refit
+from megashear.masks.scores import Scores, open_units
+from megashear.masks.target import mask_specs
+from megashear.model.write import write_model
+from megashear.run.basis import principal, pruning_folder
+from megashear.run.calibration import build_source, calibration_text
+from megashear.run.context import Context
+from megashear.train.loop import stop_requested
+from megashear.train.step import MicroBatch, local_rows, micro_batches
+from megashear.weights.folder import ModelFolder
+
+FOLDER = "fitted"
+BATCHES = 16
+"""Calibration batches where `prune.refit` is null."""
+
+
+def refit_batches(prune: PruneConfig) -> int:
+    """Calibration batches that output matrices are fitted on, by `prune.refit`, whose text says what null means."""
+    if prune.method != "one_shot":
+        return 0
+    return BATCHES if prune.refit is None else prune.refit
+
+
+def fitted_folder(context: Context) -> ModelFolder:
+    """What one-shot pruning cuts: the source, in its principal basis where it was turned, fitted where that is asked
+    for.
+    """
+    return context.open_model(FOLDER) if refit_batches(context.config.prune) else pruning_folder(context)
+
+
+def fit_source(context: Context, scores: Scores) -> None:
+    """Write the model folder `fitted` for what the scores keep, unless it is there or not asked for.
+
+    Every rank calls it. Raises Interrupted after a stop was asked for, TrainingError where activations are not finite.
+    """
+    prune, layout = context.config.prune, context.layout
+    if not refit_batches(prune) or on_main(layout, context.model_folder(FOLDER).exists):
+        return
+    assert context.target_shape is not None
+    specs = mask_specs(context.source_shape, context.target_shape, prune.granularities)
+    masks = open_units(scores.units, specs, context.source_shape, principal(context)).to(layout.device)
+    folder = pruning_folder(context)
+    parallel = replace(context.config.parallel, sequence=False)
+    source, pruned = (build_source(context, folder, parallel) for _ in range(2))
+
+    def each(index: int) -> None:
+        if layout.tensor_rank == 0 and layout.data_rank == 0:
+            print(f"refit: layer {index + 1} of {context.source_shape.num_layers}", flush=True)
+        # With a pipeline the other stages wait: they cannot be asked before all of them are done.
+        if layout.pipeline_size == 1 and stop_requested(context.stop, layout):
+            raise Interrupted("stopped by a signal while fitting; run the same command to begin fitting again")
+
+    refit(source, pruned, layout, masks, refit_text(context), each)
+    damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
+    if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
+        raise TrainingError(
+            "refit: the source's activations are not finite numbers; look for losses that are not in it "
+            "(`megashear eval SOURCE DATA`), or set precision: fp32 or prune.refit: 0"
+        )
+    write_model(
+        list(pruned),
+        context.source_shape,
+        context.dtype,
+        context.model_folder(FOLDER),
+        layout,
+        context.hf_config(),
+        context.companions(),
+        {"fitted": refit_batches(prune)},
+    )
+
+
+def refit_text(context: Context) -> list[MicroBatch]:
+    """This rank's sequences of the calibration text, from its beginning."""
+    loader, layout = calibration_text(context), context.layout
+    size = context.config.prune.batch.global_batch
+    rows = local_rows(size, layout, 1).numpy()
+    found = []
+    for _ in range(refit_batches(context.config.prune)):
+        samples, _ = loader.read(loader.stream.next_batch(size), rows)
+        found += micro_batches(samples, layout, 1, layout.device, loader.separator)
+    return found

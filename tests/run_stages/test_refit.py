@@ -1,0 +1,86 @@
+"""One-shot pruning with fitted output matrices as runs: what changes, stopped and taken up, layouts, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megashear.config.schema import Config
+from megashear.errors import Interrupted, TrainingError
+from megashear.importance.refit import ChunkFit
+from megashear.train.signals import StopRequest
+from megashear.weights.folder import ModelFolder
+from run_stages.tiny import Tiny, finish, job, run, run_jobs, without_pictures
+
+KEYS = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+
+
+def one_shot(tiny: Tiny, folder: Path, *overrides: str) -> Config:
+    return tiny.config(folder, *KEYS, *overrides)
+
+
+def pruned(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pruned/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with defaults."""
+    folder = tmp_path_factory.mktemp("refit") / "run"
+    finish(one_shot(tiny, folder))
+    return folder
+
+
+def test_the_default_fits_output_matrices_alone(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    finish(one_shot(tiny, tmp_path / "plain", "prune.refit=0"))
+    fitted, plain = pruned(whole), pruned(tmp_path / "plain")
+    for name, value in plain.items():
+        assert torch.equal(fitted[name], value) != name.endswith(("o_proj.weight", "down_proj.weight")), name
+    assert not (whole / "fitted").exists()
+    records = [json.loads((folder / "prune/done.json").read_text()) for folder in (whole, tmp_path / "plain")]
+    assert [one["refit"] for one in records] == [16, 0]
+    assert [one["calibration_tokens"] for one in records] == [16 * 8 * 32, 2 * 8 * 32]
+    assert records[0]["calibration_flops"] > records[1]["calibration_flops"]
+    assert ModelFolder.open(whole / "pruned").provenance["stages"][0]["refit"] == 16
+
+
+def test_stopped_while_fitting_it_fits_again(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    config, request, layer = one_shot(tiny, tmp_path / "run"), StopRequest(), ChunkFit.layer
+
+    def ask(*arguments: Any) -> None:
+        request.received = "a test"
+        layer(*arguments)
+
+    with patch.object(ChunkFit, "layer", ask), without_pictures(), pytest.raises(Interrupted, match="while fitting"):
+        run(config, stop=request)
+    assert not (tmp_path / "run/fitted").exists() and not (tmp_path / "run/prune/done.json").exists()
+    finish(config)
+    wanted = pruned(whole)
+    assert all(torch.equal(value, wanted[name]) for name, value in pruned(tmp_path / "run").items())
+
+
+def test_several_ranks_fit_as_one(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    layouts = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
+    run_jobs(2, tmp_path, [job(tiny.file(tmp_path / name), *KEYS, *layout) for name, layout in layouts.items()])
+    wanted = pruned(whole)
+    for layout in layouts:
+        for name, value in pruned(tmp_path / layout).items():
+            # fp32 sums of systems whose condition is at most a thousand
+            assert (value - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), (layout, name)
+
+
+def test_activations_that_are_not_finite_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    config, rest = one_shot(tiny, tmp_path / "run"), ChunkFit._rest
+
+    def broken(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rest_ND, weight_N = rest(*arguments)
+        return rest_ND * torch.inf, weight_N
+
+    said = r"refit: .* not finite.*prune\.refit: 0"
+    with patch.object(ChunkFit, "_rest", broken), without_pictures(), pytest.raises(TrainingError, match=said):
+        run(config)
+    assert not (tmp_path / "run/fitted").exists()
