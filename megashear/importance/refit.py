@@ -16,12 +16,12 @@ Legend: as in `model/layer.py`; lower-case d live hidden units. Read next: `leas
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megashear.engine.layout import Layout
+from megashear.engine.layout import Layout, stage_layers
 from megashear.engine.parallel import gather_features
 from megashear.engine.pipeline import from_previous_stage, to_next_stage
 from megashear.importance.least_squares import LeastSquares
@@ -53,28 +53,34 @@ def refit(
     """Change the weights of `pruned` in place (all ranks take part).
 
     source, pruned: two copies of this rank's chunks, without sequence parallelism; masks: exactly 1 for what is kept
-    and 0 elsewhere; batches: this rank's calibration text, a sequence each; each: called with the index of every layer
-    that is done, on the ranks that hold it.
+    and 0 elsewhere; batches: this rank's calibration text, a sequence each; each: called on all ranks together with the
+    number of layers that are done, after every layer or, where there are stages, after every stage.
     """
-    parts = layout.pipeline_size * layout.virtual_size
+    stages, layers = layout.pipeline_size, source[0].shape.num_layers
+    parts = stages * layout.virtual_size
     passages: list[Passage] = []
     with torch.no_grad():
         for part in range(parts):
-            if part % layout.pipeline_size != layout.pipeline_rank:
-                continue
-            number = part // layout.pipeline_size
-            fit = ChunkFit(source[number], pruned[number], layout, masks)
-            if part == 0:
-                passages = [fit.enter(batch) for batch in batches]
-            elif layout.pipeline_size > 1:
-                passages = [fit.receive(batch) for batch in batches]
-            for index in pruned[number].layer_range:
-                fit.layer(index, passages)
-                each(index)
-            if part + 1 < parts and layout.pipeline_size > 1:
-                for passage in passages:
-                    to_next_stage(passage.source_SBD.to(layout.device))
-                    to_next_stage(passage.pruned_SBD.to(layout.device))
+            owner = replace(layout, pipeline_rank=part % stages)
+            own, number = owner == layout, part // stages
+            if own:
+                fit = ChunkFit(source[number], pruned[number], layout, masks)
+                passages = [fit.enter(batch) if part == 0 else fit.receive(batch) for batch in batches]
+                for index in pruned[number].layer_range:
+                    fit.layer(index, passages)
+                    if stages == 1:
+                        each(index + 1)
+            if stages > 1:
+                each(stage_layers(layers, owner, number).stop)
+            if own and part + 1 < parts:
+                hand_on(passages, layout)
+
+
+def hand_on(passages: list[Passage], layout: Layout) -> None:
+    """Send all sequences to the next stage."""
+    for one in passages:
+        to_next_stage(one.source_SBD.to(layout.device))
+        to_next_stage(one.pruned_SBD.to(layout.device))
 
 
 class ChunkFit:

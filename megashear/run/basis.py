@@ -73,7 +73,7 @@ def _rotate(context: Context) -> None:
         calibration_text(context),
         prune.importance.batches,
         prune.batch.global_batch,
-        calibration_progress(context, "principal basis"),
+        calibration_progress(context, "principal basis", prune.importance.batches),
     )
     if not bool(stream.covariance_DD.isfinite().all()):
         raise TrainingError(

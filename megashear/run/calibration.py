@@ -45,17 +45,20 @@ def build_source(context: Context, source: TensorSource, parallel: ParallelConfi
     return filled_chunks(shape, core, layout, source, exact, recompute)
 
 
-def calibration_progress(context: Context, what: str) -> Callable[[int], None]:
-    """Tells how far calibration is, now and then, and stops where that was asked for. what: is being computed."""
-    told, batches = time.monotonic(), context.config.prune.importance.batches
+def calibration_progress(context: Context, what: str, total: int, unit: str = "batch") -> Callable[[int], None]:
+    """Tells how far calibration is, now and then, and stops where that was asked for (all ranks call it together).
+
+    what: is being computed; total: units that there are.
+    """
+    told = time.monotonic()
 
     def each(done: int) -> None:
         nonlocal told
         now = time.monotonic()
-        if context.layout.is_main and (done == batches or now - told >= TOLD_EVERY):
+        if context.layout.is_main and (done == total or now - told >= TOLD_EVERY):
             told = now
-            print(f"{what}: batch {done} of {batches}", flush=True)
-        if done < batches and stop_requested(context.stop, context.layout):
+            print(f"{what}: {unit} {done} of {total}", flush=True)
+        if done < total and stop_requested(context.stop, context.layout):
             raise Interrupted("stopped by a signal while calibrating; run the same command to begin calibration again")
 
     return each

@@ -124,8 +124,9 @@ def compute_scores(context: Context) -> Scores:
 def _calibrated(context: Context, source: TensorSource, criteria: dict[str, str]) -> Scores:
     prune = context.config.prune
     chunks, loader = build_source(context, source), calibration_text(context)
-    each = calibration_progress(context, "importance: " + ", ".join(dict.fromkeys(criteria.values())))
-    return calibrate(chunks, context.layout, loader, prune.importance.batches, prune.batch.global_batch, criteria, each)
+    batches, used = prune.importance.batches, ", ".join(dict.fromkeys(criteria.values()))
+    each = calibration_progress(context, f"importance: {used}", batches)
+    return calibrate(chunks, context.layout, loader, batches, prune.batch.global_batch, criteria, each)
 
 
 def report(context: Context, scores: Scores, seconds: float) -> str:

@@ -10,15 +10,14 @@ import torch
 
 from megashear.config.schema import PruneConfig
 from megashear.engine.collectives import on_main, sum_over_world
-from megashear.errors import Interrupted, TrainingError
+from megashear.errors import TrainingError
 from megashear.importance.refit import refit
 from megashear.masks.scores import Scores, open_units
 from megashear.masks.target import mask_specs
 from megashear.model.write import write_model
 from megashear.run.basis import principal, pruning_folder
-from megashear.run.calibration import build_source, calibration_text
+from megashear.run.calibration import build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
-from megashear.train.loop import stop_requested
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.folder import ModelFolder
 
@@ -55,14 +54,7 @@ def fit_source(context: Context, scores: Scores) -> None:
     folder = pruning_folder(context)
     parallel = replace(context.config.parallel, sequence=False)
     source, pruned = (build_source(context, folder, parallel) for _ in range(2))
-
-    def each(index: int) -> None:
-        if layout.tensor_rank == 0 and layout.data_rank == 0:
-            print(f"refit: layer {index + 1} of {context.source_shape.num_layers}", flush=True)
-        # With a pipeline the other stages wait: they cannot be asked before all of them are done.
-        if layout.pipeline_size == 1 and stop_requested(context.stop, layout):
-            raise Interrupted("stopped by a signal while fitting; run the same command to begin fitting again")
-
+    each = calibration_progress(context, "refit", context.source_shape.num_layers, "layer")
     refit(source, pruned, layout, masks, refit_text(context), each)
     damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
     if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
