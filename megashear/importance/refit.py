@@ -3,7 +3,7 @@
 A cut takes away what the closed units added, and every layer behind it reads another stream than it knows. Layer after
 layer in order, the attention's o and then the MLP's down, of what is kept, change so that the pruned model's residual
 stream x comes as near as it can to the source's s at the same place, for what the kept units h give in the pruned model
-(He et al. 2017, arXiv 1707.06168, section 3.2, to whom outputs are those of convolutions):
+(He et al. 2017, arXiv 1707.06168, "whole model pruning", of convolutions):
 
     W = argmin_W  sum_t |s_t - x_t - W h_t|^2 / mean(s_t^2)  +  ridge |W - W_0|^2
 
