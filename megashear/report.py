@@ -8,7 +8,7 @@ from megashear.config.dataset import planned_weights, stage_tokens
 from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
 from megashear.config.schema import BatchConfig, Config
-from megashear.config.stages import training_stages
+from megashear.config.stages import refit_batches, training_stages
 from megashear.masks.target import in_principal_basis
 from megashear.train import tables
 
@@ -96,7 +96,7 @@ def _model_bytes(config: Config, report: Report) -> float:
         return size * report.source.parameters()
     rotated = in_principal_basis(config.prune, report.source, report.target)
     learned = config.prune.method == "learned"  # the masked model and two moments; both are cut with it
-    copies = 3 if learned else int(config.prune.refit != 0)  # else the fitted source
+    copies = 3 if learned else int(refit_batches(config.prune) > 0)  # else the fitted source
     source = size * (rotated + copies) * report.source.parameters()
     return source + (FOLDED_BYTES + (2 * size if learned else 0)) * report.target.parameters()
 

@@ -13,6 +13,13 @@ ONLY_LAGRANGIAN = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
 """Keys of `prune` that only multipliers have a use for, null where nobody set them."""
 
 
+def refit_batches(prune: PruneConfig) -> int:
+    """Calibration batches on which output matrices are fitted, by `prune.refit`, whose text says what null means."""
+    if prune.method != "one_shot":
+        return 0
+    return 16 if prune.refit is None else prune.refit
+
+
 def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
     """The sections of the stages that train, of those that the run names, in order; one-shot pruning does not train."""
     sections: dict[str, PruneConfig | PretrainConfig] = {"prune": config.prune, "pretrain": config.pretrain}

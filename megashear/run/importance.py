@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megashear.config.load import to_dict
+from megashear.config.stages import refit_batches
 from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError, TrainingError
 from megashear.importance.calibrate import calibrate
@@ -25,7 +26,6 @@ from megashear.model.load import TensorSource
 from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_progress, calibration_text, calibration_weights
 from megashear.run.context import Context
-from megashear.run.refit import refit_batches
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.tables import table
 

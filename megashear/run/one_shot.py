@@ -8,11 +8,12 @@ held-out losses are evaluated as by every run that starts from it. Read next: `i
 import time
 from typing import Any
 
+from megashear.config.stages import refit_batches
 from megashear.run.basis import principal, pruning_source
 from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
 from megashear.run.importance import calibration_record, importance_scores
-from megashear.run.refit import fit_source, refit_batches
+from megashear.run.refit import fit_source
 from megashear.run.source_losses import open_heldout, source_losses
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from megashear.config.schema import PruneConfig
+from megashear.config.stages import refit_batches
 from megashear.engine.collectives import on_main, sum_over_world
 from megashear.errors import TrainingError
 from megashear.importance.refit import refit
@@ -22,15 +22,6 @@ from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.folder import ModelFolder
 
 FOLDER = "fitted"
-BATCHES = 16
-"""Calibration batches where `prune.refit` is null."""
-
-
-def refit_batches(prune: PruneConfig) -> int:
-    """Calibration batches that output matrices are fitted on, by `prune.refit`, whose text says what null means."""
-    if prune.method != "one_shot":
-        return 0
-    return BATCHES if prune.refit is None else prune.refit
 
 
 def fitted_folder(context: Context) -> ModelFolder:
