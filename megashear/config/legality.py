@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 
-GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")
-"""Granularities of the masks in their fixed order; a group is a key/value head with its query heads."""
-
 PRUNED_KEYS = ("hidden_size", "num_layers", "num_heads", "num_query_groups", "intermediate_size")
 INHERITED_KEYS = ("head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "rope_scaling", "norm_eps")
 

@@ -212,7 +212,7 @@ class DistillationConfig:
     )
 
 
-GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")
+GRANULARITIES = ("hidden", "group", "query", "intermediate", "layer")  # a group: a key/value head with its queries
 CRITERIA = ("magnitude", "taylor_mask", "taylor_weight", "fisher", "activation")
 LAYER_CRITERIA = ("block_influence", "angular_distance")
 
@@ -326,7 +326,7 @@ class PruneConfig:
         ("weights", "joint"),
     )
     masking: str = key(
-        "exact", "exact: masked equals pruned; published: embedding unmasked, as there", ("exact", "published")
+        "exact", "exact: masked equals pruned; published: the embedding is not masked", ("exact", "published")
     )
 
 

@@ -43,11 +43,11 @@ class Observer:
         rank, found = self.layout.tensor_rank, self.found
 
         def norm_output(_: Any, __: Any, output: tuple[Tensor, Tensor]) -> None:
-            size_D = _wide(output[1]).abs().sum((0, 1), dtype=torch.float64) / self.length
+            size_D = wide(output[1]).abs().sum((0, 1), dtype=torch.float64) / self.length
             found["hidden"][self.row] += size_D * (self.share / (2 * self.shape.num_layers))
 
         def heads(_: Any, __: Any, output_BHSd: Tensor) -> None:
-            size_H = _wide(output_BHSd).norm(dim=3).sum((0, 2), dtype=torch.float64) / self.length
+            size_H = wide(output_BHSd).norm(dim=3).sum((0, 2), dtype=torch.float64) / self.length
             first, queries = rank * len(size_H), self.shape.queries_per_group
             number_H = torch.arange(first, first + len(size_H), device=size_H.device)
             found["group"][self.row, index].index_add_(0, number_H // queries, size_H)
@@ -55,7 +55,7 @@ class Observer:
                 found["query"][self.row, index].view(-1)[number_H] = size_H
 
         def intermediate(_: Any, __: Any, output_SBF: Tensor) -> None:
-            size_F = _wide(output_SBF).abs().sum((0, 1), dtype=torch.float64) / self.length
+            size_F = wide(output_SBF).abs().sum((0, 1), dtype=torch.float64) / self.length
             found["intermediate"][self.row, index, rank * len(size_F) : (rank + 1) * len(size_F)] = size_F
 
         _on_forward(layer.attention_norm, norm_output, stack)
@@ -73,7 +73,8 @@ class Observer:
         _on_forward(layer, turn, stack)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

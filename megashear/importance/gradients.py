@@ -16,6 +16,7 @@ from torch import Tensor
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
+from megashear.importance.activations import wide
 from megashear.importance.units import add_matrix, empty_units, matrix_part
 from megashear.masks.masks import Masks
 from megashear.model.llama import Llama
@@ -81,7 +82,7 @@ def _watch_weights(chunk: Llama, found: dict[str, Tensor], count: int, stack: Ex
         def use(weight: Tensor, own: list = pieces[name], rows: Iterator[int] = rows) -> None:
             at = next(rows)
             assert weight.grad is not None
-            product = (_wide(weight.detach()) * _wide(weight.grad)).abs()
+            product = (wide(weight.detach()) * wide(weight.grad)).abs()
             weight.grad = None
             units, start = {granularity: value[at] for granularity, value in found.items()}, 0
             for piece in own:
@@ -105,10 +106,6 @@ def _open_masks(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> 
     layers = shape.num_layers
     head, intermediate = ones(layers, shape.num_heads), ones(layers, shape.intermediate_size)
     return Masks(ones(shape.hidden_size), head, intermediate, ones(layers))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gradient(mask: Tensor) -> Tensor:

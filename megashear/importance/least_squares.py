@@ -26,7 +26,7 @@ class LeastSquares:
 
     def solve(self) -> Tensor:
         """W [D, F] in fp64, the same on all data-parallel ranks (all of them take part); zeros for inputs of zeros, NaN
-        where a sum is not finite.
+        where a sum is not finite or rounding has spoilt the system.
         """
         gram_FF, cross_FD = sum_over_data(self.gram_FF), sum_over_data(self.cross_FD)
         if not bool(gram_FF.isfinite().all() and cross_FD.isfinite().all()):
@@ -35,4 +35,5 @@ class LeastSquares:
         if not bool(size > 0):
             return torch.zeros_like(cross_FD.T)
         gram_FF.diagonal().add_(RIDGE * size)
-        return torch.cholesky_solve(cross_FD, torch.linalg.cholesky(gram_FF)).T
+        factor_FF, failed = torch.linalg.cholesky_ex(gram_FF)
+        return torch.full_like(cross_FD.T, torch.nan) if bool(failed) else torch.cholesky_solve(cross_FD, factor_FF).T

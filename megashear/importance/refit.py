@@ -24,6 +24,7 @@ from torch import Tensor
 from megashear.engine.layout import Layout, stage_layers
 from megashear.engine.parallel import gather_features
 from megashear.engine.pipeline import from_previous_stage, to_next_stage
+from megashear.importance.activations import wide
 from megashear.importance.least_squares import LeastSquares
 from megashear.masks.masks import Masks
 from megashear.model.layer import Layer, Stream
@@ -53,8 +54,8 @@ def refit(
     """Change the weights of `pruned` in place (all ranks take part).
 
     source, pruned: two copies of this rank's chunks, without sequence parallelism; masks: exactly 1 for what is kept
-    and 0 elsewhere; batches: this rank's calibration text, a sequence each; each: called on all ranks together with the
-    number of layers that are done, after every layer or, where there are stages, after every stage.
+    and 0 elsewhere; batches: this rank's calibration text, a sequence each; each: called on all ranks together after
+    every layer, with the number of layers that are done.
     """
     stages, layers = layout.pipeline_size, source[0].shape.num_layers
     parts = stages * layout.virtual_size
@@ -66,19 +67,19 @@ def refit(
             if own:
                 fit = ChunkFit(source[number], pruned[number], layout, masks)
                 passages = [fit.enter(batch) if part == 0 else fit.receive(batch) for batch in batches]
-                for index in pruned[number].layer_range:
+            for index in stage_layers(layers, owner, number):
+                if own:
                     fit.layer(index, passages)
-                    if stages == 1:
-                        each(index + 1)
-            if stages > 1:
-                each(stage_layers(layers, owner, number).stop)
+                each(index + 1)
             if own and part + 1 < parts:
                 hand_on(passages, layout)
 
 
 def hand_on(passages: list[Passage], layout: Layout) -> None:
-    """Send all sequences to the next stage."""
-    for one in passages:
+    """Send all sequences to the next stage, and forget each as it is sent."""
+    passages.reverse()
+    while passages:
+        one = passages.pop()
         to_next_stage(one.source_SBD.to(layout.device))
         to_next_stage(one.pruned_SBD.to(layout.device))
 
@@ -152,7 +153,7 @@ class ChunkFit:
                 given = seen.pop()
                 h_SBF = given.permute(2, 0, 1, 3).flatten(2) if attention else given
                 h_NF = self._all_ranks(h_SBF, local, matrix.shape[1]).flatten(0, 1).index_select(1, columns_F)
-                problem.add(_wide(h_NF), *self._rest(one, after_SBD))
+                problem.add(wide(h_NF), *self._rest(one, after_SBD))
         finally:
             handle.remove()
         first = matrix.shape[1] * self.layout.tensor_rank
@@ -165,11 +166,11 @@ class ChunkFit:
         wanted_SBD = one.source_SBD.to(self.layout.device)
         if self.stage.live_hidden is not None:
             wanted_SBD = wanted_SBD.index_select(-1, self.stage.live_hidden)
-        wanted_ND = _wide(wanted_SBD).flatten(0, 1)
+        wanted_ND = wide(wanted_SBD).flatten(0, 1)
         if self.open_D is not None:
             wanted_ND = wanted_ND * self.open_D
         weight_N = 1.0 / (wanted_ND.square().mean(1) + self.source.shape.norm_eps)
-        return wanted_ND - _wide(after_SBD).flatten(0, 1), weight_N
+        return wanted_ND - wide(after_SBD).flatten(0, 1), weight_N
 
     def _open_columns(self, index: int, attention: bool, width: int) -> Tensor:
         """Columns of the whole output matrix whose unit is kept, ascending."""
@@ -184,7 +185,3 @@ class ChunkFit:
         if local is not None:
             h_SBF = h_SBF.new_zeros(*h_SBF.shape[:-1], width).index_copy(-1, local, h_SBF)
         return gather_features(h_SBF) if self.layout.tensor_size > 1 else h_SBF
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megashear.config.legality import GRANULARITIES, granularity_problems, granularity_sizes
-from megashear.config.schema import PruneConfig
+from megashear.config.legality import granularity_problems, granularity_sizes
+from megashear.config.schema import GRANULARITIES, PruneConfig
 from megashear.config.shape import ModelShape
 from megashear.errors import ConfigError
 

@@ -57,8 +57,8 @@ def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) 
     if not others:
         return said
     warning = (
-        f"The runs were evaluated on other held-out text, or with another tokenizer or length of sequences "
-        f"({', '.join(others)}): their losses there are not of one kind."
+        f"The runs were evaluated on other sequences ({', '.join(others)}): another number or length of them, other "
+        "text, or another tokenizer; with that, losses per token are not of one kind."
     )
     return Html(paragraph(warning) + said)
 
@@ -110,7 +110,7 @@ def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
         shown = [count(trained_tokens(spent)), "not known" if math.isnan(flops) else f"{flops:.3g}"]
         size = "not known" if run.target is None else count(run.target.parameters())
         rows.append([name, size, *shown, "not known" if math.isnan(hours) else f"{hours:.2f}"])
-    caption = "All training stages together; FLOPs with what basis and scores took."
+    caption = "All training stages together; FLOPs with what calibration took."
     return table(["run", "parameters", "tokens", "training FLOPs", "hours"], rows, caption)
 
 

@@ -2,7 +2,7 @@
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
 counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as what was recorded, or a third of a training step of the source; what basis and scores
+a teacher's forward pass counts as what was recorded, or a third of a training step of the source; what calibration
 took before pruning is a stage of its own, known once pruning is done; evaluation is told in seconds alone. Read next:
 `report.py`.
 """

@@ -18,7 +18,7 @@ from megashear.config.shape import ModelShape
 from megashear.errors import ConfigError, DataError, MegashearError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
-from megashear.train.losses import Losses, number
+from megashear.train.losses import Losses, from_json, number
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 from megashear.train.sequences import DomainSequences, read_sequences
 from megashear.weights.hf_config import read_config, shape_of_config
@@ -140,7 +140,7 @@ def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) 
     columns: dict[str, Losses] = {}
     source = read_json(folder / SOURCE_LOSSES)
     if source is not None:
-        columns["source"] = {name: (number(pair[0]), number(pair[1])) for name, pair in source.items()}
+        columns["source"] = from_json(source)
     for stage, column in COLUMNS.items():
         if stage in done:
             record = done[stage]

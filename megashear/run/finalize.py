@@ -28,7 +28,7 @@ from megashear.run.context import Context
 from megashear.run.importance import read_scores
 from megashear.run.moments import fold_moments, write_folded
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE, Proof, prove
-from megashear.run.refit import fitted_folder
+from megashear.run.refit import fit_source, fitted_folder
 from megashear.run.source_losses import open_heldout
 from megashear.run.training import loss_record
 from megashear.train.evaluate import evaluate_sequences
@@ -97,7 +97,9 @@ def load_cut(context: Context) -> Cut:
     shape = context.source_shape
     if context.config.prune.method == "one_shot":
         assert context.target_shape is not None
-        scores = read_scores(context).units
+        found = read_scores(context)
+        fit_source(context, found)  # where the folder was lost, or is of another cut
+        scores = found.units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
         masks = open_units(scores, specs, shape, principal(context)).to(context.layout.device)
         keep = keep_sets(scores, specs, shape)

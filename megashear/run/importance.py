@@ -95,11 +95,13 @@ def calibration_record(context: Context) -> dict[str, Any]:
     batch, full, target = config.batch.global_batch * length, shape.flops_per_token(length), context.target_shape
     tokens = batch * config.importance.batches if passes else 0
     flops = tokens * passes * full / 3
-    if refit_batches(config):  # a forward pass of the source and two of what stays of it, on text that was read before
+    if refit_batches(config):  # a forward pass of the source, two of what stays of it, and sums of outer products
         assert target is not None
-        fitted = batch * refit_batches(config)
+        fitted, hidden = batch * refit_batches(config), target.hidden_size
+        inputs = (target.intermediate_size, target.num_heads * target.head_dim)
+        sums = target.num_layers * sum(2 * size * (size + hidden) for size in inputs)
         tokens = max(tokens, fitted)
-        flops += fitted * (full + 2 * target.flops_per_token(length)) / 3
+        flops += fitted * ((full + 2 * target.flops_per_token(length)) / 3 + sums)
     return {"calibration_tokens": tokens, "calibration_flops": flops}
 
 

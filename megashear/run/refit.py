@@ -1,17 +1,22 @@
 """The source with output matrices fitted for the cut, a model folder `fitted` of a run that prunes in one shot.
 
-Key property: of the source's shape, and cut as the source would be; computed once and dropped when pruning is
-finalized. Read next: `importance/refit.py`, `one_shot.py`.
+Key property: of the source's shape, and cut as the source would be; computed once for what is kept, again where it is
+lost, and dropped when pruning is finalized. Read next: `importance/refit.py`, `one_shot.py`.
 """
 
+import hashlib
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from megashear.config.stages import refit_batches
 from megashear.engine.collectives import on_main, sum_over_world
-from megashear.errors import TrainingError
+from megashear.errors import ModelError, TrainingError
 from megashear.importance.refit import refit
+from megashear.masks.masks import Masks
 from megashear.masks.scores import Scores, open_units
 from megashear.masks.target import mask_specs
 from megashear.model.write import write_model
@@ -32,16 +37,19 @@ def fitted_folder(context: Context) -> ModelFolder:
 
 
 def fit_source(context: Context, scores: Scores) -> None:
-    """Write the model folder `fitted` for what the scores keep, unless it is there or not asked for.
+    """Write the model folder `fitted` for what the scores keep, unless it is there for just that or not asked for.
 
     Every rank calls it. Raises Interrupted after a stop was asked for, TrainingError where activations are not finite.
     """
     prune, layout = context.config.prune, context.layout
-    if not refit_batches(prune) or on_main(layout, context.model_folder(FOLDER).exists):
+    if not refit_batches(prune):
         return
     assert context.target_shape is not None
     specs = mask_specs(context.source_shape, context.target_shape, prune.granularities)
     masks = open_units(scores.units, specs, context.source_shape, principal(context)).to(layout.device)
+    fitted_for = {"fitted": refit_batches(prune), "kept": digest_of(masks)}
+    if on_main(layout, lambda: is_there(context.model_folder(FOLDER), fitted_for)):
+        return
     folder = pruning_folder(context)
     parallel = replace(context.config.parallel, sequence=False)
     source, pruned = (build_source(context, folder, parallel) for _ in range(2))
@@ -50,7 +58,7 @@ def fit_source(context: Context, scores: Scores) -> None:
     damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
     if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
         raise TrainingError(
-            "refit: the source's activations are not finite numbers; look for losses that are not in it "
+            "refit: fitted output matrices are not finite numbers; look for losses of the source that are not either "
             "(`megashear eval SOURCE DATA`), or set precision: fp32 or prune.refit: 0"
         )
     write_model(
@@ -61,8 +69,24 @@ def fit_source(context: Context, scores: Scores) -> None:
         layout,
         context.hf_config(),
         context.companions(),
-        {"fitted": refit_batches(prune)},
+        fitted_for,
     )
+
+
+def is_there(folder: Path, fitted_for: dict[str, Any]) -> bool:
+    """Whether the folder is there and was fitted for just that."""
+    try:
+        return ModelFolder.open(folder).provenance == fitted_for
+    except ModelError:
+        return False
+
+
+def digest_of(masks: Masks) -> str:
+    """A hash of which units masks keep."""
+    found = hashlib.sha256()
+    for name, mask in masks.arrays().items():
+        found.update(name.encode() + np.packbits(mask != 0).tobytes())
+    return found.hexdigest()
 
 
 def refit_text(context: Context) -> list[MicroBatch]:

@@ -203,7 +203,7 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
             "weights": dict(zip(names, map(float, stage.stream.weights), strict=True)),
         }
     )
-    stage.metrics.write_sequences(stage.name, sequences, stage.heldout.digests())
+    stage.metrics.write_sequences(stage.name, sequences, stage.heldout.digests)
     if deterministic is not None:
         stage.metrics.write_masks(deterministic.arrays())
 

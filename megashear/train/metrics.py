@@ -234,10 +234,13 @@ class Metrics:
         """Replace `masks.npz`; masks: deterministic masks by granularity, shapes in the module's docstring."""
         self._save(save_masks, self._folder / MASKS_NAME, self._folder, masks)
 
-    def write_sequences(self, stage: str, losses: SequenceLosses, digests: Mapping[str, str]) -> None:
-        """Replace the stage's `heldout.json`; losses of its held-out sequences, and digests of them, by domain."""
-        folder = self._folder / stage
-        self._save(save_sequences, folder / SEQUENCES_NAME, folder, losses, digests)
+    def write_sequences(
+        self, stage: str, losses: SequenceLosses, digests: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """Replace the stage's `heldout.json`; losses of its held-out sequences, what gives digests of their text."""
+        if save_sequences in self._files:
+            folder = self._folder / stage
+            self._save(save_sequences, folder / SEQUENCES_NAME, folder, losses, digests())
 
     def _save(self, save: Callable[..., None], path: Path, *arguments: Any) -> None:
         """Write a file; any failure but a stop signal is a warning, and the last try."""

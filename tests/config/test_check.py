@@ -11,10 +11,9 @@ import pytest
 from megashear.config import keys
 from megashear.config.check import check, examine
 from megashear.config.dataset import Dataset, Domain, evaluation_share, read_dataset
-from megashear.config.legality import GRANULARITIES
 from megashear.config.load import load_config
 from megashear.config.presets import PRESETS
-from megashear.config.schema import BatchConfig, Config
+from megashear.config.schema import GRANULARITIES, BatchConfig, Config
 from megashear.errors import ConfigError, DataError
 from megashear.report import render
 

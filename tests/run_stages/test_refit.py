@@ -1,13 +1,14 @@
 """One-shot pruning with fitted output matrices as runs: what changes, stopped and taken up, layouts, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megashear.config.schema import Config
 from megashear.errors import Interrupted, TrainingError
@@ -59,6 +60,25 @@ def test_stopped_while_fitting_it_fits_again(tiny: Tiny, whole: Path, tmp_path: 
     with patch.object(ChunkFit, "layer", ask), without_pictures(), pytest.raises(Interrupted, match=again):
         run(config, stop=request)
     assert not (tmp_path / "run/fitted").exists() and not (tmp_path / "run/prune/done.json").exists()
+    finish(config)
+    wanted = pruned(whole)
+    assert all(torch.equal(value, wanted[name]) for name, value in pruned(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("damage", ["lost", "of another cut"])
+def test_what_was_lost_before_the_cut_is_fitted_again(tiny: Tiny, whole: Path, tmp_path: Path, damage: str) -> None:
+    config = one_shot(tiny, tmp_path / "run")
+    with without_pictures():
+        run(config, ["prune"])
+    folder = tmp_path / "run/fitted"
+    if damage == "lost":
+        shutil.rmtree(folder)
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["provenance"]["kept"] = "others"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: value * 0 for name, value in weights.items()}, folder / "model.safetensors")
     finish(config)
     wanted = pruned(whole)
     assert all(torch.equal(value, wanted[name]) for name, value in pruned(tmp_path / "run").items())
