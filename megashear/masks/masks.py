@@ -34,9 +34,9 @@ class Masks:
         names = ("hidden", "head", "intermediate", "layer")
         return {name: mask for name in names if (mask := getattr(self, name)) is not None}
 
-    def to(self, device: torch.device | str) -> "Masks":
-        """The same masks on a device."""
-        return Masks(*(None if mask is None else mask.to(device) for mask in vars(self).values()))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Masks":
+        """The same masks on a device; dtype: None keeps theirs."""
+        return Masks(*(None if mask is None else mask.to(device, dtype) for mask in vars(self).values()))
 
     def arrays(self) -> dict[str, Any]:
         """The same as numpy arrays, for files and pictures."""

@@ -97,9 +97,7 @@ def _logits(
     dtype: torch.dtype,
     masks: Masks | None,
 ) -> list[torch.Tensor]:
-    device, wide = context.layout.device, None
-    if masks is not None:
-        wide = Masks(*(None if mask is None else mask.to(device, dtype) for mask in vars(masks).values()))
+    wide = None if masks is None else masks.to(context.layout.device, dtype)
     return heldout_logits(context, _chunks(context, shape, source, dtype), heldout, wide)
 
 
