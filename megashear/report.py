@@ -7,8 +7,9 @@ from megashear.config.check import Report, prunes
 from megashear.config.dataset import planned_weights, stage_tokens
 from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
-from megashear.config.schema import BatchConfig, Config
-from megashear.config.stages import refit_batches, training_stages
+from megashear.config.schema import Config
+from megashear.config.stages import peak_learning_rate, refit_batches, training_stages
+from megashear.config.training_schema import BatchConfig
 from megashear.masks.target import in_principal_basis
 from megashear.train import tables
 
@@ -27,7 +28,7 @@ def render(config: Config, report: Report) -> str:
     if report.source is not None:
         parts.append(tables.shape_table(report.source, report.target))
     if stages:
-        parts.append(tables.stage_table(stages, config.data.sequence_length))
+        parts.append(tables.stage_table(stages, learning_rates(config, report), config.data.sequence_length))
     if teachers := teacher_rows(config, report):
         header = ["", "share of the loss", "temperature", "FLOPs/token", "of the teacher", "as a share"]
         parts.append(
@@ -45,6 +46,15 @@ def render(config: Config, report: Report) -> str:
         parts.append(disk_table(config, report))
     notes = [f"warning: {text}" for text in report.warnings] + [f"not checked: {text}" for text in report.not_checked]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+
+def learning_rates(config: Config, report: Report) -> dict[str, float]:
+    """Peak learning rate of each training stage, where the shapes are known that the derived ones follow."""
+    made = report.target if report.target is not None else report.source
+    if made is None:
+        return {}
+    stages = training_stages(config).items()
+    return {name: peak_learning_rate(stage.optimizer, made.hidden_size) for name, stage in stages}
 
 
 def memory_table(memory: dict[str, list[Memory]]) -> str:

@@ -12,7 +12,7 @@ from megashear.config.legality import granularity_problems, shape_problems
 from megashear.config.memory import Memory, Work, stage_memory
 from megashear.config.mixture import mixture_problems
 from megashear.config.presets import resolve_shape
-from megashear.config.schema import STAGES, BatchConfig, Config, ShapeConfig
+from megashear.config.schema import STAGES, Config, ShapeConfig
 from megashear.config.shape import ModelShape
 from megashear.config.stages import (
     batch_problems,
@@ -23,6 +23,7 @@ from megashear.config.stages import (
     teacher_warnings,
     training_stages,
 )
+from megashear.config.training_schema import BatchConfig
 from megashear.errors import ConfigError, DataError
 
 

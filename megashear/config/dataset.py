@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megashear.config.schema import BatchConfig, Config
+from megashear.config.schema import Config
+from megashear.config.training_schema import BatchConfig
 from megashear.errors import DataError
 from megashear.files.manifest import NAME, read_manifest
 

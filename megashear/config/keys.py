@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from megashear.config.schema import UNCHANGED, Config
+from megashear.config.field import UNCHANGED
+from megashear.config.schema import Config
 
 Path = tuple[str, ...]
 

@@ -4,20 +4,33 @@ Read next: `schema.py` (the keys), `check.py`.
 """
 
 from megashear.config.legality import either, granularity_sizes, near_multiples
-from megashear.config.schema import BatchConfig, Config, OptimizerConfig, ParallelConfig, PretrainConfig, PruneConfig
+from megashear.config.paper import PAPER
+from megashear.config.presets import PRESETS
+from megashear.config.schema import Config, ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig, OptimizerConfig, PretrainConfig, PruneConfig
 
 ONLY_LEARNED = ("closing", "settle_steps", "sparsity_warmup_steps", "mask_learning_rate")
 """Keys of `prune` that one-shot pruning does not read, null or 0 where nobody set them."""
 ONLY_LAGRANGIAN = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
 """Keys of `prune` that only multipliers have a use for, null where nobody set them."""
 
-
 def refit_batches(prune: PruneConfig) -> int:
     """Calibration batches on which output matrices are fitted, by `prune.refit`, whose text says what null means."""
     if prune.method != "one_shot":
         return 0
     return 16 if prune.refit is None else prune.refit
+
+
+def peak_learning_rate(optimizer: OptimizerConfig, hidden_size: int) -> float:
+    """Peak learning rate of the weights; see `optimizer.learning_rate` for what null means.
+
+    hidden_size: of the model that the run makes. The published rate belongs to a target of 2,560 hidden units; Adam's
+    best rate for a matrix falls as its fan-in grows (Yang et al. 2022, arXiv 2203.03466, table 3).
+    """
+    if optimizer.learning_rate is not None:
+        return optimizer.learning_rate
+    return PAPER["optimizer"]["learning_rate"] * PRESETS["sheared-2.7b"].hidden_size / hidden_size
 
 
 def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:

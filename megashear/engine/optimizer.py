@@ -19,7 +19,7 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.module import MegatronModule
 
-from megashear.config.schema import OptimizerConfig
+from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.device import rank_device
 from megashear.engine.repairs import repair, skip_collectives_of_one, use_fused_adam
 
@@ -43,7 +43,7 @@ class WeightOptimizer:
         self.optimizer = get_megatron_optimizer(
             CoreOptimizerConfig(
                 optimizer="adam",
-                lr=optimizer.learning_rate,
+                lr=0.0,  # each step brings its own
                 min_lr=0.0,
                 weight_decay=optimizer.weight_decay,
                 adam_beta1=optimizer.beta1,

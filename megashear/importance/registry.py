@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megashear.config.schema import ImportanceConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import ImportanceConfig
 from megashear.engine.layout import Layout
 from megashear.importance import activations, gradients
 from megashear.model.llama import Llama

@@ -9,7 +9,7 @@ Read next: `projection.py`, `state.py`.
 from dataclasses import dataclass
 
 from megashear.config.paper import PAPER
-from megashear.config.schema import PruneConfig
+from megashear.config.training_schema import PruneConfig
 from megashear.masks.lagrangian import scheduled_target
 from megashear.masks.target import MaskSpec
 

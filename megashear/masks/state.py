@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from megashear import ops
-from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import PruneConfig
 from megashear.errors import CheckpointError
 from megashear.masks.closing import Closing
 from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, keep_largest, places

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megashear.config.legality import granularity_problems, granularity_sizes
-from megashear.config.schema import GRANULARITIES, PruneConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import GRANULARITIES, PruneConfig
 from megashear.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 
 
 @dataclass(frozen=True)

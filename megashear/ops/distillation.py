@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 
 TeacherLogits = Callable[[int, int], Tensor]
 """Gives the teacher's logits [stop - start, columns] of tokens start .. stop, over the same part of the vocabulary."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 from megashear.engine.collectives import on_main
 from megashear.engine.moments import MOMENTS, count_steps, kept_weights, shown_moment, take_moment
 from megashear.engine.optimizer import WeightOptimizer, unwrap

@@ -3,7 +3,7 @@
 Read next: `../train/teacher.py`.
 """
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 from megashear.engine.parallel import transformer_config
 from megashear.errors import ConfigError
 from megashear.model.build import filled_chunks

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
-from megashear.config.schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.config.shape import ModelShape
+from megashear.config.stages import peak_learning_rate
+from megashear.config.training_schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
 from megashear.data.loader import Loader
@@ -168,6 +169,7 @@ def build_stage(
         name,
         batch,
         section.optimizer,
+        peak_learning_rate(section.optimizer, (context.target_shape or context.source_shape).hidden_size),
         config.logging,
         layout,
         stepper,

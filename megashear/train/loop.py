@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megashear import ops
-from megashear.config.schema import BatchConfig, LoggingConfig, OptimizerConfig
+from megashear.config.schema import LoggingConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig, OptimizerConfig
 from megashear.data.batches import Batches
 from megashear.data.blend import BatchPlan, BlendedStream
 from megashear.data.loader import HeldOut
@@ -63,6 +64,8 @@ class Stage:
     name: str
     batch: BatchConfig
     optimizer: OptimizerConfig
+    learning_rate: float
+    """Peak of the weights' learning rate."""
     logging: LoggingConfig
     layout: Layout
     stepper: Stepper
@@ -161,7 +164,7 @@ def train_step(stage: Stage) -> StepResult:
     factor = learning_rate_factor(counters.step, batch.steps, stage.optimizer, stage.warmup_share)
     separator = stage.batches.loader.separator
     batches = micro_batches(samples, stage.layout, batch.micro_batch, stage.layout.device, separator)
-    result = stage.stepper.run(batches, counters.step, factor, factor * stage.optimizer.learning_rate)
+    result = stage.stepper.run(batches, counters.step, factor, factor * stage.learning_rate)
     counters.skipped += result.skipped
     counters.skipped_in_a_row = counters.skipped_in_a_row + 1 if result.skipped else 0
     if counters.skipped_in_a_row >= stage.logging.nonfinite_limit:
@@ -254,7 +257,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
         return
     stage.progress.advance(counters.step, stage.tokens)
     factor = learning_rate_factor(counters.step - 1, stage.batch.steps, stage.optimizer, stage.warmup_share)
-    rate = factor * stage.optimizer.learning_rate
+    rate = factor * stage.learning_rate
     head = {"stage": stage.name, "step": counters.step}
     taught = {}
     if result.distillation is not None:

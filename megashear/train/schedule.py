@@ -5,7 +5,7 @@ The first step's factor is 0 where there is a warm-up, as in the published runs 
 
 import math
 
-from megashear.config.schema import OptimizerConfig
+from megashear.config.training_schema import OptimizerConfig
 
 PRUNE_WARMUP_SHARE = 0.1
 PRETRAIN_WARMUP_SHARE = 0.03

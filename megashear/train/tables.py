@@ -7,8 +7,9 @@ right. Read next: `progress.py` (the lines between the two), `config/schema.py` 
 import math
 from collections.abc import Mapping, Sequence
 
-from megashear.config.schema import BatchConfig, CheckpointConfig, ParallelConfig
+from megashear.config.schema import CheckpointConfig, ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig
 from megashear.train.losses import Losses, mean_of
 from megashear.train.progress import duration
 
@@ -54,8 +55,8 @@ def shape_table(source: ModelShape, target: ModelShape | None) -> str:
     return table("Model", ["", "source", "target", "kept"][: 2 * len(shapes)], rows)
 
 
-def stage_table(stages: Mapping[str, BatchConfig], sequence_length: int) -> str:
-    """Steps, sequences and tokens of each training stage."""
+def stage_table(stages: Mapping[str, BatchConfig], rates: Mapping[str, float], sequence_length: int) -> str:
+    """Steps, sequences and tokens of each training stage; rates: their peak learning rates, as far as known."""
     rows = []
     for name, batch in stages.items():
         tokens = batch.global_batch * sequence_length
@@ -67,9 +68,10 @@ def stage_table(stages: Mapping[str, BatchConfig], sequence_length: int) -> str:
                 count(tokens),
                 count(batch.steps * tokens),
                 f"{batch.eval_interval:,}",
+                f"{rates[name]:.2e}" if name in rates else "-",
             ]
         )
-    header = ["", "steps", "sequences/step", "tokens/step", "tokens", "steps/evaluation"]
+    header = ["", "steps", "sequences/step", "tokens/step", "tokens", "steps/evaluation", "learning rate"]
     return table(f"Stages (sequences of {sequence_length:,} tokens)", header, rows)
 
 

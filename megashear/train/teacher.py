@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import gather_sequence
 from megashear.engine.pipeline import run_micro_batches

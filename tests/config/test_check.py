@@ -13,7 +13,8 @@ from megashear.config.check import check, examine
 from megashear.config.dataset import Dataset, Domain, evaluation_share, read_dataset
 from megashear.config.load import load_config
 from megashear.config.presets import PRESETS
-from megashear.config.schema import GRANULARITIES, BatchConfig, Config
+from megashear.config.schema import Config
+from megashear.config.training_schema import GRANULARITIES, BatchConfig
 from megashear.errors import ConfigError, DataError
 from megashear.report import render
 

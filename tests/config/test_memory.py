@@ -15,8 +15,9 @@ from megashear.config.memory import (
     stage_memory,
 )
 from megashear.config.presets import PRESETS
-from megashear.config.schema import ParallelConfig, PruneConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import PruneConfig
 from megashear.engine.layout import distributed, stage_layers
 from megashear.engine.parallel import transformer_config
 from megashear.masks.masks import Masks

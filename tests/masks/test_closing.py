@@ -2,7 +2,7 @@
 
 import pytest
 
-from megashear.config.schema import BatchConfig, PruneConfig
+from megashear.config.training_schema import BatchConfig, PruneConfig
 from megashear.masks.closing import Closing
 from megashear.masks.target import mask_specs
 

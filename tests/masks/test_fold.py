@@ -7,7 +7,7 @@ import pytest
 import torch
 from masks.masked_llama import forward, weights
 
-from megashear.config.schema import PruneConfig
+from megashear.config.training_schema import PruneConfig
 from megashear.errors import ModelError
 from megashear.masks.fold import Fold, cut
 from megashear.masks.keep import keep_sets

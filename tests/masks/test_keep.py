@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.config.schema import PruneConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import PruneConfig
 from megashear.masks.keep import borderline_units, keep_sets, unfinished
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs

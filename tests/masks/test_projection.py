@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megashear.config.schema import BatchConfig, ImportanceConfig, PruneConfig
+from megashear.config.training_schema import BatchConfig, ImportanceConfig, PruneConfig
 from megashear.masks.lagrangian import expected_sparsity
 from megashear.masks.projection import LEAST, project
 from megashear.masks.state import MaskState

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megashear import ops
-from megashear.config.schema import BatchConfig, PruneConfig
+from megashear.config.training_schema import BatchConfig, PruneConfig
 from megashear.errors import CheckpointError
 from megashear.masks.masks import assemble
 from megashear.masks.state import MaskState

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megashear.config.schema import OptimizerConfig, ParallelConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.layout import distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 from megashear.ops.distillation import VocabularyPart, distillation_losses
 
 

@@ -8,8 +8,9 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from megashear.config.schema import OptimizerConfig, ParallelConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import OptimizerConfig
 from megashear.engine import sharded
 from megashear.engine.collectives import barrier
 from megashear.engine.layout import Layout

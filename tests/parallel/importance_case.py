@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from megashear.config.schema import ImportanceConfig, ParallelConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import ImportanceConfig
 from megashear.data.loader import Loader
 from megashear.data.manifest import Dataset
 from megashear.importance.calibrate import calibrate, calibration_loader

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, PruneConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
 from megashear.engine.collectives import gather_objects
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer, unwrap

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megashear import ops
-from megashear.config.schema import OptimizerConfig, ParallelConfig, PruneConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megashear.config.schema import PruneConfig
+from megashear.config.training_schema import PruneConfig
 from megashear.masks.keep import keep_sets
 
 from . import rounding

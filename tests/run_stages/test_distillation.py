@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megashear.config.schema import DistillationConfig
+from megashear.config.training_schema import DistillationConfig
 from megashear.errors import CheckpointError, ConfigError
 from megashear.run.teacher import build_teacher
 from run_stages.tiny import Tiny, break_off, differing, finish, records, results

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megashear.config.schema import PretrainConfig, PruneConfig
+from megashear.config.training_schema import PretrainConfig, PruneConfig
 from megashear.train.losses import from_json, to_json
 from megashear.train.sequences import mean_and_error
 

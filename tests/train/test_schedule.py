@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megashear.config.schema import OptimizerConfig
+from megashear.config.training_schema import OptimizerConfig
 from megashear.train.schedule import learning_rate_factor
 
 

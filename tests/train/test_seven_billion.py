@@ -7,8 +7,9 @@ import torch
 
 from megashear.config.legality import shape_problems
 from megashear.config.presets import PRESETS
-from megashear.config.schema import BatchConfig, OptimizerConfig, ParallelConfig, PruneConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
 from megashear.engine.layout import distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from megashear.config.schema import BatchConfig, CheckpointConfig, ParallelConfig
+from megashear.config.schema import CheckpointConfig, ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import BatchConfig
 from megashear.train import tables
 
 LLAMA2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000)
@@ -55,9 +56,9 @@ def test_shape_now_and_then() -> None:
 
 
 def test_stages_count_the_published_tokens() -> None:
-    text = tables.stage_table(STAGES, 4096)
-    assert cells(text, "prune") == ["3,200", "32", "131", "k", "419", "M", "50"]
-    assert cells(text, "pretrain") == ["48,000", "256", "1.05", "M", "50.3", "B", "400"]
+    text = tables.stage_table(STAGES, {"prune": 1e-4}, 4096)
+    assert cells(text, "prune") == ["3,200", "32", "131", "k", "419", "M", "50", "1.00e-04"]
+    assert cells(text, "pretrain") == ["48,000", "256", "1.05", "M", "50.3", "B", "400", "-"]
 
 
 def test_layout_and_memory() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megashear.config.schema import DistillationConfig, OptimizerConfig, ParallelConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import DistillationConfig, OptimizerConfig
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config

@@ -45,7 +45,7 @@ class Trial:
     source_steps: int
     """Steps that the source is trained, or that budgets are shares of."""
     rate: float
-    """Peak learning rate from random weights; pruning and continuing take half of it."""
+    """Peak learning rate from random weights; pruning and continuing take the default one."""
     source: dict[str, Any] | None = None
     """Shape to train first; None: a pre-trained model is given."""
     budgets: tuple[float, ...] = (0.02, 0.1, 0.3)
@@ -142,7 +142,7 @@ class RunFiles:
     def source(self) -> dict[str, Any]:
         """The source's own training."""
         trial = self.trial
-        return self._run("source", 1, {"shape": trial.source}, pretrain=self._stage(trial.source_steps, 1.0))
+        return self._run("source", 1, {"shape": trial.source}, pretrain=self._stage(trial.source_steps, trial.rate))
 
     def case(self, case: Case, source: ModelShape, folder: Path) -> dict[str, Any]:
         """The run of one row at one budget and seed."""
@@ -153,16 +153,15 @@ class RunFiles:
             shape = resolve_shape(ShapeConfig(**trial.target), source)
             keys = ShapeConfig.__dataclass_fields__.keys() & vars(shape).keys()
             small = {key: getattr(shape, key) for key in keys - {"rope_scaling"}}
-            pretrain = self._stage(prune_steps + continued, 1.0)
+            pretrain = self._stage(prune_steps + continued, trial.rate)
             return self._run(case.name, case.seed, {"shape": small}, pretrain=pretrain)
-        prune, pretrain = self._stage(prune_steps, 0.5), self._stage(continued, 0.5)
+        prune, pretrain = self._stage(prune_steps), self._stage(continued)
         if case.row in ONE_SHOT:
             prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
-            pretrain = self._stage(prune_steps + continued, 0.5)
+            pretrain = self._stage(prune_steps + continued)
         elif case.row == "published":
-            warmups = {"warmup_steps": prune_steps // 10}
             prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
-            prune["optimizer"] |= warmups
+            prune["optimizer"] = {"warmup_steps": prune_steps // 10}
         elif case.row == "distilled":
             prune, pretrain = prune | DISTILLED, pretrain | DISTILLED
         sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
@@ -173,7 +172,7 @@ class RunFiles:
                 stage["batch"]["eval_interval"] = min(stage["batch"]["steps"], trial.eval_interval)
         return self._run(case.name, case.seed, {"folder": str(folder)}, rule, **sections)
 
-    def _stage(self, steps: int, share: float) -> dict[str, Any]:
+    def _stage(self, steps: int, rate: float | None = None) -> dict[str, Any]:
         trial = self.trial
         batch = {
             "steps": steps,
@@ -182,7 +181,7 @@ class RunFiles:
             "eval_interval": steps,
             "eval_sequences": trial.eval_sequences,
         }
-        return {"batch": batch, "optimizer": {"learning_rate": trial.rate * share, "weight_decay": 0.1}}
+        return {"batch": batch, "optimizer": {"learning_rate": rate, "weight_decay": 0.1}}
 
     def _run(
         self, name: str, seed: int, source: dict[str, Any], rule: str = "static", **sections: Any

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megashear.config.presets import resolve_shape
-from megashear.config.schema import PruneConfig, ShapeConfig
+from megashear.config.schema import ShapeConfig
+from megashear.config.training_schema import PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.files.atomic import write_json
 from megashear.masks.state import MaskState

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from megashear.config.schema import DistillationConfig, OptimizerConfig, ParallelConfig, PruneConfig
+from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
+from megashear.config.training_schema import DistillationConfig, OptimizerConfig, PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.optimizer import WeightOptimizer
