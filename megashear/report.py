@@ -3,6 +3,7 @@
 Key properties: text made of a `Report`, without torch. Read next: `config/check.py`, `train/tables.py`.
 """
 
+from megashear.config.calibration import calibration_cost
 from megashear.config.check import Report, prunes
 from megashear.config.dataset import planned_weights, stage_tokens
 from megashear.config.memory import Memory
@@ -34,6 +35,8 @@ def render(config: Config, report: Report) -> str:
         parts.append(
             tables.table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers)
         )
+    if rows := calibration_rows(config, report):
+        parts.append(tables.table("Calibration before pruning", ["", ""], rows))
     if report.world_size is not None:
         parts.append(tables.layout_table(config.parallel, report.world_size))
     if report.memory:
@@ -83,6 +86,27 @@ def teacher_rows(config: Config, report: Report) -> list[list[str]]:
         own, extra = student.flops_per_token(length), report.source.flops_per_token(length) / 3
         shares = [f"{how.weight:g}", f"{how.temperature:g}"]
         rows.append([name, *shares, tables.count(own), tables.count(extra), f"{extra / own:.0%}"])
+    return rows
+
+
+def calibration_rows(config: Config, report: Report) -> list[list[str]]:
+    """What basis, scores and fit will cost; nothing where shapes are not known or nothing is calibrated."""
+    if "prune" not in config.run.stages or report.source is None or report.target is None:
+        return []
+    length, source, target = config.data.sequence_length, report.source, report.target
+    directions = in_principal_basis(config.prune, source, target)
+    cost = calibration_cost(config.prune, source, target, length, directions, config.precision)
+    if not cost.tokens:
+        return []
+    trained = sum(
+        stage_tokens(stage.batch, length) * (source if name == "prune" else target).flops_per_token(length)
+        for name, stage in training_stages(config).items()
+    )
+    rows = [["tokens", tables.count(cost.tokens)], ["FLOPs", f"{cost.flops:.2e}"]]
+    if trained:
+        rows.append(["as a share of the training's", f"{cost.flops / trained:.1%}"])
+    if cost.host_bytes:
+        rows.append(["host memory, over data-parallel ranks", f"{cost.host_bytes / 2**30:.2f} GiB"])
     return rows
 
 

@@ -11,7 +11,7 @@
 
 taylor_weight sums absolute products: signed ones would add up to the mask's gradient again, once for each of the unit's
 matrices, since a unit's output is proportional to each of them. Key property: everything after `measure` is the same
-for all. Read next: `calibrate.py`.
+for all. Read next: `calibrate.py`, `../config/calibration.py` (which criterion scores what, and its cost).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from megashear.config.shape import ModelShape
-from megashear.config.training_schema import ImportanceConfig
 from megashear.engine.layout import Layout
 from megashear.importance import activations, gradients
 from megashear.model.llama import Llama
@@ -40,29 +39,14 @@ class Criterion:
     """From what was measured, summed over ranks, to a sequence's value."""
     root: bool = False
     """The score is the root of the sum of sequences' values, else their mean."""
-    passes: int = 1
-    """What measuring costs, in forward passes: 2 with gradients of activations, 3 with those of weights."""
 
 
 REGISTRY: dict[str, Criterion] = {
-    "magnitude": Criterion(None, passes=0),
-    "taylor_mask": Criterion(gradients.mask_gradients, torch.Tensor.abs, passes=2),
-    "fisher": Criterion(gradients.mask_gradients, torch.Tensor.square, passes=2),
-    "taylor_weight": Criterion(gradients.weight_products, passes=3),
+    "magnitude": Criterion(None),
+    "taylor_mask": Criterion(gradients.mask_gradients, torch.Tensor.abs),
+    "fisher": Criterion(gradients.mask_gradients, torch.Tensor.square),
+    "taylor_weight": Criterion(gradients.weight_products),
     "activation": Criterion(activations.activation_sizes, torch.Tensor.square, root=True),
     "block_influence": Criterion(activations.block_influence),
     "angular_distance": Criterion(activations.angular_distance),
 }
-
-
-def criteria_of(config: ImportanceConfig, shape: ModelShape) -> dict[str, str]:
-    """Granularity -> criterion, for every granularity of a shape.
-
-    Layers have no activation of their own: Minitron scores them by block influence, and so does `activation`.
-    """
-    assert config.criterion is not None
-    layer = config.layer_criterion or config.criterion
-    names = ["hidden", "group", "query", "intermediate"]
-    if shape.queries_per_group == 1:
-        names.remove("query")
-    return dict.fromkeys(names, config.criterion) | {"layer": "block_influence" if layer == "activation" else layer}

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megashear.config.calibration import calibration_cost, criteria_of
 from megashear.config.load import to_dict
-from megashear.config.stages import refit_batches
 from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError, TrainingError
 from megashear.importance.calibrate import calibrate
 from megashear.importance.magnitude import magnitudes
-from megashear.importance.registry import REGISTRY, criteria_of
+from megashear.importance.registry import REGISTRY
 from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
 from megashear.masks.target import mask_specs
 from megashear.model.load import TensorSource
@@ -88,21 +88,11 @@ def made_by(context: Context) -> dict[str, Any]:
 
 def calibration_record(context: Context) -> dict[str, Any]:
     """What a stage's record says of calibration: tokens that basis, scores and fit read, and the FLOPs they took."""
-    config, shape, length = context.config.prune, context.source_shape, context.config.data.sequence_length
-    passes = int(principal(context))
-    if config.importance.criterion is not None:
-        passes += sum(REGISTRY[one].passes for one in set(criteria_of(config.importance, shape).values()))
-    batch, full, target = config.batch.global_batch * length, shape.flops_per_token(length), context.target_shape
-    tokens = batch * config.importance.batches if passes else 0
-    flops = tokens * passes * full / 3
-    if refit_batches(config):  # a forward pass of the source, two of what stays of it, and sums of outer products
-        assert target is not None
-        fitted, hidden = batch * refit_batches(config), target.hidden_size
-        inputs = (target.intermediate_size, target.num_heads * target.head_dim)
-        sums = target.num_layers * sum(2 * size * (size + hidden) for size in inputs)
-        tokens = max(tokens, fitted)
-        flops += fitted * ((full + 2 * target.flops_per_token(length)) / 3 + sums)
-    return {"calibration_tokens": tokens, "calibration_flops": flops}
+    config, target = context.config, context.target_shape
+    assert target is not None
+    length, precision = config.data.sequence_length, config.precision
+    cost = calibration_cost(config.prune, context.source_shape, target, length, principal(context), precision)
+    return {"calibration_tokens": cost.tokens, "calibration_flops": cost.flops}
 
 
 def compute_scores(context: Context) -> Scores:

@@ -278,3 +278,31 @@ def test_disk_space_counts_model_folders(tmp_path):
         found = examine(chosen, None, None)
         size = (source * found.source.parameters() + target * found.target.parameters()) / 2**30
         assert re.search(rf"^models +{size:.1f}$", render(chosen, found), re.MULTILINE), overrides
+
+
+def calibration_lines(folder: Path, *overrides: str) -> list[list[str]]:
+    """The table of calibration, its cells; nothing where there is none."""
+    chosen = config(folder, "data.sequence_length=4096", "prune.batch.global_batch=32", *overrides)
+    text = render(chosen, examine(chosen, None, None))
+    if "Calibration before pruning" not in text:
+        return []
+    part = text[text.index("Calibration") :].split("\n\n")[0]
+    return [re.split(r" {2,}", line) for line in part.splitlines()[2:]]
+
+
+def test_calibration_is_counted(tmp_path):
+    """LLaMA2-7B to 2.7B: 16 batches for the basis (a forward pass) and Fisher scores (half a backward as well); the fit
+    keeps both models' bf16 streams of its batches in the hosts' memory.
+    """
+    passes = 16 * 32 * 4096 * PRESETS["llama2-7b"].flops_per_token(4096) / 3
+    learned = calibration_lines(tmp_path, "pretrain.batch.steps=3200", "pretrain.batch.global_batch=32")
+    assert learned[:2] == [["tokens", "2.10 M"], ["FLOPs", f"{3 * passes:.2e}"]]
+    shares = 3200 * 32 * PRESETS["llama2-7b"].flops_per_token(4096)
+    shares += 3200 * 32 * PRESETS["sheared-2.7b"].flops_per_token(4096)
+    assert learned[2:] == [["as a share of the training's", f"{3 * passes / 4096 / shares:.1%}"]]
+    fitted = calibration_lines(tmp_path, "prune.method=one_shot")
+    assert fitted[-1] == ["host memory, over data-parallel ranks", "26.00 GiB"]
+    assert float(fitted[1][1]) > 4.5 * passes
+    assert float(calibration_lines(tmp_path, "prune.method=one_shot", "run.stages=[prune]")[1][1]) > 4.5 * passes
+    assert calibration_lines(tmp_path, "prune.preset=paper", "prune.basis=source") == []
+    assert calibration_lines(tmp_path, "run.stages=[pretrain]", "target=null") == []

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megashear.config.calibration import criteria_of
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.config.training_schema import ImportanceConfig
@@ -13,7 +14,6 @@ from megashear.data.loader import Loader
 from megashear.data.manifest import Dataset
 from megashear.importance.calibrate import calibrate, calibration_loader
 from megashear.importance.principal import residual_stream
-from megashear.importance.registry import criteria_of
 from megashear.masks.scores import Scores
 from parallel.models import SHAPES, Drawn, build_model
 
