@@ -32,7 +32,5 @@ def test_a_run_trains_at_the_default(tiny: Tiny, tmp_path: Path) -> None:  # noq
     unset = [f"{stage}.optimizer.{key}" for stage in ("prune", "pretrain") for key in keys]
     config = tiny.config(tmp_path / "run", *unset)
     run(config)
-    found = {
-        one["stage"]: one["lr"] for one in records(tmp_path / "run") if (one["kind"], one["step"]) == ("train", 1)
-    }
+    found = {one["stage"]: one["lr"] for one in records(tmp_path / "run") if (one["kind"], one["step"]) == ("train", 1)}
     assert found == pytest.approx({"prune": 1e-4 * 2560 / 24, "pretrain": 1e-4 * 2560 / 24}, rel=1e-12)

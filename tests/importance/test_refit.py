@@ -8,7 +8,7 @@ import pytest
 import torch
 from parallel.importance_case import BATCHES, drawn_shape, open_loader
 from parallel.models import Drawn
-from parallel.refit_case import drawn_scores, fitted, kept_masks, target_of
+from parallel.refit_case import drawn_scores, fitted, fitted_to, kept_masks, target_of
 from run_stages.tiny import Tiny
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -18,6 +18,7 @@ from megashear.importance.least_squares import RIDGE, LeastSquares
 from megashear.masks.fold import Fold
 from megashear.masks.keep import keep_sets
 from megashear.masks.target import mask_specs
+from megashear.train.step import MicroBatch, document_starts
 
 LAYERS, SEQUENCES = 3, 4
 
@@ -75,6 +76,25 @@ def test_a_cut_model_against_transformers(alone, tiny: Tiny, shape: str) -> None
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=1e-4 * float(value.abs().max()))
         changed = float((value - untouched[name]).abs().max())
         assert (changed > 0.05) == name.endswith(("o_proj.weight", "down_proj.weight")), name
+
+
+def test_documents_of_one_sequence_are_fitted_as_sequences_of_their_own(alone) -> None:
+    """Rotary attention knows distances alone, so that a document does not know where in a sequence it stands."""
+    length, separator = 16, 3
+    tokens_NS = torch.randint(4, 400, (24, length), generator=torch.Generator().manual_seed(5))
+    tokens_NS[:, -1] = separator
+    joined_MT = tokens_NS.view(-1, 2 * length)
+
+    def batches(tokens_BS: Tensor, first_BS: Tensor | None = None) -> list[MicroBatch]:
+        firsts = len(tokens_BS) * [None] if first_BS is None else first_BS.split(1)
+        return [MicroBatch(one, one, i, firsts[i]) for i, one in enumerate(tokens_BS.split(1))]
+
+    texts = [batches(tokens_NS), batches(joined_MT, document_starts(joined_MT, separator)), batches(joined_MT)]
+    apart, inside, across = (fitted_to(lambda _, text=text: text, "grouped", {}) for text in texts)
+    for name, value in apart.items():
+        torch.testing.assert_close(inside[name], value, rtol=0, atol=1e-4 * float(value.abs().max()))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert (across[name] - apart[name]).abs().max() > 0.01 * apart[name].abs().max()
 
 
 def load(model: LlamaForCausalLM, weights: dict[str, Tensor], fold: Fold) -> None:

@@ -77,9 +77,7 @@ def test_agrees_with_float64(tokens, hidden, masks, dtype, device):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.integers(0, 70), st.integers(1, 70), st.sampled_from(DTYPES), st.sampled_from(MASKS), st.integers(0, 2**31)
-)
+@given(st.integers(0, 70), st.integers(1, 70), st.sampled_from(DTYPES), st.sampled_from(MASKS), st.integers(0, 2**31))
 def test_agrees_at_any_size(device, tokens, hidden, dtype, masks, seed):
     _check(*_case(tokens, hidden, dtype, device, masks, seed))
 

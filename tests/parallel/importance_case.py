@@ -32,8 +32,8 @@ def drawn_shape(name: str, layers: int = 3) -> ModelShape:
     return replace(SHAPES[name], vocab_size=400, num_layers=layers)
 
 
-def open_loader(data: Path, separate_documents: bool = False) -> Loader:
-    return calibration_loader(Dataset.open(data), WEIGHTS, LENGTH, 5, separate_documents)
+def open_loader(data: Path) -> Loader:
+    return calibration_loader(Dataset.open(data), WEIGHTS, LENGTH, 5, False)
 
 
 def score(

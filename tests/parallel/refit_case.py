@@ -1,5 +1,6 @@
 """Fitting a drawn model to its cut on real text under a layout; called on the ranks of `launch.Ranks` and alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.collectives import gather_objects
+from megashear.engine.layout import Layout
 from megashear.engine.parallel import transformer_config
 from megashear.importance.refit import refit
 from megashear.masks.masks import Masks
@@ -17,7 +19,7 @@ from megashear.masks.scores import open_units
 from megashear.masks.target import mask_specs
 from megashear.model.build import filled_chunks
 from megashear.model.save import gather_tensors
-from megashear.train.step import local_rows, micro_batches
+from megashear.train.step import MicroBatch, local_rows, micro_batches
 from parallel.importance_case import BATCHES, drawn_shape, open_loader
 from parallel.models import TARGETS, Drawn, build_model
 
@@ -43,26 +45,30 @@ def kept_masks(shape: str, layers: int, device: torch.device | str = "cpu") -> M
     return open_units(drawn_scores(shape, layers), specs, source, principal=True).to(device)
 
 
-def fitted(
-    data: str,
-    shape: str,
-    parallel: dict[str, Any],
-    layers: int = 3,
-    sequences: int = 4,
-    separate_documents: bool = False,
-) -> dict[str, Tensor]:
+def fitted(data: str, shape: str, parallel: dict[str, Any], layers: int = 3, sequences: int = 4) -> dict[str, Tensor]:
     """Every tensor of the fitted model, put together from all ranks. sequences: in a calibration batch."""
+
+    def read(layout: Layout) -> list[MicroBatch]:
+        loader, rows, batches = open_loader(Path(data)), local_rows(sequences, layout, 1).numpy(), []
+        for _ in range(BATCHES):
+            samples, _ = loader.read(loader.stream.next_batch(sequences), rows)
+            batches += micro_batches(samples, layout, 1, layout.device)
+        return batches
+
+    return fitted_to(read, shape, parallel, layers)
+
+
+def fitted_to(
+    read: Callable[[Layout], list[MicroBatch]], shape: str, parallel: dict[str, Any], layers: int = 3
+) -> dict[str, Tensor]:
+    """The same, of text that `read` gives."""
     source_shape, how = drawn_shape(shape, layers), ParallelConfig(**parallel)
     layout, source = build_model(source_shape, how, Drawn(source_shape))
     core = transformer_config(source_shape, how, torch.float32)
     pruned = filled_chunks(source_shape, core, layout, Drawn(source_shape))
     before = {name: value.clone() for chunk in source for name, value in chunk.named_parameters()}
-    loader, rows, batches = open_loader(Path(data), separate_documents), local_rows(sequences, layout, 1).numpy(), []
-    for _ in range(BATCHES):
-        samples, _ = loader.read(loader.stream.next_batch(sequences), rows)
-        batches += micro_batches(samples, layout, 1, layout.device, loader.separator)
     told: list[int] = []
-    refit(source, pruned, layout, kept_masks(shape, layers, layout.device), batches, told.append)
+    refit(source, pruned, layout, kept_masks(shape, layers, layout.device), read(layout), told.append)
     assert told == list(range(1, layers + 1))
     assert all(torch.equal(before[name], value) for chunk in source for name, value in chunk.named_parameters())
     mine = {name: tensor.clone() for chunk in pruned for name, tensor in gather_tensors(chunk)}
