@@ -106,7 +106,8 @@ def calibration_rows(config: Config, report: Report) -> list[list[str]]:
     if trained:
         rows.append(["as a share of the training's", f"{cost.flops / trained:.1%}"])
     if cost.host_bytes:
-        rows.append(["host memory, over data-parallel ranks", f"{cost.host_bytes / 2**30:.2f} GiB"])
+        whole = cost.host_bytes * config.parallel.tensor / 2**30
+        rows.append(["host memory, over tensor- and data-parallel ranks", f"{whole:.2f} GiB"])
     return rows
 
 

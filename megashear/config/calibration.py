@@ -24,7 +24,10 @@ PASSES = {
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """Tokens of text, FLOPs of all ranks, and bytes of host memory over the data-parallel ranks of a stage."""
+    """Tokens of text, FLOPs of all ranks, and bytes of host memory over the data-parallel ranks of a stage.
+
+    Each tensor-parallel rank keeps as many bytes of its own.
+    """
 
     tokens: int
     flops: float

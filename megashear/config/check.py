@@ -17,13 +17,12 @@ from megashear.config.shape import ModelShape
 from megashear.config.stages import (
     batch_problems,
     importance_problems,
-    pruning_warnings,
     schedule_problems,
     teacher_problems,
-    teacher_warnings,
     training_stages,
 )
 from megashear.config.training_schema import BatchConfig
+from megashear.config.without_effect import pruning_warnings, teacher_warnings
 from megashear.errors import ConfigError, DataError
 
 
@@ -112,7 +111,7 @@ def _data(config: Config, report: Report) -> None:
             "for `repeat`, set one of them"
         )
     if config.data.folder is None:
-        if stages:
+        if stages or "prune" in config.run.stages:
             report.problems.append("data.folder: missing; give a folder made by tools/preprocess_data.py")
         return
     folder = Path(config.data.folder)

@@ -24,7 +24,7 @@ PAPER: dict[str, Any] = {
     "method": "learned",
     "basis": "source",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
-    "refit": None,  # nothing is cut at once
+    "refit": None,  # published pruning never cuts at once
     "distillation": {"weight": 0.0, "temperature": 1.0, "chunk": 256},
     "constraint": "lagrangian",
     "mask_learning_rate": 1.0,

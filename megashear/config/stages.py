@@ -3,17 +3,13 @@
 Read next: `schema.py` (the keys), `check.py`.
 """
 
-from megashear.config.legality import either, granularity_sizes, near_multiples
+from megashear.config.closing import closing_problems
+from megashear.config.legality import either, near_multiples
 from megashear.config.paper import PAPER
 from megashear.config.presets import PRESETS
 from megashear.config.schema import Config, ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PretrainConfig, PruneConfig
 
-ONLY_LEARNED = ("closing", "settle_steps", "sparsity_warmup_steps", "mask_learning_rate")
-"""Keys of `prune` that one-shot pruning does not read, null or 0 where nobody set them."""
-ONLY_LAGRANGIAN = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
-"""Keys of `prune` that only multipliers have a use for, null where nobody set them."""
 
 def refit_batches(prune: PruneConfig) -> int:
     """Calibration batches on which output matrices are fitted, by `prune.refit`, whose text says what null means."""
@@ -66,29 +62,6 @@ def importance_problems(config: Config, world_size: int | None) -> list[str]:
     return problems + batch_problems("prune", prune.batch, config.parallel, world_size)
 
 
-def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
-    """What is set and changes nothing, in a run that prunes."""
-    prune, said = config.prune, []
-    if "prune" not in config.run.stages:
-        return []
-    layer = prune.importance.layer_criterion
-    if layer is not None and source.num_layers == target.num_layers:
-        said.append(
-            f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
-        )
-    if prune.method == "one_shot" and prune.preset is None:
-        keys = {key: getattr(prune, key) for key in ONLY_LEARNED} | {"distillation.weight": prune.distillation.weight}
-        return said + [f"prune.{key}: changes nothing under method one_shot" for key, value in keys.items() if value]
-    if prune.refit is not None:
-        said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
-    if prune.constraint == "projected":
-        set_ones = [key for key in ONLY_LAGRANGIAN if getattr(prune, key) is not None]
-        said += [f"prune.{key}: changes nothing under constraint projected" for key in set_ones]
-    sizes = granularity_sizes(source, target)
-    stay = [name for name in prune.closing or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
-    return said + [f"prune.closing: {name} changes nothing: the target keeps all of its units" for name in stay]
-
-
 def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
     """What does not divide: the global batch over ranks and micro-batches, micro-batches over a virtual pipeline."""
     replica = parallel.tensor * parallel.pipeline
@@ -125,29 +98,7 @@ def schedule_problems(config: Config, stage: str, optimizer: OptimizerConfig, ba
             f"{stage}.optimizer.decay_steps: {decay} and a warm-up of {warmup} are more than {batch.steps} steps; "
             f"use at most {batch.steps - warmup}"
         )
-    return problems + (_closing_problems(config.prune) if stage == "prune" else [])
-
-
-def _closing_problems(prune: PruneConfig) -> list[str]:
-    """Mask schedules that do not fit into the steps, and a granularity that closes twice."""
-    problems, steps = [], prune.batch.steps
-    sparsity, settled, closing = prune.sparsity_warmup_steps or 0, prune.settle_steps or 0, prune.closing or []
-    if sparsity >= steps:
-        problems.append(
-            f"prune.sparsity_warmup_steps: {sparsity} of {steps} steps leaves none at the full target; "
-            "use fewer, or null"
-        )
-    elif settled >= steps:
-        problems.append(f"prune.settle_steps: {settled} of {steps} steps leaves none to learn in; use fewer, or null")
-    elif settled and sparsity + settled > steps:
-        problems.append(
-            f"prune.settle_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
-            f"would be fixed before they are at their target; use at most {steps - sparsity}, or null"
-        )
-    twice = sorted({name for name in closing if closing.count(name) > 1})
-    if twice:
-        problems.append(f"prune.closing: {', '.join(twice)} more than once; name each granularity once")
-    return problems
+    return problems + (closing_problems(config.prune) if stage == "prune" else [])
 
 
 def teacher_problems(config: Config, stage: str) -> list[str]:
@@ -158,15 +109,4 @@ def teacher_problems(config: Config, stage: str) -> list[str]:
     return [
         f"{stage}.distillation.weight: {weight:g}, but a run from scratch has no source to be the teacher; set it to "
         "0, or give source.folder"
-    ]
-
-
-def teacher_warnings(config: Config) -> list[str]:
-    """A teacher that is the very model that training starts from."""
-    weight, stages = config.pretrain.distillation.weight, config.run.stages
-    if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
-        return []
-    return [
-        f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
-        "very model that training starts from, and holds it there at the cost of its forward passes"
     ]

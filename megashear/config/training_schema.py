@@ -90,7 +90,7 @@ class ImportanceConfig:
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
-        50.0, "log-alpha at the start under `projected`: units of each row at equal distances over +-spread", low=0
+        50.0, "log-alpha at the start under `projected`: units of each row at equal distances over +-spread", low=0.1
     )
     batches: int = key(16, "calibration batches of `prune.batch.global_batch` sequences, from the mixture", low=2)
 
@@ -140,7 +140,9 @@ class PruneConfig:
         low=0,
     )
     sparsity_warmup_steps: int | None = key(
-        None, "steps over which targets grow; null: a fifth of the steps, under `projected` a half", low=0
+        None,
+        "steps over which targets grow; null: a fifth of the steps, under `projected` a half, or what settling leaves",
+        low=0,
     )
     closing: list[str] | None = key(
         None,
@@ -158,7 +160,7 @@ class PruneConfig:
     settle_steps: int | None = key(
         None,
         "last steps of the stage in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
-        "published; null: a tenth of the steps, one at least",
+        "published; null: a tenth of the steps or what the sparsity warm-up leaves, one at least",
         low=0,
         before=0,
     )
@@ -168,7 +170,9 @@ class PruneConfig:
         "null: those that shrink",
         GRANULARITIES,
     )
-    log_alpha_init: float = key(5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01)")
+    log_alpha_init: float = key(
+        5.0, "mean of log-alpha at the start, before the limit (standard deviation 0.01), where masks start alike"
+    )
     log_alpha_limit: float | None = key(
         4.605170185988092, "log-alpha stays within +-limit under `lagrangian`; published: ln 100; null: none", low=0.1
     )
@@ -178,7 +182,8 @@ class PruneConfig:
         True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"
     )
     clip: str = key(
-        "weights", "gradient clipping: one norm over the weights, or over masks and multipliers too (joint, published)",
+        "weights",
+        "gradient clipping: one norm over the weights, or over masks and multipliers too (joint, published)",
         ("weights", "joint"),
     )
     masking: str = key(

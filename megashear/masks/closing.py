@@ -8,16 +8,11 @@ Read next: `projection.py`, `state.py`.
 
 from dataclasses import dataclass
 
+from megashear.config.closing import closing_steps, settled_steps
 from megashear.config.paper import PAPER
 from megashear.config.training_schema import PruneConfig
 from megashear.masks.lagrangian import scheduled_target
 from megashear.masks.target import MaskSpec
-
-LAGRANGIAN_WARMUP_SHARE = 0.2
-"""Sparsity warm-up under `lagrangian` as a share of the steps, as published (640 of 3200)."""
-PROJECTED_WARMUP_SHARE = 0.5
-SETTLE_SHARE = 0.1
-"""Last steps with fixed masks, as a share of the steps."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,12 @@ class Closing:
     @property
     def warmup_steps(self) -> int:
         """Steps over which target sparsities grow."""
-        chosen = self.config.sparsity_warmup_steps
-        share = PROJECTED_WARMUP_SHARE if self.projected else LAGRANGIAN_WARMUP_SHARE
-        return int(self.config.batch.steps * share) if chosen is None else chosen
+        return closing_steps(self.config)
 
     @property
     def settle_step(self) -> int:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
-        chosen, steps = self.config.settle_steps, self.config.batch.steps
-        return steps - (max(1, int(steps * SETTLE_SHARE)) if chosen is None else chosen)
+        return self.config.batch.steps - settled_steps(self.config)
 
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""

@@ -109,5 +109,8 @@ def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> li
                 f"is {spec.target_sparsity:.1%}: {how} the constraint; the cut to the exact shape costs the more"
             )
         if below:
-            found.append(f"{spec.name}: {below} of {borderline[spec.name].kept} kept units have a mask below 0.5")
+            found.append(
+                f"{spec.name}: {below} of {borderline[spec.name].kept} kept units have a mask below 0.5: undecided; "
+                "more steps, or a higher prune.mask_learning_rate or prune.sharpening, would settle them"
+            )
     return found

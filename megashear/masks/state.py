@@ -123,6 +123,9 @@ class MaskState:
         """Put log-alpha where the schedule wants it at a step: within its limit, on its target, or settled."""
         targets = self.closing.targets(step)
         if self.closing.settles(step):
+            if self.closing.projected:  # as a step with learned masks would find them
+                for spec in self.specs:
+                    self._rows(spec).copy_(project(self._rows(spec), targets[spec.name]))
             self.undecided = unfinished(self.log_alpha, self.specs)
         for spec in self.specs:
             rows = self._rows(spec)

@@ -42,9 +42,9 @@ def costs(run: RunRecord) -> list[StageCost]:
     pruned = run.done.get("prune", {})
     if pruned.get("calibration_flops"):
         tokens, flops = float(pruned["calibration_tokens"]), float(pruned["calibration_flops"])
-        # Learned masks' calibration is timed with their stage.
-        alone = pruned.get("method") == "one_shot"
-        times = [float(pruned.get(key, math.nan)) if alone else 0.0 for key in ("seconds", "evaluation_seconds")]
+        one_shot = pruned.get("method") == "one_shot"  # its stage is calibration and one evaluation
+        seconds = float(pruned.get("seconds" if one_shot else "calibration_seconds", math.nan))
+        times = [seconds, float(pruned.get("evaluation_seconds", math.nan)) if one_shot else 0.0]
         found.append(StageCost(CALIBRATION, tokens, flops, 0.0, 0.0, math.nan, *times))
     for name in ("prune", "pretrain"):
         stage, tokens = run.stage(name), run.tokens(name)

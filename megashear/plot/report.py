@@ -53,7 +53,8 @@ def write_report(folder: Path, other: Path | None = None, output: Path | None = 
         with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
             text = render(run, second)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder}: a record that is not one of a run ({error!r}); restore the file") from error
+        named = folder if other is None else f"{folder} or {other}"
+        raise DataError(f"{named}: a record that is not one of a run ({error!r}); restore the file") from error
     write_text(output, text)
     return output
 
@@ -186,7 +187,7 @@ def cost(run: RunRecord) -> list[Html]:
         "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
         "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
         "of a training step of the source. Calibration: the tokens that basis, scores and least squares read, by which "
-        "no step is taken; before learned masks its time is in their stage's. Held-out evaluation is in the time and "
+        "no step is taken. Held-out evaluation is in the time and "
         "not in the FLOPs."
     )
     return [section("Cost", [table([*header, "time (h:mm)", "of it evaluation"], rows, caption)])]

@@ -58,7 +58,7 @@ class Context:
         return DTYPES[self.config.precision]
 
     def model_folder(self, name: str) -> Path:
-        """A model that the run makes: `masked`, `pruned` or `final`."""
+        """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
         return self.folder / name
 
     def open_model(self, name: str) -> ModelFolder:

@@ -5,6 +5,7 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 """
 
 import logging
+import time
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -54,7 +55,9 @@ def run_training(context: Context, name: str) -> None:
     section = config.prune if name == "prune" else config.pretrain
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
     settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
+    started = time.monotonic()
     scores = importance_scores(context) if name == "prune" else None
+    calibrated = time.monotonic() - started
     weights = build_weights(context, section, shape, starting_point(context, name, shape))
     masks = None
     if isinstance(section, PruneConfig):
@@ -73,6 +76,8 @@ def run_training(context: Context, name: str) -> None:
     with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
         stage = build_stage(context, name, section, shape, weights, masks, metrics)
         stage.tick = tick
+        if masks is not None and not stage.counters.step:
+            stage.counters.calibration_seconds = calibrated
         with closing(stage.batches):
             losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
     if masks is not None and context.layout.is_main:
@@ -96,6 +101,8 @@ def run_training(context: Context, name: str) -> None:
     if masks is not None:
         write_moments(context, weights, masks)
     times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
+    if masks is not None:
+        times["calibration_seconds"] = stage.counters.calibration_seconds
     context.finish(name, record | times | {"stream": stage.stream.state_dict()})
     if name == "pretrain":
         drop_moments(context)

@@ -46,6 +46,8 @@ class Counters:
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
     """Of `seconds`, those that held-out evaluations took."""
+    calibration_seconds: float = 0.0
+    """What basis and scores took before the first step; not in `seconds`."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     smoothed_loss: float | None = None
@@ -217,7 +219,7 @@ def watch_step(stage: Stage, result: StepResult) -> None:
     if masks is None or stage.source_loss is None:
         return
     counters.smoothed_loss = average = watch.smoothed(counters.smoothed_loss, result.loss)
-    if counters.warned or not average > watch.limit(stage.source_loss, masks.source.vocab_size):
+    if average is None or counters.warned or not average > watch.limit(stage.source_loss, masks.source.vocab_size):
         return
     counters.warned = True
     few, batch = stage.heldout.first(watch.SEQUENCES), stage.batch.micro_batch
@@ -227,7 +229,7 @@ def watch_step(stage: Stage, result: StepResult) -> None:
     means = {}
     for name, mask in {"open": None, **drawn}.items():
         means[name] = mean_loss(evaluate(few, stage.layout, chunks, batch, mask))
-    logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means))
+    logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means, masks.config))
 
 
 def warn_ahead(stage: Stage, expected: dict[str, float], target: dict[str, float]) -> None:

@@ -18,8 +18,8 @@ Records, schema 1: one JSON object a line; a number that is not finite is null.
           "live_flops": share of the source's FLOPs that this step's live units needed | null}
   eval   {"stage", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
           "reference": {domain: float} | null, "weights": {domain: weight after the update}}
-`masks.npz` holds the deterministic masks of the last evaluation while pruning, fp32: hidden [d], head [L, H],
-intermediate [L, I], layer [L]; a granularity that is not learned is absent.
+`masks.npz` holds the deterministic masks of the last evaluation while pruning, then those of the cut, fp32: hidden
+[d], head [L, H], intermediate [L, I], layer [L]; a granularity that is not learned is absent.
 """
 
 import errno

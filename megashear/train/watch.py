@@ -10,6 +10,7 @@ Read next: `loop.py`.
 import math
 from dataclasses import replace
 
+from megashear.config.training_schema import PruneConfig
 from megashear.masks.masks import Masks
 
 SHARE = 1.0 / 3.0
@@ -24,11 +25,11 @@ AHEAD = 0.1
 """Share of a granularity's units that may be closed beyond what the schedule asks for."""
 
 
-def smoothed(average: float | None, loss: float) -> float:
+def smoothed(average: float | None, loss: float) -> float | None:
     """The exponential average after one more loss; a loss that is not finite (its step was skipped) does not enter."""
     if not math.isfinite(loss):
-        return math.nan if average is None else average
-    return loss if average is None or math.isnan(average) else MEMORY * average + (1.0 - MEMORY) * loss
+        return average
+    return loss if average is None else MEMORY * average + (1.0 - MEMORY) * loss
 
 
 def limit(source_loss: float, vocab_size: int) -> float:
@@ -44,8 +45,10 @@ def alone(masks: Masks) -> dict[str, Masks]:
     return found
 
 
-def verdict(step: int, loss: float, source_loss: float, means: dict[str, float]) -> str:
-    """The warning. means: mean held-out loss with the masks of one granularity alone, and with none under `open`."""
+def verdict(step: int, loss: float, source_loss: float, means: dict[str, float], prune: PruneConfig) -> str:
+    """The warning. means: mean held-out loss with the masks of one granularity alone, and with none under `open`;
+    prune: what is not set already is advised.
+    """
     rises = {name: mean - means["open"] for name, mean in means.items() if name != "open"}
     worst = max(rises, key=lambda name: rises[name])
     parts = ", ".join(f"{name} {rise:+.2f}" for name, rise in sorted(rises.items(), key=lambda item: -item[1]))
@@ -55,8 +58,15 @@ def verdict(step: int, loss: float, source_loss: float, means: dict[str, float])
         remedy = "Most of it is in the weights: stop, and lower `prune.optimizer.learning_rate` or warm it up longer"
     else:
         cause = "the masks are"
-        remedy = f"Most of it is {worst}: stop, and give the masks more steps, `prune.constraint: projected`, an "
-        remedy += "`importance.criterion` to start from, or lower rates"
+        others = {
+            "`prune.constraint: projected`": prune.constraint != "projected",
+            "a `prune.importance.criterion` to start from": prune.importance.criterion is None,
+        }
+        advice = [text for text, lacks in others.items() if lacks] + [
+            "a lower `prune.mask_learning_rate`",
+            "or a target that closes less of it",
+        ]
+        remedy = f"Most of it is {worst}: stop, and give the masks more steps, {', '.join(advice)}"
     return (
         f"step {step}: the loss is {loss:.2f}, the source's was {source_loss:.2f}: {cause} destroying the model. "
         f"What each granularity's masks do to the held-out loss alone: {parts}; the weights without masks are at "

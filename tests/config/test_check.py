@@ -292,7 +292,7 @@ def calibration_lines(folder: Path, *overrides: str) -> list[list[str]]:
 
 def test_calibration_is_counted(tmp_path):
     """LLaMA2-7B to 2.7B: 16 batches for the basis (a forward pass) and Fisher scores (half a backward as well); the fit
-    keeps both models' bf16 streams of its batches in the hosts' memory.
+    keeps both models' bf16 streams of its batches in the hosts' memory, on each of two tensor-parallel ranks.
     """
     passes = 16 * 32 * 4096 * PRESETS["llama2-7b"].flops_per_token(4096) / 3
     learned = calibration_lines(tmp_path, "pretrain.batch.steps=3200", "pretrain.batch.global_batch=32")
@@ -301,7 +301,7 @@ def test_calibration_is_counted(tmp_path):
     shares += 3200 * 32 * PRESETS["sheared-2.7b"].flops_per_token(4096)
     assert learned[2:] == [["as a share of the training's", f"{3 * passes / 4096 / shares:.1%}"]]
     fitted = calibration_lines(tmp_path, "prune.method=one_shot")
-    assert fitted[-1] == ["host memory, over data-parallel ranks", "26.00 GiB"]
+    assert fitted[-1] == ["host memory, over tensor- and data-parallel ranks", "52.00 GiB"]
     assert float(fitted[1][1]) > 4.5 * passes
     assert float(calibration_lines(tmp_path, "prune.method=one_shot", "run.stages=[prune]")[1][1]) > 4.5 * passes
     assert calibration_lines(tmp_path, "prune.preset=paper", "prune.basis=source") == []

@@ -10,6 +10,8 @@ from megashear.config.stages import training_stages
 
 ONE_SHOT = "prune.method=one_shot"
 NONE = "prune.importance.criterion=null"
+PAPER = ["prune.preset=paper"]
+ONE_SHOT_LEAVES = {"lambda2_cap", "clip", "importance.spread"}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,8 @@ NONE = "prune.importance.criterion=null"
         ),
         ([NONE, "prune.importance.layer_criterion=block_influence"], "prune.importance.criterion is null"),
         (["prune.importance.batches=1"], "prune.importance.batches"),
+        (["prune.importance.spread=0"], "prune.importance.spread"),
+        ([ONE_SHOT, "run.stages=[prune,finalize]", "data.folder=null"], "data.folder: missing"),
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),
         (["prune.basis=any"], "prune.basis"),
@@ -67,6 +71,19 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.lambda1_cap=3", "prune.lambda_learning_rate=1"], {"lambda1_cap", "lambda_learning_rate"}),
         (["prune.lambda1_cap=3", "prune.constraint=lagrangian"], set()),
         (["prune.closing=[layer,query,hidden]"], {"closing"}),
+        ([ONE_SHOT, "prune.lambda2_cap=1", "prune.clip=joint", "prune.importance.spread=5"], ONE_SHOT_LEAVES),
+        ([ONE_SHOT, "prune.constraint=lagrangian", "prune.sharpening=2"], {"constraint", "sharpening"}),
+        (
+            [ONE_SHOT, *PAPER, "prune.importance.criterion=fisher", "prune.refit=8", "prune.sharpening=2"],
+            {"sharpening"},
+        ),
+        ([*PAPER, "prune.constraint=projected"], set()),
+        (PAPER, set()),
+        (["prune.log_alpha_init=1", "prune.log_alpha_limit=2"], {"log_alpha_init", "log_alpha_limit"}),
+        (["prune.constraint=lagrangian", "prune.importance.spread=5"], {"importance.spread"}),
+        (["prune.constraint=lagrangian", "prune.log_alpha_init=1"], {"log_alpha_init"}),
+        (["prune.distillation.temperature=2"], {"distillation.temperature"}),
+        (["prune.distillation.temperature=2", "prune.distillation.weight=1"], set()),
     ],
 )
 def test_what_changes_nothing_is_said(tmp_path: Path, overrides: list[str], named: set[str]) -> None:

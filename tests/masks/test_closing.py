@@ -29,6 +29,17 @@ def test_lengths_follow_the_number_of_steps(specs):
     assert closing(specs, mask_learning_rate=0.5, lambda_learning_rate=2.0).rates() == (0.5, 2.0)
 
 
+def test_what_is_left_open_gives_way_to_what_is_set(specs):
+    """Masks never settle before their targets are reached: 90 settled steps of 100 leave 10 to close in, and so on."""
+    ours = {"constraint": "projected", "settle_steps": None}
+    assert closing(specs, **ours | {"settle_steps": 90}).warmup_steps == 10
+    assert closing(specs, **ours, sparsity_warmup_steps=95).settle_step == 95
+    for keys in ({"settle_steps": 90}, {"sparsity_warmup_steps": 95}):
+        schedule = closing(specs, **ours | keys)
+        full = {s.name: s.target_sparsity for s in specs}
+        assert schedule.targets(schedule.settle_step) == pytest.approx(full)
+
+
 def test_granularities_close_together_by_default(specs):
     schedule = closing(specs, sparsity_warmup_steps=40)
     for step, share in ((0, 0.0), (10, 0.25), (40, 1.0), (99, 1.0)):

@@ -120,6 +120,18 @@ def test_what_was_open_when_masks_settle_is_told(source, target):
     assert sure.undecided == []
 
 
+def test_a_last_step_off_the_target_is_projected_before_it_is_judged(source, target):
+    masks = state(source, target, mask_learning_rate=0.0)
+    walk(masks, range(29))
+    with torch.no_grad():
+        for spec in masks.specs:
+            rows = masks.log_alpha[spec.name].view(spec.rows, spec.units)
+            rows.copy_(torch.where(torch.arange(spec.units) < spec.target_units, 20.0, -4.0) - 8.0)
+            rows[:, spec.target_units] += 12.0  # open, until a shift closes it
+    walk(masks, [29])
+    assert masks.undecided == []
+
+
 def test_equal_scores_keep_the_lower_index(source, target):
     masks = state(source, target)
     masks.warm_start({"hidden": torch.zeros(source.hidden_size)})

@@ -9,6 +9,7 @@ import torch
 from run_stages.conftest import tiny  # noqa: F401
 from run_stages.tiny import Tiny
 
+from megashear.config.training_schema import ImportanceConfig, PruneConfig
 from megashear.masks.masks import Masks
 from megashear.run.runner import run
 from megashear.train.watch import ahead, alone, limit, smoothed, verdict
@@ -19,7 +20,7 @@ def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
     assert average == 4.0
     assert smoothed(average, 9.0) == pytest.approx(5.0)
     assert smoothed(average, math.nan) == 4.0
-    assert smoothed(smoothed(None, math.inf), 3.0) == 3.0
+    assert smoothed(None, math.inf) is None and smoothed(None, math.nan) is None
 
 
 def test_the_limit_is_a_third_of_the_way_to_knowing_nothing() -> None:
@@ -35,12 +36,19 @@ def test_masks_stand_alone_by_granularity() -> None:
 
 
 def test_the_verdict_names_what_rises_most() -> None:
-    text = verdict(10, 7.0, 3.0, {"open": 3.1, "hidden": 3.6, "layer": 6.0})
+    text = verdict(10, 7.0, 3.0, {"open": 3.1, "hidden": 3.6, "layer": 6.0}, PruneConfig())
     assert "layer +2.90, hidden +0.50" in text and "Most of it is layer" in text and "step 10" in text
+    assert "projected" not in text and "criterion" not in text  # both are set
+
+
+def test_the_verdict_advises_what_is_not_set() -> None:
+    published = PruneConfig(constraint="lagrangian", importance=ImportanceConfig(criterion=None))
+    text = verdict(10, 7.0, 3.0, {"open": 3.1, "hidden": 3.6}, published)
+    assert "prune.constraint: projected" in text and "prune.importance.criterion" in text
 
 
 def test_weights_that_destroy_the_model_are_not_taken_for_masks() -> None:
-    text = verdict(120, 9.6, 1.75, {"open": 9.5, "hidden": 9.6, "head": 9.5})
+    text = verdict(120, 9.6, 1.75, {"open": 9.5, "hidden": 9.6, "head": 9.5}, PruneConfig())
     assert "the weights' training is destroying" in text and "prune.optimizer.learning_rate" in text
     assert "Most of it is hidden" not in text
 

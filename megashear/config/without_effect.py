@@ -1,0 +1,86 @@
+"""Keys that a user has set and that change nothing in this run: said by `check` and at a run's start, refused nowhere.
+
+Read next: `training_schema.py` (the keys), `stages.py`.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from megashear.config.legality import granularity_sizes
+from megashear.config.paper import PAPER
+from megashear.config.schema import Config
+from megashear.config.shape import ModelShape
+from megashear.config.stages import training_stages
+from megashear.config.training_schema import DistillationConfig, PruneConfig
+
+MULTIPLIERS = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
+PROJECTED = (*MULTIPLIERS, "log_alpha_init", "log_alpha_limit")
+"""Keys of `prune` that are not read where expected sparsities are projected."""
+ONE_SHOT = (
+    *PROJECTED,
+    "closing",
+    "settle_steps",
+    "sparsity_warmup_steps",
+    "mask_learning_rate",
+    "constraint",
+    "sharpening",
+    "clip",
+    "importance.spread",
+    "distillation.weight",
+)
+"""Keys of `prune` that are not read where nothing is trained before the cut."""
+
+
+def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
+    """What is set and changes nothing, in a run that prunes."""
+    prune, said = config.prune, []
+    if "prune" not in config.run.stages:
+        return []
+    layer = prune.importance.layer_criterion
+    if layer is not None and source.num_layers == target.num_layers:
+        said.append(
+            f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
+        )
+    if prune.method == "one_shot":
+        return said + [f"prune.{key}: changes nothing under method one_shot" for key in changed(prune, ONE_SHOT)]
+    if prune.refit is not None:
+        said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
+    unused = PROJECTED if prune.constraint == "projected" else ("importance.spread",)
+    said += [f"prune.{key}: changes nothing under constraint {prune.constraint}" for key in changed(prune, unused)]
+    if prune.constraint == "lagrangian" and prune.importance.criterion is not None:
+        said += [
+            f"prune.{key}: changes nothing where masks start from importance.criterion"
+            for key in changed(prune, ("log_alpha_init",))
+        ]
+    sizes = granularity_sizes(source, target)
+    stay = [name for name in prune.closing or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
+    return said + [f"prune.closing: {name} changes nothing: the target keeps all of its units" for name in stay]
+
+
+def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
+    """Those of the keys that are not what the section, or its preset, starts from."""
+    found, start = asdict(prune), PAPER if prune.preset == "paper" else asdict(PruneConfig())
+    return [key for key in keys if _at(found, key) != _at(start, key)]
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def teacher_warnings(config: Config) -> list[str]:
+    """A teacher that is the very model that training starts from; what is said of a teacher where there is none."""
+    said, plain = [], DistillationConfig()
+    for name, stage in training_stages(config).items():
+        teacher = stage.distillation
+        if not teacher.weight and teacher.temperature != plain.temperature:
+            said.append(f"{name}.distillation.temperature: changes nothing while {name}.distillation.weight is 0")
+    weight, stages = config.pretrain.distillation.weight, config.run.stages
+    if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
+        return said
+    return [
+        *said,
+        f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
+        "very model that training starts from, and holds it there at the cost of its forward passes",
+    ]
