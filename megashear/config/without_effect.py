@@ -22,9 +22,7 @@ ONE_SHOT = (
     "settle_steps",
     "sparsity_warmup_steps",
     "mask_learning_rate",
-    "constraint",
     "sharpening",
-    "clip",
     "importance.spread",
     "distillation.weight",
 )
@@ -58,9 +56,9 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
 
 
 def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
-    """Those of the keys that are not what the section, or its preset, starts from."""
-    found, start = asdict(prune), PAPER if prune.preset == "paper" else asdict(PruneConfig())
-    return [key for key in keys if _at(found, key) != _at(start, key)]
+    """Those of the keys that are neither the section's default nor the published choice, which recipes spell out."""
+    found, plain = asdict(prune), asdict(PruneConfig())
+    return [key for key in keys if _at(found, key) not in (_at(plain, key), _at(PAPER, key))]
 
 
 def _at(values: dict[str, Any], key: str) -> Any:

@@ -232,8 +232,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        times = ("seconds", "evaluation_seconds", "step_seconds", "tokens_per_second")
-        return {name: without_times(inner) for name, inner in value.items() if name not in times}
+        kept = {name for name in value if not name.endswith(("seconds", "tokens_per_second"))}
+        return {name: without_times(inner) for name, inner in value.items() if name in kept}
     return value
 
 
