@@ -10,6 +10,7 @@ from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
 from megashear.config.schema import Config
 from megashear.config.stages import peak_learning_rate, refit_batches, training_stages
+from megashear.config.teaching import teaching
 from megashear.config.training_schema import BatchConfig
 from megashear.masks.target import in_principal_basis
 from megashear.train import tables
@@ -31,7 +32,7 @@ def render(config: Config, report: Report) -> str:
     if stages:
         parts.append(tables.stage_table(stages, learning_rates(config, report), config.data.sequence_length))
     if teachers := teacher_rows(config, report):
-        header = ["", "share of the loss", "temperature", "FLOPs/token", "of the teacher", "as a share"]
+        header = ["", "share of the loss", "temperature", "until", "FLOPs/token", "of the teacher", "as a share"]
         parts.append(
             tables.table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers)
         )
@@ -76,15 +77,15 @@ def memory_table(memory: dict[str, list[Memory]]) -> str:
 
 def teacher_rows(config: Config, report: Report) -> list[list[str]]:
     """What the source as teacher costs each stage that has it as one; nothing where shapes are not known."""
-    rows = []
-    for name, stage in training_stages(config).items():
-        how = stage.distillation
+    rows, taught = [], teaching(config, report.source, report.target)
+    for name in training_stages(config):
+        how = taught[name]
         if not how.weight or report.source is None:
             continue
         student = report.target if name == "pretrain" and report.target is not None else report.source
         length = config.data.sequence_length
         own, extra = student.flops_per_token(length), report.source.flops_per_token(length) / 3
-        shares = [f"{how.weight:g}", f"{how.temperature:g}"]
+        shares = [f"{how.weight:g}", f"{how.temperature:g}", how.until]
         rows.append([name, *shares, tables.count(own), tables.count(extra), f"{extra / own:.0%}"])
     return rows
 

@@ -21,6 +21,7 @@ from megashear.config.stages import (
     teacher_problems,
     training_stages,
 )
+from megashear.config.teaching import teaching
 from megashear.config.training_schema import BatchConfig
 from megashear.config.without_effect import pruning_warnings, teacher_warnings
 from megashear.errors import ConfigError, DataError
@@ -177,6 +178,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
     if report.world_size is None:
         return
     data_parallel = report.world_size // (parallel.tensor * parallel.pipeline)
+    taught = teaching(config, report.source, report.target)
     for name, stage in training_stages(config).items():
         shape = report.target if name == "pretrain" and prunes(config) else report.source
         if shape is None:
@@ -189,7 +191,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
             data_parallel=data_parallel,
             precision=config.precision,
             masked=name == "prune",
-            teacher=report.source if stage.distillation.weight else None,
+            teacher=report.source if taught[name].weight else None,
             chunk=stage.distillation.chunk,
         )
         report.memory[name] = stage_memory(shape, parallel, work)

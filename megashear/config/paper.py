@@ -25,7 +25,7 @@ PAPER: dict[str, Any] = {
     "basis": "source",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
     "refit": None,  # published pruning never cuts at once
-    "distillation": {"weight": 0.0, "temperature": 1.0, "chunk": 256},
+    "distillation": {"weight": 0.0, "temperature": 1.0, "until": "end", "chunk": 256},
     "constraint": "lagrangian",
     "mask_learning_rate": 1.0,
     "lambda_learning_rate": 1.0,

@@ -52,9 +52,11 @@ class BatchConfig:
 class DistillationConfig:
     """The source model as a teacher, beside the language-model loss (off where `weight` is 0)."""
 
-    weight: float = key(
-        0.0,
-        "share w of the teacher in the loss: (1 - w) x cross entropy + w x KL(teacher, student); 0: no teacher",
+    weight: float | None = key(
+        None,
+        "share w of the teacher in the loss: (1 - w) x cross entropy + w x KL(teacher, student); 0: no teacher; null: "
+        "0.5 in runs that prune, where the source's forward pass takes no more FLOPs than training the target, else 0; "
+        "after learned masks null is what pruning had",
         low=0,
         high=1,
     )
@@ -65,6 +67,12 @@ class DistillationConfig:
         256,
         "tokens whose logits are in fp32 at a time, on each rank; the result depends on it to rounding alone",
         low=1,
+    )
+    until: str = key(
+        "outgrown",
+        "when the teacher goes: outgrown (at the first evaluation of the stage in which the model's mean held-out "
+        "loss is not above the source's; in pruning once masks have settled), or end (of the stage)",
+        ("outgrown", "end"),
     )
 
 

@@ -72,7 +72,7 @@ def teacher_warnings(config: Config) -> list[str]:
     said, plain = [], DistillationConfig()
     for name, stage in training_stages(config).items():
         teacher = stage.distillation
-        if not teacher.weight and teacher.temperature != plain.temperature:
+        if teacher.weight == 0 and teacher.temperature != plain.temperature:
             said.append(f"{name}.distillation.temperature: changes nothing while {name}.distillation.weight is 0")
     weight, stages = config.pretrain.distillation.weight, config.run.stages
     if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
@@ -80,5 +80,6 @@ def teacher_warnings(config: Config) -> list[str]:
     return [
         *said,
         f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
-        "very model that training starts from, and holds it there at the cost of its forward passes",
+        "very model that training starts from, and holds it there at the cost of its forward passes "
+        "(`until: outgrown` sends it away before the first step)",
     ]

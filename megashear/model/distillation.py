@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Lesson:
 
     states_SBD: Tensor
     output_VD: Tensor
-    how: DistillationConfig
+    how: Teaching
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Vocabulary-parallel logits [stop - start, V / TP] of tokens counted position by position (S outside B)."""

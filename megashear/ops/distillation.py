@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 
 TeacherLogits = Callable[[int, int], Tensor]
 """Gives the teacher's logits [stop - start, columns] of tokens start .. stop, over the same part of the vocabulary."""
@@ -32,7 +32,7 @@ class VocabularyPart:
 
 
 def distillation_losses(
-    logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: DistillationConfig, part: VocabularyPart
+    logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: Teaching, part: VocabularyPart
 ) -> Tensor:
     """Three numbers per token in nats, [3, ..] in at least fp32: the loss above, cross entropy, T^2 KL.
 
@@ -47,7 +47,7 @@ def distillation_losses(
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: DistillationConfig, part: VocabularyPart
+        ctx: Any, logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: Teaching, part: VocabularyPart
     ) -> Tensor:
         rows, targets = logits.detach().reshape(-1, logits.shape[-1]), labels.reshape(-1)
         entropy = rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -77,7 +77,7 @@ class _Distillation(torch.autograd.Function):
 
 
 def _chunk(
-    logits: Tensor, labels_N: Tensor, teacher: Tensor, how: DistillationConfig, part: VocabularyPart, gradient: bool
+    logits: Tensor, labels_N: Tensor, teacher: Tensor, how: Teaching, part: VocabularyPart, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross entropy [N], this rank's addends of T^2 KL [N], and with `gradient` the logits' gradient [N, V]."""
     heat = how.temperature

@@ -2,7 +2,7 @@
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
 counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as what was recorded, or a third of a training step of the source; what calibration
+a teacher's forward pass counts as recorded, for the steps that had one; what calibration
 took before pruning is a stage of its own, known once pruning is done; evaluation is told in seconds alone. Read next:
 `report.py`.
 """
@@ -65,7 +65,7 @@ def costs(run: RunRecord) -> list[StageCost]:
                 name,
                 tokens,
                 tokens * dense * live,
-                tokens * dense * teacher_share(run, name),
+                tokens * dense * teacher_share(run, name) * float(taught_steps(stage, steps)[0] / steps[0]),
                 tokens * source,
                 live if measured else math.nan,
                 seconds,
@@ -86,18 +86,21 @@ def flops_per_token(run: RunRecord, stage: str) -> float:
 
 
 def teacher_share(run: RunRecord, stage: str) -> float:
-    """FLOPs of a teacher's forward pass as a share of those of training the whole model; 0 without a teacher."""
-    section = getattr(run.config, stage, None)
-    distillation = getattr(section, "distillation", None)
-    if distillation is None or not distillation.weight > 0:
-        return 0.0
+    """FLOPs of a teacher's forward pass as a share of those of training the whole model, while the teacher is there; 0
+    without one.
+    """
     recorded = run.stage(stage).values("train", "teacher_flops")
     known = recorded[np.isfinite(recorded)]
-    if len(known):
-        return float(known[-1])
-    return (
-        math.nan if run.source is None else run.source.flops_per_token(_length(run)) / 3 / flops_per_token(run, stage)
-    )
+    return float(known[-1]) if len(known) else 0.0
+
+
+def taught_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
+    """Steps so far that had a teacher where the stage has one, [n] -> [n]; all where its records do not say."""
+    known = np.isfinite(stage.values("train", "taught"))
+    at, taught = stage.steps("train")[known], stage.values("train", "taught")[known]
+    if not len(at):
+        return np.asarray(steps, dtype=np.float64)
+    return np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))
 
 
 def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
@@ -142,7 +145,8 @@ def curves(run: RunRecord, domains: list[str]) -> list[Curve]:
             loss = np.mean([stage.values("eval", "loss", domain) for domain in domains], axis=0)
             share = (live_steps(stage, steps) if cost.stage == "prune" else steps) / last
             whole = live_steps(stage, np.array([last]))[0] / last if cost.stage == "prune" else 1.0
-            spent = cost.flops * share / whole + cost.teacher_flops * steps / last
+            taught = taught_steps(stage, steps) / max(1.0, taught_steps(stage, np.array([last]))[0])
+            spent = cost.flops * share / whole + cost.teacher_flops * taught
             found.append(Curve(cost.stage, tokens + cost.tokens * steps / last, flops + spent, loss))
         tokens, flops = tokens + cost.tokens, flops + cost.flops + cost.teacher_flops
     return found

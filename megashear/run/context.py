@@ -17,6 +17,7 @@ from megashear.config.load import to_dict
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
+from megashear.config.teaching import Teaching, teaching
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout
@@ -56,6 +57,11 @@ class Context:
     def dtype(self) -> torch.dtype:
         """dtype of weights and products."""
         return DTYPES[self.config.precision]
+
+    def teaching(self, stage: str) -> Teaching:
+        """How the source teaches a stage, with the weight that counts."""
+        source = None if self.source is None else self.source_shape
+        return teaching(self.config, source, self.target_shape)[stage]
 
     def model_folder(self, name: str) -> Path:
         """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""

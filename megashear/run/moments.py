@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 from megashear.engine.collectives import on_main
 from megashear.engine.moments import MOMENTS, count_steps, kept_weights, shown_moment, take_moment
 from megashear.engine.optimizer import WeightOptimizer, unwrap
@@ -40,7 +40,7 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) 
     """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
     config = context.config
     goes_on = "pretrain" in config.run.stages and config.pretrain.moments == "pruned"
-    goes_on = goes_on and _same_loss(config.prune.distillation, config.pretrain.distillation)
+    goes_on = goes_on and _same_loss(context.teaching("prune"), context.teaching("pretrain"))
     if not goes_on or not masks.closing.settled(config.prune.batch.steps):
         return
     folder, shape = context.folder / FOLDER, context.source_shape
@@ -52,7 +52,7 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) 
             write_model(weights.chunks, shape, context.dtype, path, context.layout, context.hf_config(), [], {})
 
 
-def _same_loss(one: DistillationConfig, other: DistillationConfig) -> bool:
+def _same_loss(one: Teaching, other: Teaching) -> bool:
     """Whether two stages descend on the same mixture of cross entropy and KL."""
     return one.weight == other.weight and (one.weight == 0 or one.temperature == other.temperature)
 

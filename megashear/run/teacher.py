@@ -3,7 +3,7 @@
 Read next: `../train/teacher.py`.
 """
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 from megashear.engine.parallel import transformer_config
 from megashear.errors import ConfigError
 from megashear.model.build import filled_chunks
@@ -11,7 +11,7 @@ from megashear.run.context import Context
 from megashear.train.teacher import Teacher
 
 
-def build_teacher(context: Context, how: DistillationConfig) -> Teacher | None:
+def build_teacher(context: Context, how: Teaching) -> Teacher | None:
     """The source model on this rank, filled, in the run's dtype; None where `how.weight` is 0.
 
     Raises ConfigError for a run from scratch (which `megashear check` tells as well).

@@ -13,6 +13,7 @@ from typing import Any
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.shape import ModelShape
 from megashear.config.stages import peak_learning_rate
+from megashear.config.teaching import Teaching
 from megashear.config.training_schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
@@ -156,7 +157,7 @@ def build_stage(
         _start_pretraining_mixture(context, mixture)
     stream = open_stream(context, mixture)
     taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
-    stepper = build_stepper(context, section, weights, masks)
+    stepper = build_stepper(context, section, weights, masks, context.teaching(name))
     counters, losses = Counters(), None
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, weights, masks)
@@ -169,9 +170,11 @@ def build_stage(
         take_moments(context, weights)
     metrics.resume(name, counters.step)
     done = counters.step * batch.global_batch * length
-    teaching = 0.0 if stepper.teacher is None else stepper.teacher.flops_per_token(length)
-    flops = shape.flops_per_token(length) + teaching
-    progress = Progress(name, batch.steps, flops, device_name(), layout.world_size, counters.step, done)
+    flops = shape.flops_per_token(length)
+    teaching = None if stepper.teacher is None else stepper.teacher.flops_per_token(length)
+    progress = Progress(
+        name, batch.steps, flops + (teaching or 0.0), device_name(), layout.world_size, counters.step, done
+    )
     return Stage(
         name,
         batch,
@@ -188,17 +191,22 @@ def build_stage(
         progress,
         counters=counters,
         losses=losses,
-        source_loss=None if before is None or masks is None else mean_loss(before),
+        source_loss=None if before is None else mean_loss(before),
         taken=taken,
+        teacher_flops=None if teaching is None else teaching / flops,
     )
 
 
 def build_stepper(
-    context: Context, section: PruneConfig | PretrainConfig, weights: WeightOptimizer, masks: MaskState | None
+    context: Context,
+    section: PruneConfig | PretrainConfig,
+    weights: WeightOptimizer,
+    masks: MaskState | None,
+    how: Teaching,
 ) -> Stepper:
     """What runs the stage's steps, with its teacher where it has one."""
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
-    teacher = build_teacher(context, section.distillation)
+    teacher = build_teacher(context, how)
     seed, clip = context.config.run.seed, section.optimizer.clip_norm
     return Stepper(context.layout, weights, masks, seed, section.batch.micro_batch, clip, jointly, teacher)
 

@@ -57,6 +57,8 @@ class Counters:
     """Whether the stage has said that its masks close ahead of their schedule."""
     undecided: list[str] = field(default_factory=list)
     """What was open about the masks when they settled."""
+    taught: int | None = None
+    """Steps after which the teacher went; None while it is there, or where there was none."""
 
 
 @dataclass
@@ -87,7 +89,25 @@ class Stage:
     taken: dict[str, int] = field(default_factory=dict)
     """Tokens of each domain that earlier stages took of the stream."""
     source_loss: float | None = None
-    """Mean held-out loss of the source model, which pruning is watched by; None: not watched."""
+    """Mean held-out loss of the source model, by which pruning is watched and a teacher goes; None: from scratch."""
+
+    teacher_flops: float | None = None
+    """A teacher's FLOPs as a share of those of training the whole model; None: the stage began without one."""
+
+    def __post_init__(self) -> None:
+        if self.counters.taught is not None:
+            self.go_untaught()
+
+    def go_untaught(self) -> None:
+        """Drop the teacher: its memory is free, its FLOPs are no longer the stage's."""
+        self.stepper.teacher = None
+        self.progress.flops_per_token = self.shape.flops_per_token(self.batches.loader.sequence_length)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the whole model that is trained."""
+        shape: ModelShape = unwrap(self.stepper.weights.chunks[0]).shape
+        return shape
 
     @property
     def tokens(self) -> int:
@@ -211,6 +231,28 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
     stage.metrics.write_sequences(stage.name, sequences, stage.heldout.digests)
     if deterministic is not None:
         stage.metrics.write_masks(deterministic.arrays())
+    dismiss_teacher(stage, mean_loss(losses))
+
+
+def dismiss_teacher(stage: Stage, loss: float) -> None:
+    """Go on without the teacher once the model's mean held-out loss is not above the source's (every rank).
+
+    Both losses are of the same windows. While masks are still closing the model is going to lose what they close, so
+    that pruning asks once they have settled.
+    """
+    stepper, step = stage.stepper, stage.counters.step
+    if stepper.teacher is None or stepper.teacher.how.until == "end" or stage.source_loss is None:
+        return
+    if loss > stage.source_loss or (stepper.masks is not None and step < stepper.masks.closing.settle_step):
+        return
+    stage.counters.taught = step
+    stage.go_untaught()
+    if stage.layout.is_main:
+        print(
+            f"{stage.name}: after step {step} the model's held-out loss of {loss:.4f} is not above the source's "
+            f"{stage.source_loss:.4f}: the teacher goes",
+            flush=True,
+        )
 
 
 def watch_step(stage: Stage, result: StepResult) -> None:
@@ -261,15 +303,12 @@ def report_step(stage: Stage, result: StepResult) -> None:
     factor = learning_rate_factor(counters.step - 1, stage.batch.steps, stage.optimizer, stage.warmup_share)
     rate = factor * stage.learning_rate
     head = {"stage": stage.name, "step": counters.step}
-    taught = {}
-    if result.distillation is not None:
-        taught = {"distillation": result.distillation, "teacher_flops": teacher_flops(stage)}
     stage.metrics.write(
         head
         | {
             "kind": "train",
             "loss": result.loss,
-            **taught,
+            **taught_record(stage, result),
             "lr": rate,
             "grad_norm": result.grad_norm,
             "tokens": stage.tokens,
@@ -301,13 +340,14 @@ def report_step(stage: Stage, result: StepResult) -> None:
             }
         )
     if stage.layout.is_main:
-        line = stage.progress.line(result.loss, result.grad_norm, rate, expected, target, **taught)
-        print(line, flush=True)
+        taught = result.distillation, stage.teacher_flops
+        print(stage.progress.line(result.loss, result.grad_norm, rate, expected, target, *taught), flush=True)
 
 
-def teacher_flops(stage: Stage) -> float:
-    """The teacher's FLOPs as a share of those of training the whole model that the stage trains."""
-    stepper, length = stage.stepper, stage.batches.loader.sequence_length
-    assert stepper.teacher is not None
-    student: ModelShape = unwrap(stepper.weights.chunks[0]).shape
-    return stepper.teacher.flops_per_token(length) / student.flops_per_token(length)
+def taught_record(stage: Stage, result: StepResult) -> dict[str, float]:
+    """What a step's record says of the teacher; nothing in a stage that began without one."""
+    if stage.teacher_flops is None:
+        return {}
+    taught = stage.counters.step if stage.counters.taught is None else stage.counters.taught
+    told = {} if result.distillation is None else {"distillation": result.distillation}
+    return told | {"teacher_flops": stage.teacher_flops, "taught": taught}

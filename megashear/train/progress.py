@@ -33,7 +33,8 @@ class Progress:
         """steps: of the whole stage; step, tokens: done before this process; devices: ranks that share the work."""
         self.stage = stage
         self.steps = steps
-        self._flops = (flops_per_token, device_name, devices)
+        self.flops_per_token = flops_per_token
+        self._devices = (device_name, devices)
         self._clock = clock
         self._step, self._tokens, self._time = step, tokens, clock()
         # Sums that decay with the steps; their quotients are the smoothed rates, without a bias at the start.
@@ -56,7 +57,7 @@ class Progress:
     @property
     def utilisation(self) -> float | None:
         """Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown."""
-        return model_flops_utilisation(self.tokens_per_second, *self._flops)
+        return model_flops_utilisation(self.tokens_per_second, self.flops_per_token, *self._devices)
 
     @property
     def seconds_left(self) -> float | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import gather_sequence
 from megashear.engine.pipeline import run_micro_batches
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Teacher:
     """A frozen model that gives the lessons of a step, one a micro-batch."""
 
-    def __init__(self, chunks: list[Llama], how: DistillationConfig, layout: Layout) -> None:
+    def __init__(self, chunks: list[Llama], how: Teaching, layout: Layout) -> None:
         """chunks: this rank's, filled; of the student's vocabulary, any other size may differ."""
         self.chunks, self.how, self.layout = chunks, how, layout
         for chunk in chunks:

@@ -244,7 +244,8 @@ def test_a_run_from_scratch_has_no_teacher(tmp_path: Path, stage: str) -> None:
 
 def test_a_teacher_is_counted(tmp_path: Path) -> None:
     """Its memory, and its forward FLOPs beside those of the stage."""
-    plain = check(config(tmp_path), None, 4)
+    untaught = config(tmp_path, "prune.distillation.weight=0")
+    plain = check(untaught, None, 4)
     taught_config = config(tmp_path, "prune.distillation.weight=0.5", "pretrain.distillation.weight=0.25")
     taught = check(taught_config, None, 4)
     for stage in ("prune", "pretrain"):
@@ -257,7 +258,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
         ("prune", "0.5", "1", "33%"),
         ("pretrain", "0.25", "1", "84%"),  # (6.738 - 0.131) / (2.702 - 0.082) / 3: parameters but the embedding
     ]
-    assert "Teachers" not in render(config(tmp_path), plain)
+    assert "Teachers" not in render(untaught, plain)
 
 
 def test_a_model_that_would_teach_itself_is_said(tmp_path):

@@ -81,7 +81,8 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.log_alpha_init=1", "prune.log_alpha_limit=2"], {"log_alpha_init", "log_alpha_limit"}),
         (["prune.constraint=lagrangian", "prune.importance.spread=7"], {"importance.spread"}),
         (["prune.constraint=lagrangian", "prune.log_alpha_init=1"], {"log_alpha_init"}),
-        (["prune.distillation.temperature=2"], {"distillation.temperature"}),
+        (["prune.distillation.temperature=2"], set()),
+        (["prune.distillation.temperature=2", "prune.distillation.weight=0"], {"distillation.temperature"}),
         (["prune.distillation.temperature=2", "prune.distillation.weight=1"], set()),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
@@ -40,7 +40,7 @@ def taught_step(
         load_weights(chunk, Drawn(source))
     weights = WeightOptimizer(chunks, PROPORTIONAL, torch.float32, distributed=False)
     masks = some_masks(source, TARGETS[shape], layout) if prunes else None
-    teacher = Teacher(taught, DistillationConfig(**how), layout)
+    teacher = Teacher(taught, Teaching(**how), layout)
     stepper = Stepper(layout, weights, masks, SEED, 1, clip_norm=1.0, clip_jointly=True, teacher=teacher)
     samples = torch.randint(0, 101, (micro, LENGTH + 1), generator=torch.Generator().manual_seed(3))
     separator = None if prunes else 7
@@ -83,7 +83,7 @@ def parts_of_a_vocabulary(how: dict[str, Any], vocabulary: int = 101, tokens: in
     leaf = student[:, mine].clone().requires_grad_()
     columns = min(max(vocabulary - rank * width, 0), width)
     part = VocabularyPart(rank * width, columns, dist.group.WORLD)
-    losses = distillation_losses(leaf * 1, labels, lambda a, b: teacher[a:b, mine], DistillationConfig(**how), part)
+    losses = distillation_losses(leaf * 1, labels, lambda a, b: teacher[a:b, mine], Teaching(**how), part)
     (losses[0] * counts).sum().backward()
     assert leaf.grad is not None
     gradients = [torch.empty_like(leaf.grad) for _ in range(world)]
@@ -93,7 +93,7 @@ def parts_of_a_vocabulary(how: dict[str, Any], vocabulary: int = 101, tokens: in
     assert all(torch.equal(one, everywhere[0]) for one in everywhere), "ranks differ"
     whole_part = VocabularyPart(0, vocabulary)
     again = student.clone().requires_grad_()
-    alone = distillation_losses(again * 1, labels, lambda a, b: teacher[a:b], DistillationConfig(**how), whole_part)
+    alone = distillation_losses(again * 1, labels, lambda a, b: teacher[a:b], Teaching(**how), whole_part)
     (alone[0] * counts).sum().backward()
     assert again.grad is not None
     return {

@@ -16,7 +16,7 @@ from megashear.config.presets import resolve_shape
 from megashear.errors import DataError
 from megashear.masks.scores import Scores, save_scores
 from megashear.plot.compare import difference_of, difference_row
-from megashear.plot.cost import costs, curves, live_steps, trained_tokens
+from megashear.plot.cost import costs, curves, live_steps, taught_steps, trained_tokens
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.plot.series import Stage
@@ -174,11 +174,26 @@ def test_cost_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "mine", ["pretrain.distillation.weight=0.5"]))
-    assert run.source is not None
+    """For the steps that had a teacher: 5 of the first 10, and none of the others."""
+    folder = make_run(tmp_path / "mine")
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for one in lines:
+        if one["stage"] == "pretrain" and one["kind"] == "train":
+            one |= {"teacher_flops": 0.8, "taught": min(one["step"], 5)}
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    run = read_run(folder)
     prune, pretrain = costs(run)
     assert prune.teacher_flops == 0
-    assert pretrain.teacher_flops == pytest.approx(3e6 * run.source.flops_per_token(4096) / 3)
+    assert pretrain.teacher_flops == pytest.approx(0.8 * pretrain.flops * 5 / run.stage("pretrain").last_step())
+    _, curve = curves(run, list(DOMAINS))
+    assert curve.flops[-1] == pytest.approx(prune.flops + pretrain.flops + pretrain.teacher_flops)
+
+
+def test_taught_steps_between_and_beyond_records() -> None:
+    stage = Stage("pretrain", {"train": [{"step": 10, "taught": 10}, {"step": 20, "taught": 13}]})
+    assert taught_steps(stage, np.array([0, 4, 10, 20, 30])).tolist() == [0, 4, 10, 13, 13]
+    assert taught_steps(Stage("pretrain", {"train": [{"step": 7}]}), np.array([3])).tolist() == [3]
 
 
 def test_live_steps_between_and_beyond_records() -> None:

@@ -1,18 +1,29 @@
 """Runs with the source as teacher, in pruning and in continued pre-training."""
 
+import json
+import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from megashear.config.training_schema import DistillationConfig
+from megashear.config.teaching import Teaching
 from megashear.errors import CheckpointError, ConfigError
+from megashear.run import summary
+from megashear.run.runner import run
 from megashear.run.teacher import build_teacher
 from run_stages.tiny import Tiny, break_off, differing, finish, records, results
 
 TAUGHT = [
     *("prune.distillation.weight=0.5", "prune.distillation.temperature=2", "prune.distillation.chunk=23"),
     *("pretrain.distillation.weight=0.75", "prune.batch.steps=5", "pretrain.batch.steps=4"),
+    *("prune.distillation.until=end", "pretrain.distillation.until=end"),
+]
+OUTGROWN = [
+    *("prune.distillation.weight=0.5", "prune.batch.steps=5", "pretrain.batch.steps=9"),
+    "pretrain.optimizer.learning_rate=3e-3",
 ]
 
 
@@ -40,11 +51,50 @@ def test_records_tell_the_divergence_and_what_it_costs(taught: Path) -> None:
     assert all(0 < one["distillation"] < one["loss"] for one in train)
     assert {one["teacher_flops"] for one in train[:5]} == {1 / 3}, "the source teaches itself"
     assert 1 < train[5]["teacher_flops"] < 1.2, "a third of the source's, which is three times the target"
+    assert [one["taught"] for one in train] == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source that has learned a little, so that what is made of it has something to make good."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    stage = ["pretrain.batch.steps=8", "pretrain.optimizer.learning_rate=1e-2", "target=null"]
+    finish(tiny.config(folder, *stage, run={"seed": 3, "stages": ["pretrain"]}))
+    return folder / "final"
+
+
+def test_a_teacher_goes_when_its_student_is_no_worse(
+    tiny: Tiny, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the held-out losses, in the middle of a stage; killed before and after, the run has the same bits."""
+    source = {"folder": str(trained)}
+    with patch.object(summary, "plot_run", lambda _: []):
+        run(tiny.config(tmp_path / "whole", *OUTGROWN, source=source))
+    found = records(tmp_path / "whole")
+    before = json.loads((tmp_path / "whole/source_losses.json").read_text())
+    limit = fmean(loss for loss, _ in before.values())
+    losses = {one["step"]: fmean(one["loss"].values()) for one in found if one["kind"] == "eval"}
+    train = [one for one in found if one["stage"] == "pretrain" and one["kind"] == "train"]
+    last = train[-1]["taught"]
+    assert 0 < last < 9 and losses[last] <= limit < losses[last - 2]
+    assert [one["taught"] for one in train] == [min(step, last) for step in range(1, 10)]
+    assert ["distillation" in one for one in train] == [step <= last for step in range(1, 10)]
+    assert all(one["taught"] == one["step"] for one in found if one["stage"] == "prune" and one["kind"] == "train")
+    said = re.findall(
+        r"pretrain: after step (\d) the model's held-out loss of (\S+) .*: the teacher goes", capfd.readouterr().out
+    )
+    assert said == [(str(last), f"{losses[last]:.4f}")]
+
+    config = tiny.config(tmp_path / "broken", *OUTGROWN, "checkpoint.interval=1", source=source)
+    assert break_off(config, ("pretrain", last - 1)) and break_off(config, ("pretrain", last + 1))
+    finish(tiny.config(tmp_path / "broken", *OUTGROWN, source=source))
+    assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
 
 
 def test_without_weight_there_is_no_teacher_and_no_bit_differs(
     tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]
 ) -> None:
+    """Nor with an open one where the teacher would cost more than the model that is made."""
     finish(tiny.config(tmp_path / "run", "prune.distillation.temperature=3", "pretrain.distillation.chunk=7"))
     assert differing(results(tmp_path / "run"), unbroken) == []
     assert not any("distillation" in one for one in records(tmp_path / "run"))
@@ -56,5 +106,5 @@ def test_a_run_from_scratch_has_no_teacher() -> None:
         layout = None
 
     with pytest.raises(ConfigError, match="a run from scratch has no teacher"):
-        build_teacher(Scratch(), DistillationConfig(weight=0.5))  # type: ignore[arg-type]
-    assert build_teacher(Scratch(), DistillationConfig()) is None  # type: ignore[arg-type]
+        build_teacher(Scratch(), Teaching(weight=0.5))  # type: ignore[arg-type]
+    assert build_teacher(Scratch(), Teaching()) is None  # type: ignore[arg-type]

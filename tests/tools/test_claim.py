@@ -55,7 +55,7 @@ def test_all_rows_see_equal_tokens_and_are_drawn(claim, tmp_path, monkeypatch, c
         assert set(one["seeds"]) == {"1", "2"} and one["error"] > 0 and one["flops"] > 0, name
         means = [sum(losses.values()) / len(losses) for losses in one["seeds"].values()]
         assert one["loss"] == pytest.approx(sum(means) / 2)
-    assert rows["distilled"]["flops"] > rows["learned"]["flops"] > rows["scratch"]["flops"]
+    assert rows["distilled"]["flops"] > rows["untaught"]["flops"] > rows["scratch"]["flops"]
     assert (output / "claim.png").read_bytes().startswith(b"\x89PNG")
     first = capsys.readouterr().out
     assert "Pruning on 20% of the source's tokens (2 seeds)" in first

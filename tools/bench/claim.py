@@ -5,7 +5,7 @@ of the source's tokens, continuing three times that. All rows see equal tokens a
 shot spend pruning's on continuing. Prints the tables, writes `claim.json` and `claim.png`.
 
     python tools/bench/claim.py 10m DATASET OUTPUT
-    python tools/bench/claim.py 10m DATASET OUTPUT --budgets 0.02 --seeds 1,2,3 --rows learned,fisher
+    python tools/bench/claim.py 10m DATASET OUTPUT --budgets 0.02 --seeds 1,2,3 --rows learned,taylor
     python tools/bench/claim.py 50m DATASET OUTPUT --source IMPORTED_SMOLLM2
 
 `10m` trains its source first, 10 million parameters outside the embedding, unless `--source` gives one. `50m` takes
@@ -30,6 +30,7 @@ import yaml
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import ShapeConfig
 from megashear.config.shape import ModelShape
+from megashear.config.teaching import WEIGHT
 from megashear.files.atomic import write_json
 from megashear.plot.cost import costs, trained_tokens
 from megashear.plot.record import read_run
@@ -53,7 +54,7 @@ class Trial:
     micro_batch: int = 8
     sequence_length: int = 256
     eval_interval: int = 100
-    """Steps between evaluations where the mixture follows them; other rows are evaluated at the end alone."""
+    """Steps between evaluations where mixture or teacher follow them; other rows are evaluated at the end alone."""
     eval_sequences: int = 64
 
 
@@ -96,18 +97,19 @@ TRIALS = {
         eval_sequences=16,
     ),
 }
-DISTILLED = {"distillation": {"weight": 0.5}}
+UNTAUGHT = {"distillation": {"weight": 0.0}}
 ROWS: dict[str, str] = {
     "scratch": "same shape from scratch",
     "magnitude": "one shot by magnitude",
     "taylor": "one shot by first-order Taylor on masks",
     "minitron": "one shot by activations (Minitron)",
     "directions": "one shot by Taylor, of principal directions",
-    "one_shot": "one shot, defaults (Fisher, principal directions, outputs fitted)",
+    "one_shot": "one shot, defaults but no teacher (Fisher, principal directions, outputs fitted)",
     "published": "learned masks, published rates",
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
-    "distilled": "learned masks, defaults, and distillation",
+    "untaught": "learned masks, defaults but no teacher",
+    "distilled": "learned masks, defaults, the teacher to the end",
 }
 ONE_SHOT: dict[str, dict[str, Any]] = {
     "magnitude": {"basis": "source", "refit": 0, "importance": {"criterion": "magnitude"}},
@@ -116,7 +118,11 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "directions": {"refit": 0, "importance": {"criterion": "taylor_mask"}},
     "one_shot": {},
 }
-"""Rows of published criteria choose among the source's own units and leave the weights of what stays, as published."""
+"""Rows of published criteria choose among the source's own units and leave the weights of what stays, as published;
+none has a teacher.
+"""
+TAUGHT = ("learned", "dynamic", "distilled")
+"""Rows with a teacher: evaluations between the ends tell when it goes, and are counted in no row's FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +164,20 @@ class RunFiles:
         prune, pretrain = self._stage(prune_steps), self._stage(continued)
         if case.row in ONE_SHOT:
             prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
-            pretrain = self._stage(prune_steps + continued)
+            pretrain = self._stage(prune_steps + continued) | UNTAUGHT
         elif case.row == "published":
             prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
             prune["optimizer"] = {"warmup_steps": prune_steps // 10}
+        elif case.row == "untaught":
+            prune |= UNTAUGHT
         elif case.row == "distilled":
-            prune, pretrain = prune | DISTILLED, pretrain | DISTILLED
-        sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
-        rule = "static"
-        if case.row == "dynamic":
-            rule = "paper"
+            prune |= {"distillation": {"weight": WEIGHT, "until": "end"}}
+            pretrain |= {"distillation": {"until": "end"}}
+        if case.row in TAUGHT:
             for stage in (prune, pretrain):
                 stage["batch"]["eval_interval"] = min(stage["batch"]["steps"], trial.eval_interval)
+        sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
+        rule = "paper" if case.row == "dynamic" else "static"
         return self._run(case.name, case.seed, {"folder": str(folder)}, rule, **sections)
 
     def _stage(self, steps: int, rate: float | None = None) -> dict[str, Any]:

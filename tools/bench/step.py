@@ -29,7 +29,8 @@ import torch
 
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
-from megashear.config.training_schema import DistillationConfig, OptimizerConfig, PruneConfig
+from megashear.config.teaching import Teaching
+from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.optimizer import WeightOptimizer
@@ -193,7 +194,7 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
         share = teacher = None
         if name == "taught":
             taught = build_model(SHAPE, layout, RandomWeights(SHAPE, SEED + 1))
-            teacher = Teacher(taught, DistillationConfig(0.5), layout)
+            teacher = Teacher(taught, Teaching(0.5), layout)
             share = 1 + teacher.flops_per_token(LENGTH) / SHAPE.flops_per_token(LENGTH)
         if masks is not None:
             with torch.no_grad():

@@ -1,0 +1,41 @@
+"""What an open `distillation.weight` stands for: whether the source teaches the model that is made of it.
+
+A teacher is worth its forward passes while the model is worse than its source and it costs no more than training the
+model does: that far it has been measured (`docs/results.md`). Read next: `training_schema.py`, `../train/teacher.py`.
+"""
+
+from dataclasses import dataclass
+
+from megashear.config.schema import Config
+from megashear.config.shape import ModelShape
+from megashear.config.training_schema import DistillationConfig
+
+WEIGHT = 0.5
+DEAREST = 1.0
+"""FLOPs of the source's forward pass, as a share of those of training the target, up to which it teaches unasked."""
+
+
+@dataclass(frozen=True)
+class Teaching(DistillationConfig):
+    """How the source teaches a stage, with the weight that counts."""
+
+    weight: float = 0.0
+
+
+def teaching(config: Config, source: ModelShape | None, target: ModelShape | None) -> dict[str, Teaching]:
+    """How the source teaches `prune` and `pretrain`; see `distillation.weight` for what null means.
+
+    source, target: None where the run has none of its own, or they are not known; an open weight is 0 then.
+    """
+    weight = 0.0
+    if source is not None and target is not None:
+        length = config.data.sequence_length
+        affordable = source.flops_per_token(length) / 3 <= DEAREST * target.flops_per_token(length)
+        weight = WEIGHT if affordable else 0.0
+    pruning = _settled(config.prune.distillation, weight)
+    follows = config.prune.method == "learned" and target is not None
+    return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, pruning.weight if follows else weight)}
+
+
+def _settled(how: DistillationConfig, weight: float) -> Teaching:
+    return Teaching(**vars(how) | {"weight": weight if how.weight is None else how.weight})
