@@ -71,7 +71,7 @@ class DistillationConfig:
     until: str = key(
         "outgrown",
         "when the teacher goes: outgrown (at the first evaluation of the stage in which the model's mean held-out "
-        "loss is not above the source's; in pruning once masks have settled), or end (of the stage)",
+        "loss is not above the source's; in pruning once masks have their target sparsities), or end (of the stage)",
         ("outgrown", "end"),
     )
 

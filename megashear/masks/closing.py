@@ -37,6 +37,10 @@ class Closing:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
         return self.config.batch.steps - settled_steps(self.config)
 
+    def closed(self, step: int) -> bool:
+        """Whether masks have all of their target sparsity, for certain: multipliers may lag until masks settle."""
+        return step >= (self.warmup_steps if self.projected else self.settle_step)
+
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""
         return self.settle_step <= step and self.settle_step < self.config.batch.steps
