@@ -14,7 +14,7 @@ from megashear.errors import CheckpointError, ConfigError
 from megashear.run import summary
 from megashear.run.runner import run
 from megashear.run.teacher import build_teacher
-from run_stages.tiny import Tiny, break_off, differing, finish, records, results
+from run_stages.tiny import Tiny, break_off, differing, finish, records, results, run_jobs
 
 TAUGHT = [
     *("prune.distillation.weight=0.5", "prune.distillation.temperature=2", "prune.distillation.chunk=23"),
@@ -89,6 +89,27 @@ def test_a_teacher_goes_when_its_student_is_no_worse(
     assert break_off(config, ("pretrain", last - 1)) and break_off(config, ("pretrain", last + 1))
     finish(tiny.config(tmp_path / "broken", *OUTGROWN, source=source))
     assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
+
+
+def test_under_pipelines_it_goes_at_the_same_step(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+    """On every rank, whichever holds the losses; stopped after it went, the run goes on without it."""
+    source = {"folder": str(trained)}
+    jobs = [
+        {
+            "file": str(tiny.file(tmp_path / name, source=source)),
+            "overrides": [*OUTGROWN, "parallel.pipeline=2", "checkpoint.interval=1"],
+            "stop": stop,
+            "finish": True,
+        }
+        for name, stop in (("whole", []), ("broken", [["pretrain", 8]]))
+    ]
+    run_jobs(2, tmp_path, jobs)
+    assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
+    finish(tiny.config(tmp_path / "alone", *OUTGROWN, source=source))
+    steps = [
+        [one["taught"] for one in records(tmp_path / name) if one["kind"] == "train"] for name in ("whole", "alone")
+    ]
+    assert steps[0] == steps[1] and 0 < steps[0][-1] < 9
 
 
 def test_without_weight_there_is_no_teacher_and_no_bit_differs(
