@@ -104,7 +104,7 @@ ROWS: dict[str, str] = {
     "taylor": "one shot by first-order Taylor on masks",
     "minitron": "one shot by activations (Minitron)",
     "directions": "one shot by Taylor, of principal directions",
-    "one_shot": "one shot, defaults but no teacher (Fisher, principal directions, outputs fitted)",
+    "one_shot": "one shot, defaults but no teacher",
     "published": "learned masks, published rates",
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
@@ -286,23 +286,36 @@ def report(found: dict[str, dict[str, Any]], source: dict[str, float]) -> str:
 
 
 def draw(found: dict[str, dict[str, Any]], source: dict[str, float], path: Path) -> None:
-    """Mean loss of each row against the budget, with its error over seeds."""
+    """Mean loss of each row against the budget, with its error over seeds; below, how far sheared rows are from the
+    best at each budget.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, meaning in ROWS.items():
-        points = [(float(budget), rows[name]) for budget, rows in found.items() if name in rows]
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for number, (name, meaning) in enumerate(ROWS.items()):
+        points = [(float(budget), rows) for budget, rows in found.items() if name in rows]
+        shares = [100 * budget for budget, _ in points]
+        losses, errors = [r[name]["loss"] for _, r in points], [r[name]["error"] or 0.0 for _, r in points]
+        best = [min(one["loss"] for one in rows.values()) for _, rows in points]
+        style: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 3,
+            "capsize": 2,
+            "color": f"C{number}",
+            "linestyle": "-" if number < 10 else "--",
+        }
         if points:
-            shares = [100 * budget for budget, _ in points]
-            losses, errors = [one["loss"] for _, one in points], [one["error"] or 0.0 for _, one in points]
-            axes.errorbar(shares, losses, errors, marker="o", markersize=3, capsize=2, label=meaning)
-    axes.axhline(mean(source), color="grey", linestyle=":", label="source")
-    axes.set(xscale="log", xlabel="pruning tokens (% of the source's); continuing: three times as many")
-    axes.set_xticks([100 * float(budget) for budget in found], [f"{100 * float(budget):g}" for budget in found])
-    axes.minorticks_off()
-    axes.set_ylabel("held-out loss, mean over domains (nats per token)")
-    axes.legend(frameon=False, fontsize="small")
+            upper.errorbar(shares, losses, errors, label=meaning, **style)
+        if points and name != "scratch":
+            lower.errorbar(shares, [x - y for x, y in zip(losses, best, strict=True)], errors, **style)
+    upper.axhline(mean(source), color="grey", linestyle=":", label="source")
+    lower.set(xscale="log", xlabel="pruning tokens (% of the source's); continuing: three times as many")
+    lower.set_xticks([100 * float(budget) for budget in found], [f"{100 * float(budget):g}" for budget in found])
+    lower.minorticks_off()
+    upper.set_ylabel("mean held-out loss (nats per token)")
+    lower.set_ylabel("above the lowest row (nats per token)")
+    figure.legend(loc="outside lower center", frameon=False, fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=150)
 
 
