@@ -64,7 +64,7 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     report.problems += importance_problems(config, report.world_size)
     if report.source is not None and report.target is not None:
         report.warnings += pruning_warnings(config, report.source, report.target)
-    report.warnings += teacher_warnings(config)
+    report.warnings += teacher_warnings(config, report.source, report.target)
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)

@@ -11,6 +11,7 @@ from megashear.config.paper import PAPER
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
 from megashear.config.stages import training_stages
+from megashear.config.teaching import teaching
 from megashear.config.training_schema import DistillationConfig, PruneConfig
 
 MULTIPLIERS = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
@@ -25,6 +26,8 @@ ONE_SHOT = (
     "sharpening",
     "importance.spread",
     "distillation.weight",
+    "distillation.temperature",
+    "distillation.chunk",
 )
 """Keys of `prune` that are not read where nothing is trained before the cut."""
 
@@ -67,13 +70,19 @@ def _at(values: dict[str, Any], key: str) -> Any:
     return values
 
 
-def teacher_warnings(config: Config) -> list[str]:
+def teacher_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
     """A teacher that is the very model that training starts from; what is said of a teacher where there is none."""
-    said, plain = [], DistillationConfig()
+    said, plain, taught = [], vars(DistillationConfig()), teaching(config, source, target)
+    published = PAPER["distillation"] if config.prune.preset == "paper" else plain
     for name, stage in training_stages(config).items():
-        teacher = stage.distillation
-        if teacher.weight == 0 and teacher.temperature != plain.temperature:
-            said.append(f"{name}.distillation.temperature: changes nothing while {name}.distillation.weight is 0")
+        unknown = stage.distillation.weight is None and None in (source, target)
+        if taught[name].weight or unknown:
+            continue
+        said += [
+            f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
+            for key in ("temperature", "chunk", "until")
+            if getattr(stage.distillation, key) not in (plain[key], published[key])
+        ]
     weight, stages = config.pretrain.distillation.weight, config.run.stages
     if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
         return said

@@ -11,6 +11,9 @@ from megashear.config.stages import training_stages
 ONE_SHOT = "prune.method=one_shot"
 NONE = "prune.importance.criterion=null"
 PAPER = ["prune.preset=paper"]
+UNTAUGHT = "prune.distillation.weight=0"
+TEACHERS = {"distillation.until", "distillation.chunk"}
+DEAR = ["target.preset=sheared-1.3b", "prune.distillation.temperature=2"]  # an open weight is 0 there
 ONE_SHOT_LEAVES = {"lambda2_cap", "log_alpha_init", "importance.spread"}
 
 
@@ -84,6 +87,12 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.distillation.temperature=2"], set()),
         (["prune.distillation.temperature=2", "prune.distillation.weight=0"], {"distillation.temperature"}),
         (["prune.distillation.temperature=2", "prune.distillation.weight=1"], set()),
+        (["prune.distillation.until=end"], set()),
+        ([UNTAUGHT, "prune.distillation.until=end", "prune.distillation.chunk=9"], TEACHERS),
+        ([UNTAUGHT, *PAPER, "prune.distillation.until=end"], set()),
+        ([UNTAUGHT, *PAPER, "prune.distillation.until=outgrown"], set()),
+        ([ONE_SHOT, "prune.distillation.temperature=2"], {"distillation.temperature"}),
+        (DEAR, {"distillation.temperature"}),
     ],
 )
 def test_what_changes_nothing_is_said(tmp_path: Path, overrides: list[str], named: set[str]) -> None:
