@@ -302,7 +302,9 @@ def draw(found: dict[str, dict[str, Any]], source: dict[str, float], path: Path)
             "marker": "o",
             "markersize": 3,
             "capsize": 2,
-            "color": f"C{number}",
+            "color": "black" if name == "learned" else f"C{number}",
+            "linewidth": 2.0 if name == "learned" else 1.2,
+            "zorder": 3 if name == "learned" else 2,
             "linestyle": "-" if number < 10 else "--",
         }
         if points:
