@@ -163,8 +163,13 @@ def test_exit_codes_and_verbs_are_those_of_the_command_line() -> None:
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_and_paths_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in link:
-            assert ((ROOT / page).parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", text):
+        if "://" in link:
+            continue
+        target = (ROOT / page).parent / link
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], anchor
     for path in re.findall(r"`((?:megashear|examples|tests|tools|docs|csrc)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
