@@ -25,16 +25,17 @@ class Teaching(DistillationConfig):
 def teaching(config: Config, source: ModelShape | None, target: ModelShape | None) -> dict[str, Teaching]:
     """How the source teaches `prune` and `pretrain`; see `distillation.weight` for what null means.
 
-    source, target: None where the run has none of its own, or they are not known; an open weight is 0 then.
+    source, target: None where the run has none of its own, or they are not known; an open weight is 0 then, as it is
+    where the source has no folder: weights out of the seed teach nothing.
     """
     weight = 0.0
-    if source is not None and target is not None:
+    if source is not None and target is not None and config.source.folder is not None:
         length = config.data.sequence_length
         affordable = source.flops_per_token(length) / 3 <= DEAREST * target.flops_per_token(length)
         weight = WEIGHT if affordable else 0.0
     pruning = _settled(config.prune.distillation, weight)
-    follows = config.prune.method == "learned" and target is not None
-    return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, pruning.weight if follows else weight)}
+    follows = weight if target is None else pruning.weight
+    return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, follows)}
 
 
 def _settled(how: DistillationConfig, weight: float) -> Teaching:

@@ -56,7 +56,8 @@ class DistillationConfig:
         None,
         "share w of the teacher in the loss: (1 - w) x cross entropy + w x KL(teacher, student); 0: no teacher; null: "
         "0.5 in runs that prune, where the source's forward pass takes no more FLOPs than training the target, else 0; "
-        "after learned masks null is what pruning had",
+        "in `pretrain` null is what `prune` has, by either method",
+        before=0.0,
         low=0,
         high=1,
     )
@@ -73,6 +74,7 @@ class DistillationConfig:
         "when the teacher goes: outgrown (at the first evaluation of the stage in which the model's mean held-out "
         "loss is not above the source's; in pruning once masks have their target sparsities), or end (of the stage)",
         ("outgrown", "end"),
+        before="end",
     )
 
 

@@ -6,6 +6,7 @@ Read next: `training_schema.py` (the keys), `stages.py`.
 from dataclasses import asdict
 from typing import Any
 
+from megashear.config.closing import closing_steps, settled_steps
 from megashear.config.legality import granularity_sizes
 from megashear.config.paper import PAPER
 from megashear.config.schema import Config
@@ -25,7 +26,6 @@ ONE_SHOT = (
     "mask_learning_rate",
     "sharpening",
     "importance.spread",
-    "distillation.weight",
     "distillation.temperature",
     "distillation.chunk",
 )
@@ -43,7 +43,8 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
             f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
         )
     if prune.method == "one_shot":
-        return said + [f"prune.{key}: changes nothing under method one_shot" for key in changed(prune, ONE_SHOT)]
+        said += [f"prune.{key}: changes nothing under method one_shot" for key in changed(prune, ONE_SHOT)]
+        return said + _unused_weight(config)
     if prune.refit is not None:
         said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
     unused = PROJECTED if prune.constraint == "projected" else ("importance.spread",)
@@ -56,6 +57,30 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
     sizes = granularity_sizes(source, target)
     stay = [name for name in prune.closing or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
     return said + [f"prune.closing: {name} changes nothing: the target keeps all of its units" for name in stay]
+
+
+def _never_asked(config: Config, name: str) -> list[str]:
+    """Of a stage whose teacher is to go once it is outgrown, where no evaluation is in time to tell that."""
+    stage, prune, first = training_stages(config)[name], config.prune, 1
+    steps, interval = stage.batch.steps, stage.batch.eval_interval
+    if name == "prune":
+        first = closing_steps(prune) if prune.constraint == "projected" else steps - settled_steps(prune)
+    asked = -(-max(1, first) // interval) * interval
+    if stage.distillation.until == "end" or asked < steps:
+        return []
+    return [
+        f"{name}.distillation.until: outgrown is asked at evaluations, and none of every {interval} steps falls "
+        f"between step {first}, from which the teacher may go, and the last, {steps}; "
+        f"lower {name}.batch.eval_interval"
+    ]
+
+
+def _unused_weight(config: Config) -> list[str]:
+    """Of one-shot pruning, whose share of the teacher is what an open one of pre-training stands for, and no more."""
+    followed = "pretrain" in config.run.stages and config.pretrain.distillation.weight is None
+    if followed or not config.prune.distillation.weight:
+        return []
+    return ["prune.distillation.weight: changes nothing under method one_shot but an open pretrain.distillation.weight"]
 
 
 def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
@@ -75,8 +100,10 @@ def teacher_warnings(config: Config, source: ModelShape | None, target: ModelSha
     said, plain, taught = [], vars(DistillationConfig()), teaching(config, source, target)
     published = PAPER["distillation"] if config.prune.preset == "paper" else plain
     for name, stage in training_stages(config).items():
-        unknown = stage.distillation.weight is None and None in (source, target)
-        if taught[name].weight or unknown:
+        if taught[name].weight:
+            said += _never_asked(config, name)
+            continue
+        if stage.distillation.weight is None and None in (source, target):
             continue
         said += [
             f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
@@ -86,9 +113,13 @@ def teacher_warnings(config: Config, source: ModelShape | None, target: ModelSha
     weight, stages = config.pretrain.distillation.weight, config.run.stages
     if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
         return said
+    comes = (
+        "holds it there at the cost of its forward passes; set it to 0"
+        if config.pretrain.distillation.until == "end"
+        else "goes before the first step, being outgrown: it changes nothing"
+    )
     return [
         *said,
         f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
-        "very model that training starts from, and holds it there at the cost of its forward passes "
-        "(`until: outgrown` sends it away before the first step)",
+        f"very model that training starts from, and {comes}",
     ]

@@ -66,7 +66,7 @@ def _rotate(context: Context) -> None:
     prune = context.config.prune
     source = context.source or RandomWeights(context.source_shape, context.config.run.seed)
     chunks, heldout = build_source(context, source), open_heldout(context, prune.batch.eval_sequences)
-    before = source_losses(context, heldout, chunks, prune.batch.micro_batch, None)
+    before = source_losses(context, "prune", chunks, prune.batch.micro_batch, None)
     stream = residual_stream(
         chunks,
         context.layout,

@@ -60,8 +60,7 @@ class Context:
 
     def teaching(self, stage: str) -> Teaching:
         """How the source teaches a stage, with the weight that counts."""
-        source = None if self.source is None else self.source_shape
-        return teaching(self.config, source, self.target_shape)[stage]
+        return teaching(self.config, self.source_shape, self.target_shape)[stage]
 
     def model_folder(self, name: str) -> Path:
         """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
@@ -174,7 +173,11 @@ def former_identity() -> dict[str, Any]:
 
 def identity(config: Config) -> dict[str, Any]:
     """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
-    return _identity(to_dict(config))
+    own = _identity(to_dict(config))
+    for taught in (own["prune"]["distillation"], own["pretrain"]["distillation"]):
+        if taught["weight"] == 0:  # no teacher, so nothing that these could change
+            del taught["temperature"], taught["until"]
+    return own
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megashear.run.calibration import build_source, calibration_weights
 from megashear.run.context import Context
 from megashear.run.importance import calibration_record, importance_scores
 from megashear.run.refit import fit_source
-from megashear.run.source_losses import open_heldout, source_losses
+from megashear.run.source_losses import source_losses
 
 
 def run_one_shot(context: Context) -> None:
@@ -26,8 +26,7 @@ def run_one_shot(context: Context) -> None:
     fit_source(context, scores)
     scored = time.monotonic()
     batch = context.config.prune.batch
-    heldout = open_heldout(context, batch.eval_sequences)
-    source_losses(context, heldout, build_source(context, pruning_source(context)), batch.micro_batch, None)
+    source_losses(context, "prune", build_source(context, pruning_source(context)), batch.micro_batch, None)
     record: dict[str, Any] = {
         "name": "prune",
         "method": "one_shot",

@@ -1,6 +1,7 @@
 """Held-out losses of a run's source: evaluated once, kept in `source_losses.json`. Read next: `training.py`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch.nn import Module
@@ -14,6 +15,9 @@ from megashear.train.evaluate import evaluate
 from megashear.train.losses import Losses, from_json, to_json
 
 SOURCE_LOSSES = "source_losses.json"
+"""On the windows of the run's first stage."""
+PRETRAIN_LOSSES = "source_losses_pretrain.json"
+"""On those of pre-training, where it follows a pruning stage that takes others (`batch.eval_sequences`)."""
 
 
 def open_heldout(context: Context, sequences: int) -> HeldOut:
@@ -23,24 +27,38 @@ def open_heldout(context: Context, sequences: int) -> HeldOut:
 
 
 def source_losses(
-    context: Context, heldout: HeldOut, chunks: Sequence[Module], micro_batch: int, checkpoint: Path | None
+    context: Context, stage: str, chunks: Sequence[Module], micro_batch: int, checkpoint: Path | None
 ) -> Losses | None:
-    """Held-out losses of the source model, evaluated once a run, while its weights are what the stage starts from.
+    """Held-out losses of the source model on the windows of `prune` or `pretrain`.
 
-    None for a run from scratch. They are the references of `references: source`, and a column of the run's last table.
+    They are evaluated once a run, while its weights are what the first stage starts from; where pre-training takes
+    other windows than pruning, on those too. None for a run from scratch. They are the references of
+    `references: source`, what a teacher is outgrown by, and (of the first stage) a column of the run's last table.
+    Runs that are older than `source_losses_pretrain.json` go on by the losses that they have.
     """
-    path = context.folder / SOURCE_LOSSES
-    known = on_main(context.layout, lambda: read_losses(path))
+    known = on_main(context.layout, lambda: _known(context.folder, stage))
     if known is not None or context.source is None:
         return known
+    path = context.folder / SOURCE_LOSSES
     if checkpoint is not None or context.done("prune") is not None:
         raise CheckpointError(
             f"{path}: missing, and the source's weights have been trained since it was written; restore it, or choose "
             "another run.folder"
         )
-    losses = evaluate(heldout, context.layout, list(chunks), micro_batch)
-    on_main(context.layout, lambda: write_json(path, to_json(losses)))
+    config, losses = context.config, None
+    pruning, pretraining = config.prune.batch.eval_sequences, config.pretrain.batch.eval_sequences
+    wanted = {path: pretraining if stage == "pretrain" else pruning}
+    if stage == "prune" and pretraining != pruning:  # first, so that the run's own file tells that both are there
+        wanted = {context.folder / PRETRAIN_LOSSES: pretraining, **wanted}
+    for file, sequences in wanted.items():
+        losses = evaluate(open_heldout(context, sequences), context.layout, list(chunks), micro_batch)
+        on_main(context.layout, partial(write_json, file, to_json(losses)))
     return losses
+
+
+def _known(folder: Path, stage: str) -> Losses | None:
+    own = read_losses(folder / PRETRAIN_LOSSES) if stage == "pretrain" else None
+    return read_losses(folder / SOURCE_LOSSES) if own is None else own
 
 
 def read_losses(path: Path) -> Losses | None:

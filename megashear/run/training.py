@@ -149,7 +149,7 @@ def build_stage(
     length, batch = config.data.sequence_length, section.batch
     heldout = open_heldout(context, batch.eval_sequences)
     checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
-    before = source_losses(context, heldout, weights.chunks, batch.micro_batch, checkpoint)
+    before = source_losses(context, name, weights.chunks, batch.micro_batch, checkpoint)
     references = reference_losses(config.mixture, dataset.domains, _means(before))
     tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
     mixture = Mixture(config.mixture, tokens, references, batch.steps)

@@ -237,13 +237,16 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
 def dismiss_teacher(stage: Stage, loss: float) -> None:
     """Go on without the teacher once the model's mean held-out loss is not above the source's (every rank).
 
-    Both losses are of the same windows. While masks are closing the model still has what they are going to take, so
-    that pruning asks once they have their target sparsities.
+    Both losses are of the same windows; one that is not finite decides nothing. While masks are closing the model still
+    has what they are going to take, so that pruning asks once they have their target sparsities. After the last step
+    there is nothing left to ask.
     """
     stepper, step = stage.stepper, stage.counters.step
     if stepper.teacher is None or stepper.teacher.how.until == "end" or stage.source_loss is None:
         return
-    if loss > stage.source_loss or (stepper.masks is not None and not stepper.masks.closing.closed(step)):
+    if step == stage.batch.steps:
+        return
+    if not loss <= stage.source_loss or (stepper.masks is not None and not stepper.masks.closing.closed(step)):
         return
     stage.counters.taught = step
     stage.go_untaught()

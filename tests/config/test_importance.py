@@ -68,7 +68,9 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
     [
         ([], set()),
         ([ONE_SHOT], set()),
-        ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"distillation.weight", "settle_steps"}),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"settle_steps"}),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "pretrain.distillation.weight=1"], {"distillation.weight"}),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "run.stages=[prune,finalize]"], {"distillation.weight"}),
         ([ONE_SHOT, "prune.refit=4"], set()),
         (["prune.refit=4"], {"refit"}),
         (["prune.lambda1_cap=3", "prune.lambda_learning_rate=2"], {"lambda1_cap", "lambda_learning_rate"}),
@@ -99,3 +101,26 @@ def test_what_changes_nothing_is_said(tmp_path: Path, overrides: list[str], name
     said = examine(config(tmp_path, *overrides), None, None).warnings
     keys = [text.split(":")[0].removeprefix("prune.") for text in said if "changes nothing" in text]
     assert set(keys) == named
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], set()),
+        (["prune.batch.eval_interval=3200", "pretrain.batch.eval_interval=48000"], {"prune", "pretrain"}),
+        (["prune.batch.eval_interval=3200", "prune.distillation.until=end"], set()),
+        (["prune.batch.eval_interval=3200", UNTAUGHT], set()),
+        (["prune.batch.eval_interval=1600"], set()),  # masks have closed in half of the 3,200 steps
+        (["prune.batch.steps=90", "prune.batch.eval_interval=50"], set()),
+        (["prune.batch.steps=80", "prune.batch.eval_interval=50"], set()),
+        (["prune.batch.steps=80", "prune.batch.eval_interval=30", "prune.sparsity_warmup_steps=61"], {"prune"}),
+        (["prune.constraint=lagrangian", "prune.settle_steps=0"], {"prune"}),
+        (["prune.constraint=lagrangian", "prune.settle_steps=50"], set()),
+        (["prune.constraint=lagrangian", "prune.settle_steps=49"], {"prune"}),
+    ],
+)
+def test_a_teacher_that_no_evaluation_can_send_away_is_said(
+    tmp_path: Path, overrides: list[str], named: set[str]
+) -> None:
+    said = examine(config(tmp_path, *overrides), None, None).warnings
+    assert {text.split(".")[0] for text in said if "outgrown is asked at evaluations" in text} == named

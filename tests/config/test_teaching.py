@@ -22,7 +22,10 @@ PAPER = "prune.preset=paper"
         ("sheared-2.7b", ["pretrain.distillation.weight=0"], WEIGHT, 0),
         ("sheared-2.7b", [PAPER], 0, 0),
         ("sheared-2.7b", [PAPER, "pretrain.distillation.weight=1"], 0, 1),
-        ("sheared-2.7b", ["prune.method=one_shot", "prune.distillation.weight=0"], 0, WEIGHT),
+        ("sheared-2.7b", ["prune.method=one_shot"], WEIGHT, WEIGHT),
+        ("sheared-2.7b", ["prune.method=one_shot", "prune.distillation.weight=0"], 0, 0),
+        ("sheared-2.7b", ["source.folder=null"], 0, 0),  # weights out of the seed
+        ("sheared-2.7b", ["source.folder=null", "pretrain.distillation.weight=0.5"], 0, 0.5),  # refused by `check`
     ],
 )
 def test_an_open_weight(tmp_path: Path, target: str, overrides: list[str], prune: float, pretrain: float) -> None:

@@ -2,18 +2,21 @@
 
 import json
 import re
+from math import inf, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import pytest
 
 from megashear.config.teaching import Teaching
+from megashear.config.training_schema import BatchConfig
 from megashear.errors import CheckpointError, ConfigError
 from megashear.run import summary
 from megashear.run.runner import run
 from megashear.run.teacher import build_teacher
+from megashear.train.loop import Counters, dismiss_teacher
 from run_stages.tiny import Tiny, break_off, differing, finish, records, results, run_jobs
 
 TAUGHT = [
@@ -89,6 +92,39 @@ def test_a_teacher_goes_when_its_student_is_no_worse(
     assert break_off(config, ("pretrain", last - 1)) and break_off(config, ("pretrain", last + 1))
     finish(tiny.config(tmp_path / "broken", *OUTGROWN, source=source))
     assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
+
+
+def test_it_goes_by_the_windows_of_its_stage(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+    """Where pruning evaluates on others: the source's losses are those of a run that takes pre-training's alone."""
+    source, pretrain = {"folder": str(trained)}, {"seed": 3, "stages": ["pretrain"]}
+    finish(tiny.config(tmp_path / "alone", "pretrain.batch.steps=1", "target=null", source=source, run=pretrain))
+    keys = [*OUTGROWN, "prune.batch.eval_sequences=2"]
+    config = tiny.config(tmp_path / "run", *keys, source=source)
+    assert break_off(config, ("prune", 3))
+    finish(config)
+    known = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/source_losses*.json"))]
+    assert len(known) == 3 and known[0] == known[2] != known[1]
+    limit = fmean(loss for loss, _ in known[0].values())
+    found = [one for one in records(tmp_path / "run") if one["stage"] == "pretrain"]
+    losses = {one["step"]: fmean(one["loss"].values()) for one in found if one["kind"] == "eval"}
+    last = [one for one in found if one["kind"] == "train"][-1]["taught"]
+    assert last == min(step for step, loss in losses.items() if loss <= limit) < 9
+
+
+def test_a_loss_that_is_not_finite_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does one after the last step; a finite one that is not above the source's does."""
+    for loss, limit, step, goes in [
+        (nan, 2.0, 3, 0),
+        (2.0, nan, 3, 0),
+        (inf, 2.0, 3, 0),
+        (2.0, 2.0, 9, 0),
+        (2.0, 2.0, 3, 1),
+    ]:
+        stage = MagicMock(source_loss=limit, counters=Counters(step=step), batch=BatchConfig(steps=9))
+        stage.stepper.teacher.how, stage.stepper.masks, stage.name = Teaching(weight=0.5), None, "pretrain"
+        dismiss_teacher(stage, loss)
+        assert stage.go_untaught.call_count == goes
+        assert ("the teacher goes" in capsys.readouterr().out) == bool(goes)
 
 
 def test_under_pipelines_it_goes_at_the_same_step(tiny: Tiny, trained: Path, tmp_path: Path) -> None:

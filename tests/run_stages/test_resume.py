@@ -1,5 +1,6 @@
 """A run that was stopped or killed anywhere, and started again, has the bits and the records of the unbroken one."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from megashear.config.load import load_config
 from megashear.errors import CheckpointError, Interrupted
+from megashear.run.context import differences, former_identity, identity
 from megashear.run.runner import run
 from megashear.train.signals import StopRequest
 from run_stages.tiny import RUN, Killed, Tiny, break_off, die, differing, finish, records, results, without_pictures
@@ -162,3 +164,26 @@ def test_every_one_of_forty_steps_of_both_stages(tiny: Tiny, tmp_path: Path, pre
     finish(load_config(tmp_path / "unbroken.yaml"))
     assert stopped_at_every_step(load_config(tmp_path / "run.yaml")) == 80
     assert differing(results(tmp_path / "run"), results(tmp_path / "unbroken")) == []
+
+
+@pytest.mark.parametrize(
+    ("then", "lacks", "now", "changed"),
+    [
+        (["weight=0"], "prune.distillation", ["weight=0"], []),  # there was no such section, and nobody taught
+        (["weight=0"], "prune.distillation", ["until=end"], ["weight: 0.0 -> None"]),
+        (["weight=0.5"], "prune.distillation.until", ["weight=0.5"], ["until: end -> outgrown"]),
+        (["weight=0.5"], "prune.distillation.until", ["weight=0.5", "until=end"], []),
+        (["weight=0"], "", ["weight=0", "until=end", "temperature=3"], []),  # without a teacher they change nothing
+        (["weight=0"], "", [], ["until: end -> outgrown", "weight: 0.0 -> None"]),
+    ],
+)
+def test_what_a_teacher_was_in_older_runs(
+    tiny: Tiny, tmp_path: Path, then: list[str], lacks: str, now: list[str], changed: list[str]
+) -> None:
+    record, later = (
+        identity(tiny.config(tmp_path / "run", *(f"prune.distillation.{key}" for key in keys))) for keys in (then, now)
+    )
+    if lacks:
+        *sections, last = lacks.split(".")
+        del functools.reduce(dict.__getitem__, sections, record)[last]
+    assert differences(record, later, former_identity(), "") == [f"prune.distillation.{text}" for text in changed]

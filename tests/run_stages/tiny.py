@@ -208,7 +208,7 @@ def results(folder: Path) -> dict[str, Any]:
     the last checkpoints' weights, optimizer and masks, their states, metrics. Times are left out.
     """
     found: dict[str, Any] = {"metrics": records(folder)}
-    for path in [*folder.glob("*/done.json"), folder / "source_losses.json"]:
+    for path in [*folder.glob("*/done.json"), *folder.glob("source_losses*.json")]:
         found[str(path.relative_to(folder))] = without_times(json.loads(path.read_text()))
     for path in folder.glob("*/model.safetensors"):
         found[str(path.relative_to(folder))] = path.read_bytes()
