@@ -212,7 +212,6 @@ class PretrainConfig:
     distillation: DistillationConfig = key(DistillationConfig(), "the source as teacher")
     moments: str = key(
         "pruned",
-        "Adam's moments at the start: pruned (those of pruning, cut with the model, where its masks settled and both "
-        "stages have the same loss), or fresh",
+        "Adam's moments at the start: pruned (those of pruning, cut with the model, where its masks settled), or fresh",
         ("pruned", "fresh"),
     )

@@ -78,21 +78,11 @@ def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path,
     assert not (tmp_path / "run" / moments.FOLDER).exists(), "not settled, or nothing goes on"
 
 
-@pytest.mark.parametrize(
-    ("pruning", "training", "handed_on"),
-    [((0.0, 1.0), (0.0, 2.0), True), ((0.5, 2.0), (0.5, 2.0), True), ((1.0, 1.0), (0.0, 1.0), False)],
-)
-def test_moments_of_another_loss_are_not_handed_on(
-    tiny: Tiny, tmp_path: Path, pruning: tuple, training: tuple, handed_on: bool
-) -> None:
-    """Loss: a teacher's share, and its temperature, which means nothing where the share is 0."""
-    keys = [
-        f"{section}.distillation.{key}={value}"
-        for section, pair in (("prune", pruning), ("pretrain", training))
-        for key, value in zip(("weight", "temperature"), pair, strict=True)
-    ]
-    prune = SETTLING | {"batch": stage(8), "settle_steps": 3}
-    stages = {"seed": 3, "stages": ["prune", "finalize", "pretrain"]}
-    file = tiny.config(tmp_path / "run", *keys, run=stages, prune=prune, pretrain={"batch": stage(6)})
-    assert break_off(file, ("pretrain", 2))
-    assert (tmp_path / "run" / moments.FOLDER).exists() == handed_on
+def test_moments_are_handed_on_where_the_teacher_goes(tiny: Tiny, tmp_path: Path) -> None:
+    """They are those of the mixed loss; the first steps without a teacher are by them."""
+    keys = ["prune.distillation.weight=1", "pretrain.distillation.weight=0"]
+    kept, fresh = (
+        run(tiny, tmp_path / name, 8, ["prune", "finalize", "pretrain"], name, *keys) for name in ("pruned", "fresh")
+    )
+    np.testing.assert_array_equal(fresh[:9], kept[:9])
+    assert np.abs(np.array(fresh[9:]) - kept[9:]).max() > 1e-3
