@@ -13,6 +13,9 @@ import sys
 from typing import Any
 
 import torch
+from torch.library import Library
+
+from megashear.engine.products import slow_bf16, widen_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,9 @@ TYPE_NAMES = {
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
     torch.float16: "torch.cuda.HalfTensor",
 }
+
+KEPT: list[Library] = []
+"""Kernels that stand in for torch's, for as long as the process lives."""
 
 
 def uses_cuda() -> bool:
@@ -93,7 +99,8 @@ def present_cpu() -> None:
 
     Only the name `torch` inside megatron-core's modules is exchanged, so that other libraries in the process see
     torch as it is. Two methods of all tensors change: `type()` without an argument names fp32, bf16 and fp16 as on
-    CUDA, and `cuda()`, which would raise without a GPU, gives the tensor itself.
+    CUDA, and `cuda()`, which would raise without a GPU, gives the tensor itself. On CPUs without products in bf16 these
+    go through fp32.
     """
     if uses_cuda():
         return
@@ -103,6 +110,8 @@ def present_cpu() -> None:
     if not hasattr(torch.Tensor.type, "__wrapped__"):
         torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
         torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
+        if slow_bf16():
+            KEPT.append(widen_bf16())
         logger.info("no GPU in use: megatron-core computes on the CPU, ranks talk through gloo")
 
 

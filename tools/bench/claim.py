@@ -105,6 +105,7 @@ ROWS: dict[str, str] = {
     "minitron": "one shot by activations (Minitron)",
     "directions": "one shot by Taylor, of principal directions",
     "one_shot": "one shot, defaults but no teacher",
+    "one_shot_taught": "one shot, defaults",
     "published": "learned masks, published rates",
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
@@ -117,11 +118,12 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "minitron": {"basis": "source", "refit": 0, "importance": {"criterion": "activation"}},
     "directions": {"refit": 0, "importance": {"criterion": "taylor_mask"}},
     "one_shot": {},
+    "one_shot_taught": {},
 }
 """Rows of published criteria choose among the source's own units and leave the weights of what stays, as published;
-none has a teacher.
+none of them has a teacher.
 """
-TAUGHT = ("learned", "dynamic", "distilled")
+TAUGHT = ("learned", "dynamic", "distilled", "one_shot_taught")
 """Rows with a teacher: evaluations between the ends tell when it goes, and are counted in no row's FLOPs."""
 
 
@@ -142,8 +144,8 @@ class Case:
 class RunFiles:
     """The run files of a trial: one `megashear run` for the source and for each case."""
 
-    def __init__(self, trial: Trial, dataset: str, output: Path) -> None:
-        self.trial, self.dataset, self.output = trial, dataset, output
+    def __init__(self, trial: Trial, dataset: str, output: Path, precision: str) -> None:
+        self.trial, self.dataset, self.output, self.precision = trial, dataset, output, precision
 
     def source(self) -> dict[str, Any]:
         """The source's own training."""
@@ -164,7 +166,8 @@ class RunFiles:
         prune, pretrain = self._stage(prune_steps), self._stage(continued)
         if case.row in ONE_SHOT:
             prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
-            pretrain = self._stage(prune_steps + continued) | UNTAUGHT
+            pretrain = self._stage(prune_steps + continued)
+            pretrain |= {} if case.row in TAUGHT else UNTAUGHT
         elif case.row == "published":
             prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
             prune["optimizer"] = {"warmup_steps": prune_steps // 10}
@@ -200,7 +203,7 @@ class RunFiles:
             "source": source,
             "data": {"folder": self.dataset, "sequence_length": self.trial.sequence_length},
             "mixture": {"rule": rule},
-            "precision": "bf16",
+            "precision": self.precision,
             "checkpoint": {"interval": 500, "keep": 1},
             **sections,
         }
@@ -337,6 +340,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=listed(int), default=[1, 2, 3], help="seeds of the runs (default: 1,2,3)")
     parser.add_argument("--rows", type=listed(str), default=list(ROWS), help=f"of: {', '.join(ROWS)} (default: all)")
     parser.add_argument("--source-steps", type=int, help="steps of the source's training, which budgets are shares of")
+    parser.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="of all runs; fp32 is the faster one on CPUs without products in bf16 (default: bf16)",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     options = parser.parse_args()
     if options.source is None and TRIALS[options.trial].source is None:
@@ -354,7 +363,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     trial = TRIALS[options.trial]
     trial = replace(trial, source_steps=options.source_steps or trial.source_steps)
-    files = RunFiles(trial, options.dataset, output)
+    files = RunFiles(trial, options.dataset, output, options.precision)
     cores = len(os.sched_getaffinity(0))
     if options.source is None:
         train("source", files.source(), output, cores)
