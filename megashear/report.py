@@ -4,12 +4,12 @@ Key properties: text made of a `Report`, without torch. Read next: `config/check
 """
 
 from megashear.config.calibration import calibration_cost
-from megashear.config.check import Report, prunes
+from megashear.config.check import Report
 from megashear.config.dataset import planned_weights, stage_tokens
 from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
 from megashear.config.schema import Config
-from megashear.config.stages import peak_learning_rate, refit_batches, training_stages
+from megashear.config.stages import peak_learning_rate, prunes, refit_batches, training_stages
 from megashear.config.teaching import teaching
 from megashear.config.training_schema import BatchConfig
 from megashear.masks.target import in_principal_basis

@@ -17,6 +17,7 @@ from megashear.config.shape import ModelShape
 from megashear.config.stages import (
     batch_problems,
     importance_problems,
+    prunes,
     schedule_problems,
     teacher_problems,
     training_stages,
@@ -77,11 +78,6 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     if not report.problems:
         _estimate_memory(config, report)
     return report
-
-
-def prunes(config: Config) -> bool:
-    """Whether the run makes its target: then continued pre-training trains the target, else the source."""
-    return bool({"prune", "finalize"} & set(config.run.stages))
 
 
 def _stage_order(stages: list[str]) -> list[str]:

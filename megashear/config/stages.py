@@ -1,14 +1,33 @@
-"""Batches and schedules of the training stages: what divides, what fits into the steps, and what null stands for.
+"""Stages of a run: which there are, what divides, what fits into the steps, and what null stands for.
 
 Read next: `schema.py` (the keys), `check.py`.
 """
+
+from collections.abc import Collection
+from pathlib import Path
 
 from megashear.config.closing import closing_problems
 from megashear.config.legality import either, near_multiples
 from megashear.config.paper import PAPER
 from megashear.config.presets import PRESETS
-from megashear.config.schema import Config, ParallelConfig
+from megashear.config.schema import STAGES, Config, ParallelConfig
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PretrainConfig, PruneConfig
+
+DONE = "done.json"
+"""File in a stage's folder that tells it is finished."""
+
+
+def known_stages(folder: Path, named: Collection[str]) -> list[str]:
+    """Stages of the run in `folder`, in order: those that its run file names, and those done before.
+
+    `run.stages` may change between starts, so what a run has come to is not told by the stages named now alone.
+    """
+    return [stage for stage in STAGES if stage in named or (folder / stage / DONE).is_file()]
+
+
+def prunes(config: Config) -> bool:
+    """Whether the run makes its target, now or before: then pre-training continues the target, else the source."""
+    return bool({"prune", "finalize"} & set(known_stages(Path(config.run.folder), config.run.stages)))
 
 
 def refit_batches(prune: PruneConfig) -> int:

@@ -5,7 +5,7 @@ source is still there; what is missing is said, what is damaged is one DataError
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megashear.config.load import load_config
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
+from megashear.config.stages import DONE, known_stages
 from megashear.errors import ConfigError, DataError, MegashearError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
@@ -23,7 +24,7 @@ from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 from megashear.train.sequences import DomainSequences, read_sequences
 from megashear.weights.hf_config import read_config, shape_of_config
 
-CONFIG, IDENTITY, DONE, SOURCE_LOSSES = "config.yaml", "identity.json", "done.json", "source_losses.json"
+CONFIG, IDENTITY, SOURCE_LOSSES = "config.yaml", "identity.json", "source_losses.json"
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
 
 
@@ -31,11 +32,12 @@ COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage'
 class RunRecord:
     """What a run folder holds.
 
-    config: None where the run file cannot be read any more; source, target: None where not known; done: records of the
-    finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation while pruning;
-    losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a stage that goes on),
-    {domain: (nats per token, standard error)}; sequences: of the last of these models, by domain the losses that they
-    are the means of, where they are recorded; missing: what the run has not, in sentences.
+    config: its `run.stages` with those done before, None where the run file cannot be read any more; source, target:
+    None where not known; done: records of the finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it
+    of the last evaluation while pruning; losses: by model (source, masked until it is cut, pruned, final, or the last
+    evaluation of a stage that goes on), {domain: (nats per token, standard error)}; sequences: of the last of these
+    models, by domain the losses that they are the means of, where they are recorded; missing: what the run has not, in
+    sentences.
     """
 
     folder: Path
@@ -71,7 +73,9 @@ def read_run(folder: Path) -> RunRecord:
         raise DataError(f"{folder}: no {IDENTITY} and no {FILE_NAME} here; give the folder of a run (run.folder)")
     missing: list[str] = []
     config = _config(folder / CONFIG, missing)
-    names = list(config.run.stages) if config is not None else ["prune", "finalize", "pretrain"]
+    names = known_stages(folder, ["prune", "finalize", "pretrain"] if config is None else config.run.stages)
+    if config is not None:
+        config = replace(config, run=replace(config.run, stages=names))
     done = {name: record for name in names if (record := read_json(folder / name / DONE)) is not None}
     try:
         stages = stages_of(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).is_file() else []

@@ -17,6 +17,7 @@ from megashear.config.load import to_dict
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
+from megashear.config.stages import DONE, prunes
 from megashear.config.teaching import Teaching, teaching
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
@@ -37,7 +38,7 @@ FREE_KEYS = (
     ("prune", "distillation", "chunk"),
     ("pretrain", "distillation", "chunk"),
 )
-IDENTITY, DONE = "identity.json", "done.json"
+IDENTITY = "identity.json"
 
 
 @dataclass
@@ -116,7 +117,7 @@ def open_context(config: Config, layout: Layout, stop: StopRequest) -> Context:
     else:
         source_shape = resolve_shape(config.source.shape, None, vocab_size=dataset.vocab_size, section="source.shape")
     target = None
-    if "prune" in config.run.stages or "finalize" in config.run.stages:
+    if on_main(layout, lambda: prunes(config)):
         target = resolve_shape(config.target, source_shape, section="target")
     folder = Path(config.run.folder)
     context = Context(config, layout, folder, dataset, source, source_shape, target, stop)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megashear.config.stages import known_stages
 from megashear.engine.collectives import on_main
 from megashear.export.folder import export_model
 from megashear.run.context import Context
@@ -11,8 +12,12 @@ def run_export(context: Context) -> None:
     """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where no stage trained after it."""
     settings = context.config.export
     output = Path(settings.folder) if settings.folder is not None else context.folder / "export"
-    final = context.model_folder("final")
-    model = final if "pretrain" in context.config.run.stages else context.model_folder("pruned")
     dtype = settings.dtype or context.config.precision
-    on_main(context.layout, lambda: export_model(model, output, dtype, settings.max_shard_gb))
+
+    def export() -> None:
+        trained = "pretrain" in known_stages(context.folder, context.config.run.stages)
+        model = context.model_folder("final" if trained else "pruned")
+        export_model(model, output, dtype, settings.max_shard_gb)
+
+    on_main(context.layout, export)
     context.finish("export", {"name": "export", "folder": str(output)})

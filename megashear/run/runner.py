@@ -14,7 +14,7 @@ from megashear.config.load import save_config
 from megashear.config.schema import Config
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout, distributed
-from megashear.errors import Interrupted
+from megashear.errors import CheckpointError, Interrupted
 from megashear.files.lock import run_lock
 from megashear.report import render
 from megashear.run.context import Context, open_context
@@ -65,13 +65,20 @@ def run(config: Config, stages: list[str] | None = None, stop: StopRequest | Non
 
 
 def run_stage(context: Context, stage: str) -> None:
-    """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it."""
+    """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it, CheckpointError where
+    pre-training, which it would come before, is done.
+    """
     if context.done(stage) is not None:
         if stage == "finalize":
             drop_sources(context)  # a run that was killed just after its record was written still has them
         if context.layout.is_main:
             print(f"{stage}: done before", flush=True)
         return
+    if stage in ("prune", "finalize") and context.done("pretrain") is not None:
+        raise CheckpointError(
+            f"{context.folder}: pre-training is done, of another model than {stage} would make now; choose another "
+            f"run.folder, or remove {context.folder}/pretrain and {context.model_folder('final')} to train again"
+        )
     if stop_requested(context.stop, context.layout):
         raise Interrupted(f"stopped by a signal before {stage}; run the same command to go on")
     STAGES[stage](context)

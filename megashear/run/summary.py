@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from megashear.config.schema import STAGES
+from megashear.config.stages import DONE
 from megashear.engine.collectives import on_main
 from megashear.errors import MegashearError
 from megashear.files.atomic import write_json
 from megashear.plot.run import plot_run
-from megashear.run.context import DONE, Context, read_record
+from megashear.run.context import Context, read_record
 from megashear.run.source_losses import SOURCE_LOSSES, read_losses
 from megashear.run.training import loss_record
 from megashear.train.losses import Losses, from_json
@@ -55,9 +57,9 @@ def _conclude(context: Context) -> None:
 
 
 def read_records(context: Context) -> dict[str, dict[str, Any]]:
-    """Records of the finished stages."""
+    """Records of the finished stages, whether or not the run file still names them."""
     found = {}
-    for stage in context.config.run.stages:
+    for stage in STAGES:
         record = read_record(context.folder / stage / DONE)
         if record is not None:
             found[stage] = record

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
+from megashear.config.schema import STAGES
 from megashear.config.shape import ModelShape
 from megashear.config.stages import peak_learning_rate
 from megashear.config.teaching import Teaching
@@ -290,11 +291,9 @@ def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
 
 
 def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
-    """Records of the stages before this one that are done."""
+    """Records of the stages before this one that are done, whether or not the run file still names them."""
     found = []
-    for stage in context.config.run.stages:
-        if stage == name:
-            break
+    for stage in STAGES[: STAGES.index(name)]:
         record = context.done(stage)
         if record is not None:
             found.append(record)

@@ -64,6 +64,15 @@ def test_a_good_run_file_passes_and_says_what_was_not_checked(tmp_path: Path) ->
     assert unknown.memory == {}
 
 
+def test_the_target_counts_where_the_run_folder_was_pruned_before(tmp_path: Path) -> None:
+    keys = ["run.stages=[pretrain]", f"run.folder={tmp_path / 'run'}"]
+    assert check(config(tmp_path, *keys), None, 4).target is None
+    (tmp_path / "run/finalize").mkdir(parents=True)
+    (tmp_path / "run/finalize/done.json").write_text("{}")
+    found = check(config(tmp_path, *keys), None, 4)
+    assert found.target is not None and found.memory["pretrain"][0].parameters < found.target.parameters()
+
+
 def test_shape_of_the_folder_counts(tmp_path: Path) -> None:
     found = replace(PRESETS["llama2-7b"], num_layers=33)
     report = check(config(tmp_path), found, None)
