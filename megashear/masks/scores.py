@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,8 +79,10 @@ def save_scores(path: Path, scores: Scores, made_by: Mapping[str, Any]) -> None:
         save_file(contiguous, temporary, metadata={METADATA: json.dumps(record)})
 
 
-def load_scores(path: Path) -> tuple[Scores, dict[str, Any]]:
-    """Scores and what they were made by. Raises CheckpointError where the file is missing, damaged or no such file."""
+def load_scores(path: Path, advice: str = "remove it to compute them") -> tuple[Scores, dict[str, Any]]:
+    """Scores and what they were made by. Raises CheckpointError where the file is missing, damaged or no such file,
+    which ends in the advice.
+    """
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -90,8 +91,10 @@ def load_scores(path: Path) -> tuple[Scores, dict[str, Any]]:
                 tensors[name] = file.get_tensor(name)
         scores = Scores(_part(tensors, "score/"), _part(tensors, "error/"), record["criteria"], {}, record["samples"])
         made_by = record["made_by"]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; {advice}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: no scores of units, or damaged ({error}); remove it to compute them") from error
+        raise CheckpointError(f"{path}: no scores of units, or damaged ({error}); {advice}") from error
     for name in tensors:
         if name.startswith("domain/"):
             _, granularity, domain = name.split("/", 2)
@@ -103,6 +106,6 @@ def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
-def finite(scores: Scores) -> bool:
-    """Whether every score is a finite number."""
-    return all(bool(torch.isfinite(value).all()) for value in scores.units.values())
+def not_finite(scores: Scores) -> list[str]:
+    """Granularities of which a score is not a finite number."""
+    return [name for name, value in scores.units.items() if not bool(value.isfinite().all())]

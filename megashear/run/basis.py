@@ -23,7 +23,7 @@ from megashear.importance.principal import (
 from megashear.masks.rotation import Rotation
 from megashear.masks.target import in_principal_basis
 from megashear.model.load import RandomWeights, TensorSource
-from megashear.run.calibration import build_source, calibration_progress, calibration_text
+from megashear.run.calibration import LOOK, build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
 from megashear.run.source_losses import open_heldout, source_losses
 from megashear.train.evaluate import evaluate
@@ -77,8 +77,7 @@ def _rotate(context: Context) -> None:
     )
     if not bool(stream.covariance_DD.isfinite().all()):
         raise TrainingError(
-            "principal basis: the source's activations are not finite numbers; look for losses that are not in it "
-            "(`megashear eval SOURCE DATA`), or set precision: fp32"
+            f"principal basis: the source's activations are not finite numbers; {LOOK}"
         )
     on_main(context.layout, lambda: _write(context, source, stream))
     del chunks

@@ -15,6 +15,8 @@ from megashear.model.load import TensorSource
 from megashear.run.context import Context
 from megashear.train.loop import stop_requested
 
+LOOK = "look for losses of the source that are not either (`megashear eval SOURCE DATA`), or set precision: fp32"
+"""What to do where something that was computed of the source is not a finite number."""
 TOLD_EVERY = 10.0
 """Seconds between lines of progress."""
 

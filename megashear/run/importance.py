@@ -20,11 +20,17 @@ from megashear.errors import CheckpointError, TrainingError
 from megashear.importance.calibrate import calibrate
 from megashear.importance.magnitude import magnitudes
 from megashear.importance.registry import REGISTRY
-from megashear.masks.scores import Scores, finite, load_scores, near_cut, save_scores
+from megashear.masks.scores import Scores, load_scores, near_cut, not_finite, save_scores
 from megashear.masks.target import mask_specs
 from megashear.model.load import TensorSource
 from megashear.run.basis import principal, pruning_source
-from megashear.run.calibration import build_source, calibration_progress, calibration_text, calibration_weights
+from megashear.run.calibration import (
+    LOOK,
+    build_source,
+    calibration_progress,
+    calibration_text,
+    calibration_weights,
+)
 from megashear.run.context import Context
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.tables import table
@@ -45,26 +51,34 @@ def importance_scores(context: Context) -> Scores | None:
         return load_scores(path)[0]
     started = time.monotonic()
     scores = compute_scores(context)
-    if not finite(scores):
-        raise TrainingError(
-            "importance: scores are not finite numbers; look for losses that are not in the source "
-            "(`megashear eval SOURCE DATA`), or set precision: fp32"
-        )
+    check_finite(context, scores)
     on_main(context.layout, lambda: save_scores(path, scores, wanted))
     if context.layout.is_main:
         print(report(context, scores, time.monotonic() - started), flush=True)
     return scores
 
 
+def check_finite(context: Context, scores: Scores) -> None:
+    """Raises TrainingError where a score is not a finite number."""
+    wrong = not_finite(scores)
+    by_weights = [name for name in wrong if REGISTRY[scores.criteria[name]].measure is None]
+    if by_weights:  # first: weights that are not finite leave nothing finite, and no text is to blame
+        source = context.config.source.folder or "the source"
+        raise TrainingError(
+            f"importance: magnitudes of {', '.join(by_weights)} are not finite numbers, so weights of {source} are not "
+            "either; import it again from a sound copy"
+        )
+    if wrong:
+        raise TrainingError(f"importance: scores of {', '.join(wrong)} are not finite numbers; {LOOK}")
+
+
 def read_scores(context: Context) -> Scores:
     """The scores that one-shot pruning was done with. Raises CheckpointError where they are missing or others."""
     path = context.folder / SCORES_NAME
-    scores, found = on_main(context.layout, lambda: load_scores(path))
+    advice = f"restore it from a copy, or remove {context.folder}/prune and what there is of it to prune again"
+    scores, found = on_main(context.layout, lambda: load_scores(path, advice))
     if found != made_by(context):
-        raise CheckpointError(
-            f"{path}: scores of another source, dataset or keys than this run's; restore the file, or remove it and "
-            f"{context.folder}/prune to prune again"
-        )
+        raise CheckpointError(f"{path}: scores of another source, dataset or keys than this run's; {advice}")
     return scores
 
 

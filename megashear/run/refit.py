@@ -21,7 +21,7 @@ from megashear.masks.scores import Scores, open_units
 from megashear.masks.target import mask_specs
 from megashear.model.write import write_model
 from megashear.run.basis import principal, pruning_folder
-from megashear.run.calibration import build_source, calibration_progress, calibration_text
+from megashear.run.calibration import LOOK, build_source, calibration_progress, calibration_text
 from megashear.run.context import Context
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from megashear.weights.folder import ModelFolder
@@ -58,8 +58,7 @@ def fit_source(context: Context, scores: Scores) -> None:
     damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
     if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
         raise TrainingError(
-            "refit: fitted output matrices are not finite numbers; look for losses of the source that are not either "
-            "(`megashear eval SOURCE DATA`), or set precision: fp32 or prune.refit: 0"
+            f"refit: fitted output matrices are not finite numbers; {LOOK}, or prune.refit: 0"
         )
     write_model(
         list(pruned),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megashear.config.shape import ModelShape
 from megashear.errors import CheckpointError
 from megashear.masks.keep import keep_sets
-from megashear.masks.scores import Scores, finite, load_scores, near_cut, open_units, save_scores
+from megashear.masks.scores import Scores, load_scores, near_cut, not_finite, open_units, save_scores
 from megashear.masks.target import MaskSpec, mask_specs
 
 SOURCE = ModelShape(16, 3, 8, 4, 4, 12, 50)
@@ -79,6 +79,6 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path: Path, damage: str) -> 
 
 def test_numbers_that_are_not_finite_are_seen() -> None:
     units = draw(1)
-    assert finite(Scores(units, {}, {}))
+    assert not_finite(Scores(units, {}, {})) == []
     units["group"][1, 2] = torch.nan
-    assert not finite(Scores(units, {}, {}))
+    assert not_finite(Scores(units, {}, {})) == ["group"]

@@ -136,16 +136,20 @@ def test_several_ranks_prune_as_one(tiny: Tiny, tmp_path: Path) -> None:
         ).read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["missing", "another seed"])
+@pytest.mark.parametrize("damage", ["missing", "cut off", "another seed"])
 def test_scores_that_are_gone_or_others_are_refused(tiny: Tiny, tmp_path: Path, damage: str) -> None:
     finish(one_shot(tiny, tmp_path / "run", "magnitude", "run.stages=[prune]"))
     path = tmp_path / "run/importance.safetensors"
-    path.unlink()
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
     if damage == "another seed":
         finish(one_shot(tiny, tmp_path / "other", "magnitude", "run.stages=[prune]", "run.seed=4"))
         shutil.copy(tmp_path / "other/importance.safetensors", path)
-    with pytest.raises(CheckpointError, match=r"importance\.safetensors"):
+    what = {"missing": "missing", "cut off": "no scores of units, or damaged", "another seed": "scores of another"}
+    with pytest.raises(CheckpointError, match=rf"importance\.safetensors: {what[damage]}.*; restore it from a copy"):
         finish(one_shot(tiny, tmp_path / "run", "magnitude"))
+    shutil.rmtree(tmp_path / "run/prune")
+    path.unlink(missing_ok=True)
+    finish(one_shot(tiny, tmp_path / "run", "magnitude"))
 
 
 def test_learned_masks_start_from_scores(tiny: Tiny, tmp_path: Path) -> None:
