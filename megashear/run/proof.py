@@ -6,6 +6,7 @@ masked model runs in fp64 beside one that is cut from it in fp64, and they have 
 `finalize.py`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from megashear.config.shape import ModelShape
 from megashear.data.loader import HeldOut
-from megashear.engine.collectives import max_over_world
+from megashear.engine.collectives import max_over_world, sum_over_world
 from megashear.engine.parallel import gather_logits
 from megashear.engine.pipeline import run_micro_batches
 from megashear.masks.fold import LAYER_NAME, Fold
@@ -122,11 +123,22 @@ def heldout_logits(
 
 
 def _apart(context: Context, expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference of a logit over all ranks, as a share of the largest logit; padding columns are left out."""
+    """Largest difference of a logit over all ranks, as a share of the largest logit; padding columns are left out.
+
+    NaN where a logit of either is not a finite number: these are counted, for backends differ in what the largest of
+    NaN and a number is. Where the expected logits are all 0, 0 if the others are as well, else infinite.
+    """
     vocab = context.source_shape.vocab_size
     pair = torch.zeros(2, dtype=torch.float64, device=context.layout.device)
+    damaged = torch.zeros(1, dtype=torch.float64, device=context.layout.device)
     for one, other in zip(expected, found, strict=True):
         one, other = one[..., :vocab].double(), other[..., :vocab].double()
+        damaged += (~(one.isfinite() & other.isfinite())).sum()
+        one, other = one.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
         pair = torch.maximum(pair, torch.stack([(one - other).abs().max(), one.abs().max()]))
     difference, largest = max_over_world(pair).tolist()
+    if sum_over_world(damaged).item():
+        return math.nan
+    if largest == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
     return difference / largest
