@@ -20,6 +20,7 @@ from megashear.report import render
 from megashear.run.context import Context, open_context
 from megashear.run.export import run_export
 from megashear.run.finalize import drop_sources, run_finalize
+from megashear.run.moments import drop_moments
 from megashear.run.one_shot import run_one_shot
 from megashear.run.summary import conclude
 from megashear.run.training import run_training
@@ -41,6 +42,8 @@ STAGES: dict[str, Callable[[Context], None]] = {
     "pretrain": lambda context: run_training(context, "pretrain"),
     "export": run_export,
 }
+LEFTOVERS: dict[str, Callable[[Context], None]] = {"finalize": drop_sources, "pretrain": drop_moments}
+"""What a stage removes after its record is written, where it may have been killed in between."""
 
 
 def run(config: Config, stages: list[str] | None = None, stop: StopRequest | None = None) -> None:
@@ -69,8 +72,8 @@ def run_stage(context: Context, stage: str) -> None:
     pre-training, which it would come before, is done.
     """
     if context.done(stage) is not None:
-        if stage == "finalize":
-            drop_sources(context)  # a run that was killed just after its record was written still has them
+        if stage in LEFTOVERS:
+            LEFTOVERS[stage](context)
         if context.layout.is_main:
             print(f"{stage}: done before", flush=True)
         return

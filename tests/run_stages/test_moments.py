@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megashear.engine.moments import MOMENTS
-from megashear.run import moments
+from megashear.run import moments, training
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Tiny, break_off, finish, records
+from run_stages.tiny import Killed, Tiny, break_off, die, finish, records
 
 STEADY = {"learning_rate": 1e-3, "warmup_steps": 0, "min_ratio": 1.0}
 SETTLING = {
@@ -69,6 +69,18 @@ def test_moments_wait_for_a_pre_training_that_is_broken_off(tiny: Tiny, tmp_path
         assert name == "exp_avg" or bool((values >= 0).all())
     finish(file)
     assert [one["loss"] for one in records(tmp_path / "broken") if one["kind"] == "train"] == whole
+
+
+def test_a_run_that_was_killed_before_they_went_lets_them_go(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "drop_moments", lambda _: die())
+    with pytest.raises(Killed):
+        run(tiny, tmp_path / "run", 8, ["prune", "finalize", "pretrain"])
+    assert (tmp_path / "run/pretrain/done.json").exists() and (tmp_path / "run" / moments.FOLDER).exists()
+    monkeypatch.undo()
+    run(tiny, tmp_path / "run", 8, ["prune", "finalize", "pretrain"])
+    assert not (tmp_path / "run" / moments.FOLDER).exists()
 
 
 @pytest.mark.parametrize("settle", [0, 3])
