@@ -88,7 +88,8 @@ def _rotate(context: Context) -> None:
 def _compare(context: Context, heldout: HeldOut, before: float) -> None:
     """Say what the turn itself does to the held-out loss: nothing but rounding, and what a tied model's norm costs."""
     chunks = build_source(context, context.open_model(FOLDER))
-    after = mean_loss(evaluate(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch))
+    with context.evaluating():
+        after = mean_loss(evaluate(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch))
     if context.layout.is_main:
         print(f"principal basis: mean held-out loss {after:.4f} after the turn, {before:.4f} before", flush=True)
     if not abs(after - before) <= TURNING:

@@ -6,6 +6,9 @@ on resume; the layout, checkpoints, logging and export may. Read next: `training
 
 import functools
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,8 @@ class Context:
     source_shape: ModelShape
     target_shape: ModelShape | None
     stop: StopRequest
+    evaluation_seconds: float = 0.0
+    """What held-out evaluations took since the start, those of training loops left out."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +85,13 @@ class Context:
     def done(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None; the same on every rank."""
         return on_main(self.layout, lambda: read_record(self.folder / stage / DONE))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count the time of a held-out evaluation outside of a training loop."""
+        started = time.monotonic()
+        yield
+        self.evaluation_seconds += time.monotonic() - started
 
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Write the record that a stage is finished."""

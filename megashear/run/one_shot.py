@@ -19,12 +19,11 @@ from megashear.run.source_losses import source_losses
 
 def run_one_shot(context: Context) -> None:
     """Score the units and record the stage as done. Raises as `importance_scores`."""
-    started = time.monotonic()
+    started, evaluated = time.monotonic(), context.evaluation_seconds
     assert context.source is not None
     scores = importance_scores(context)
     assert scores is not None
     fit_source(context, scores)
-    scored = time.monotonic()
     batch = context.config.prune.batch
     source_losses(context, "prune", build_source(context, pruning_source(context)), batch.micro_batch, None)
     record: dict[str, Any] = {
@@ -40,5 +39,5 @@ def run_one_shot(context: Context) -> None:
         "weights": calibration_weights(context),
         "epochs": dict.fromkeys(context.dataset.domains, 0.0),
     }
-    times = {"seconds": time.monotonic() - started, "evaluation_seconds": time.monotonic() - scored}
-    context.finish("prune", record | times)
+    evaluating = context.evaluation_seconds - evaluated
+    context.finish("prune", record | {"seconds": time.monotonic() - started, "evaluation_seconds": evaluating})

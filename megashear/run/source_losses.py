@@ -51,7 +51,8 @@ def source_losses(
     if stage == "prune" and pretraining != pruning:  # first, so that the run's own file tells that both are there
         wanted = {context.folder / PRETRAIN_LOSSES: pretraining, **wanted}
     for file, sequences in wanted.items():
-        losses = evaluate(open_heldout(context, sequences), context.layout, list(chunks), micro_batch)
+        with context.evaluating():
+            losses = evaluate(open_heldout(context, sequences), context.layout, list(chunks), micro_batch)
         on_main(context.layout, partial(write_json, file, to_json(losses)))
     return losses
 

@@ -57,9 +57,9 @@ def run_training(context: Context, name: str) -> None:
     section = config.prune if name == "prune" else config.pretrain
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
     settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
-    started = time.monotonic()
+    started, evaluated = time.monotonic(), context.evaluation_seconds
     scores = importance_scores(context) if name == "prune" else None
-    calibrated = time.monotonic() - started
+    calibrated = time.monotonic() - started - (context.evaluation_seconds - evaluated)
     weights = build_weights(context, section, shape, starting_point(context, name, shape))
     masks = None
     if isinstance(section, PruneConfig):

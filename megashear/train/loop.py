@@ -47,7 +47,7 @@ class Counters:
     evaluation_seconds: float = 0.0
     """Of `seconds`, those that held-out evaluations took."""
     calibration_seconds: float = 0.0
-    """What basis and scores took before the first step; not in `seconds`."""
+    """What basis and scores took before the first step, without evaluations of the source; not in `seconds`."""
     skipped: int = 0
     skipped_in_a_row: int = 0
     smoothed_loss: float | None = None

@@ -1,6 +1,7 @@
 """Pruning in the principal basis as runs: chosen by default where hidden units go, one function, resumed, dropped."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megashear.masks.rotation import Rotation
-from megashear.run import basis
+from megashear.run import basis, source_losses, training
 from megashear.weights.folder import ModelFolder
 from run_stages.tiny import Tiny, break_off, die, differing, finish, results
 
@@ -83,6 +84,38 @@ def test_a_turn_that_costs_is_warned_of(
     monkeypatch.setattr(Rotation, "__call__", lambda self, name: turned(self, name) * (1 + 99 * ("lm_head" in name)))
     finish(untied.config(tmp_path / "wrong", *keys))
     assert "the turn changed the held-out loss" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["one_shot", "learned"])
+def test_evaluations_of_the_source_are_told_from_calibration(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As the source and as turned: evaluation in the record of one shot, and no part of a learned run's calibration."""
+    spent = {"evaluate": 0.0, "importance_scores": 0.0}
+
+    def timed(module: Any, name: str, pause: float) -> None:
+        original = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            started = time.monotonic()
+            time.sleep(pause)
+            value = original(*arguments)
+            spent[name] += time.monotonic() - started
+            return value
+
+        monkeypatch.setattr(module, name, call)
+
+    timed(basis, "evaluate", 0.5)
+    timed(source_losses, "evaluate", 0.5)
+    timed(training, "importance_scores", 0.0)
+    keys = [f"prune.method={method}", "prune.importance.criterion=magnitude", "run.stages=[prune]"]
+    finish(tiny.config(tmp_path / "run", *keys, "prune.basis=principal"))
+    record = prune_record(tmp_path / "run")
+    assert spent["evaluate"] > 1.0
+    if method == "one_shot":
+        assert record["seconds"] > record["evaluation_seconds"] >= spent["evaluate"]
+    else:
+        assert 0 < record["calibration_seconds"] < spent["importance_scores"] - 0.9 * spent["evaluate"]
 
 
 def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:
