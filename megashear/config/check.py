@@ -4,12 +4,13 @@ Key properties: free of torch, so it runs on a laptop; what cannot be seen from 
 `Report.not_checked`, never passed over in silence. Read next: `legality.py`, `dataset.py`, `memory.py`, `report.py`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from megashear.config.calibration import PASSES, criteria_of
 from megashear.config.dataset import Dataset, dataset_problems, dataset_warnings, read_dataset
 from megashear.config.legality import granularity_problems, shape_problems
-from megashear.config.memory import Memory, Work, stage_memory
+from megashear.config.memory import Memory, Work, one_shot_memory, stage_memory
 from megashear.config.mixture import mixture_problems
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import STAGES, Config, ShapeConfig
@@ -18,6 +19,7 @@ from megashear.config.stages import (
     batch_problems,
     importance_problems,
     prunes,
+    refit_batches,
     schedule_problems,
     teacher_problems,
     training_stages,
@@ -170,24 +172,36 @@ def _source(config: Config, found: ModelShape | None, report: Report) -> ModelSh
 
 
 def _estimate_memory(config: Config, report: Report) -> None:
-    parallel = config.parallel
+    """Of the stages that train, and of pruning in one shot."""
     if report.world_size is None:
         return
-    data_parallel = report.world_size // (parallel.tensor * parallel.pipeline)
-    taught = teaching(config, report.source, report.target)
+    source, target, prune = report.source, report.target, config.prune
+    if "prune" in config.run.stages and prune.method == "one_shot" and source is not None and target is not None:
+        gradients = any(PASSES[one] > 1 for one in criteria_of(prune.importance, source).values())
+        work, fits = _work(config, report.world_size, prune.batch), refit_batches(prune) > 0
+        report.memory["prune"] = one_shot_memory(source, target, config.parallel, work, gradients, fits)
+    taught = teaching(config, source, target)
     for name, stage in training_stages(config).items():
-        shape = report.target if name == "pretrain" and prunes(config) else report.source
+        shape = target if name == "pretrain" and prunes(config) else source
         if shape is None:
             continue
-        batch: BatchConfig = stage.batch
-        work = Work(
-            micro_batch=batch.micro_batch,
-            micro_batches=batch.global_batch // (batch.micro_batch * data_parallel),
-            sequence_length=config.data.sequence_length,
-            data_parallel=data_parallel,
-            precision=config.precision,
+        work = replace(
+            _work(config, report.world_size, stage.batch),
             masked=name == "prune",
-            teacher=report.source if taught[name].weight else None,
+            teacher=source if taught[name].weight else None,
             chunk=stage.distillation.chunk,
         )
-        report.memory[name] = stage_memory(shape, parallel, work)
+        report.memory[name] = stage_memory(shape, config.parallel, work)
+
+
+def _work(config: Config, world_size: int, batch: BatchConfig) -> Work:
+    """A rank's part of a step with masks and without a teacher."""
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    return Work(
+        micro_batch=batch.micro_batch,
+        micro_batches=batch.global_batch // (batch.micro_batch * data_parallel),
+        sequence_length=config.data.sequence_length,
+        data_parallel=data_parallel,
+        precision=config.precision,
+        masked=True,
+    )

@@ -7,7 +7,7 @@ counted as in Korthikanti et al. 2022 (Reducing Activation Recomputation), secti
 autograd keeps; without the compiled kernels they are 1.5 to 2.7 times as much. Read next: `shape.py`, `check.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
@@ -51,6 +51,20 @@ class Work:
 def stage_memory(shape: ModelShape, parallel: ParallelConfig, work: Work) -> list[Memory]:
     """Memory of a rank of each pipeline stage, the first stage first."""
     return [_memory(shape, parallel, work, stage) for stage in range(parallel.pipeline)]
+
+
+def one_shot_memory(
+    source: ModelShape, target: ModelShape, parallel: ParallelConfig, work: Work, gradients: bool, fits: bool
+) -> list[Memory]:
+    """Memory of a rank of each pipeline stage while pruning in one shot, which has no optimizer: of what takes most.
+
+    That is to evaluate the source as a training step would be, to score it sequence by sequence, or to fit it. work: as
+    of a training step; gradients: whether a criterion takes any; fits: whether output matrices are fitted.
+    """
+    return [
+        max(_one_shot_parts(source, target, parallel, work, stage, gradients, fits), key=lambda part: part.total)
+        for stage in range(parallel.pipeline)
+    ]
 
 
 def chunk_layers(num_layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
@@ -125,6 +139,34 @@ def _memory(shape: ModelShape, parallel: ParallelConfig, work: Work, stage: int)
     return Memory(
         count, _element(work) * count, 4 * count, optimizer, activations, logits, teacher_memory(parallel, work, stage)
     )
+
+
+def _one_shot_parts(
+    source: ModelShape,
+    target: ModelShape,
+    parallel: ParallelConfig,
+    work: Work,
+    stage: int,
+    gradients: bool,
+    fits: bool,
+) -> list[Memory]:
+    """Memory on a rank of a stage of evaluating, of scoring with gradients, and of fitting, as far as each is done.
+
+    A fit holds two copies of the source, and of its widest output matrix the sums of outer products in fp64 with what
+    is added to them in fp32 and fp64 (`importance/least_squares.py`), whole on every rank.
+    """
+    single = replace(work, micro_batch=1, micro_batches=work.micro_batch * work.micro_batches)
+    scoring = replace(_memory(source, parallel, single, stage), gradients=0, optimizer=0)
+    logits = _memory(source, parallel, work, stage).logits
+    found = [replace(scoring, activations=layer_activations(source, parallel, work), logits=logits)]
+    if gradients:
+        found.append(scoring)
+    if fits:
+        inputs = max(target.intermediate_size, target.num_heads * target.head_dim)
+        layer = layer_activations(source, replace(parallel, sequence=False), single)
+        sums = 20 * inputs * (inputs + target.hidden_size)
+        found.append(replace(scoring, weights=2 * scoring.weights, activations=layer + sums, logits=0))
+    return found
 
 
 def teacher_memory(parallel: ParallelConfig, work: Work, stage: int) -> int:

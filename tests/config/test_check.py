@@ -64,6 +64,18 @@ def test_a_good_run_file_passes_and_says_what_was_not_checked(tmp_path: Path) ->
     assert unknown.memory == {}
 
 
+def test_memory_of_one_shot_pruning_is_estimated(tmp_path: Path) -> None:
+    fits, cuts, magnitude = (
+        check(config(tmp_path, "prune.method=one_shot", *keys), None, 4)
+        for keys in ([], ["prune.refit=0"], ["prune.refit=0", "prune.importance.criterion=magnitude"])
+    )
+    assert fits.memory.keys() == {"prune", "pretrain"}
+    weights = [report.memory["prune"][0].weights for report in (fits, cuts, magnitude)]
+    assert weights[0] == 2 * weights[1] == 2 * weights[2] >= 2 * PRESETS["llama2-7b"].parameters()
+    assert cuts.memory["prune"][0].total >= magnitude.memory["prune"][0].total
+    assert re.search(r"^prune +6\.74 B|^prune +3\.37 B", render(config(tmp_path), fits), re.MULTILINE)
+
+
 def test_the_target_counts_where_the_run_folder_was_pruned_before(tmp_path: Path) -> None:
     keys = ["run.stages=[pretrain]", f"run.folder={tmp_path / 'run'}"]
     assert check(config(tmp_path, *keys), None, 4).target is None

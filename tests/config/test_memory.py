@@ -7,10 +7,12 @@ import torch
 
 from megashear import ops
 from megashear.config.memory import (
+    Memory,
     Work,
     chunk_layers,
     layer_activations,
     layers_in_flight,
+    one_shot_memory,
     rank_parameters,
     stage_memory,
 )
@@ -118,6 +120,30 @@ def test_activations_are_what_autograd_keeps(precision: str, masked: bool) -> No
         assert 1.2 < ratio < 3.0
     else:
         assert 0.9 < ratio < 1.1
+
+
+def test_one_shot_takes_what_its_hungriest_part_does() -> None:
+    """LLaMA2-7B to 2.7B in bf16 on one rank: two copies and the fit's sums; without a fit the graph of one sequence."""
+    source, target = PRESETS["llama2-7b"], PRESETS["sheared-2.7b"]
+    work = replace(WORK, masked=True)
+
+    def part(gradients: bool, fits: bool, work: Work = work, **parallel: int) -> Memory:
+        return one_shot_memory(source, target, ParallelConfig(**parallel), work, gradients, fits)[-1]
+
+    single = replace(work, micro_batch=1)
+    layer, weights = layer_activations(source, ParallelConfig(), single), 2 * source.parameters()
+    fitting = part(True, True)
+    assert fitting.weights == 2 * weights and fitting.logits == 0
+    assert fitting.activations == layer + 20 * 6912 * (6912 + 2560)
+    assert fitting.gradients == fitting.optimizer == fitting.teacher == 0
+    long = replace(work, micro_batch=1, sequence_length=2048)
+    scoring = part(True, False, long)
+    (training,) = stage_memory(source, ParallelConfig(), long)
+    assert scoring == replace(training, gradients=0, optimizer=0) and scoring.weights == weights
+    assert part(False, False, long).activations == scoring.activations // 32, "forward alone keeps one layer"
+    evaluating = part(False, False)
+    assert (evaluating.weights, evaluating.activations, evaluating.logits) == (weights, 2 * layer, 8 * 2 * 64 * 32000)
+    assert part(True, True, pipeline=2).weights < 1.1 * weights, "two copies of half of it"
 
 
 def test_a_teacher_keeps_states_of_every_micro_batch_on_the_last_stage() -> None:
