@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from run_stages.tiny import TEXTS, make_dataset, make_tokenizer
@@ -61,6 +61,41 @@ def test_all_rows_see_equal_tokens_and_are_drawn(claim, tmp_path, monkeypatch, c
     assert "Pruning on 20% of the source's tokens (2 seeds)" in first
     claim.main()
     assert capsys.readouterr().out in first
+
+
+def test_a_finished_run_is_asked_whether_it_is_this_one(claim, tmp_path, monkeypatch):
+    """`megashear run` compares its keys; what it refuses ends the comparison with its message."""
+    asked = []
+    monkeypatch.setattr(claim, "launch", lambda arguments, *_: asked.append(Path(arguments[1]).read_text()))
+    (tmp_path / "source" / "pretrain").mkdir(parents=True)
+    (tmp_path / "source" / "pretrain" / "done.json").write_text("{}")
+    for steps in (4, 5):
+        claim.train("source", {"pretrain": {"batch": {"steps": steps}}}, tmp_path, 1)
+        assert f"steps: {steps}" in asked[-1]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"exit code \d+; .*a\.log ends with: megashear: error: .*cannot be read"):
+        claim.launch(["run", str(tmp_path / "nowhere.yaml")], tmp_path / "a.log", 1)
+
+
+def test_the_source_s_losses_are_of_the_source_that_is_given(claim, tmp_path, monkeypatch):
+    def launch(arguments: list[str], *_: object) -> None:
+        Path(arguments[-1]).write_text(json.dumps({"losses": {"all": float(arguments[1])}}))
+
+    monkeypatch.setattr(claim, "launch", launch)
+    for folder in ("1", "2"):
+        losses = claim.source_losses(Path(folder), claim.TRIALS["tiny"], "data", tmp_path, 1)
+        assert losses == {"all": float(folder)}
+
+
+def test_cost_is_the_mean_over_seeds(claim, tmp_path, monkeypatch):
+    """Where the teacher goes by what it is outgrown by, seeds cost different FLOPs."""
+    cost = {1: 3.0, 2: 5.0}
+    monkeypatch.setattr(claim, "record", lambda *_: {"all": 2.0})
+    monkeypatch.setattr(claim, "read_run", lambda run: int(run.parent.name.removeprefix("seed-")))
+    monkeypatch.setattr(claim, "costs", lambda seed: [SimpleNamespace(flops=cost[seed], teacher_flops=1.0)])
+    monkeypatch.setattr(claim, "trained_tokens", lambda spent: 10 * spent[0].flops)
+    found = claim.summarise([claim.Case("learned", 0.1, seed) for seed in cost], tmp_path, {"all": 1.5})
+    assert (found["0.1"]["learned"]["flops"], found["0.1"]["learned"]["tokens"]) == (5.0, 40.0)
 
 
 def test_a_row_that_does_not_exist_is_named(claim, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ shot spend pruning's on continuing. Prints the tables, writes `claim.json` and `
 
 `10m` trains its source first, 10 million parameters outside the embedding, unless `--source` gives one. `50m` takes
 SmolLM2-135M, whose tokenizer the dataset must have; its budgets are in steps. Runs are ordinary `megashear run`s below
-OUTPUT: interrupted, the same command goes on.
+OUTPUT: interrupted, the same command goes on; with another source or other steps it is refused there.
 """
 
 import argparse
@@ -210,22 +210,25 @@ class RunFiles:
 
 
 def launch(arguments: list[str], log: Path, threads: int) -> None:
-    """Run `megashear ARGUMENTS` to its end, its output in a file; raises CalledProcessError where it fails."""
+    """Run `megashear ARGUMENTS` to its end, its output in a file; ends with that file's last line where it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "a", encoding="utf-8") as stream:
         command = [sys.executable, "-m", "megashear", *arguments]
-        subprocess.run(command, check=True, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        done = subprocess.run(command, check=False, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise SystemExit(f"megashear {' '.join(arguments)}: exit code {done.returncode}; {log} ends with: {last}")
 
 
 def train(name: str, content: dict[str, Any], output: Path, threads: int) -> None:
-    """Run one case's stages unless they are done, its output in OUTPUT/NAME.log."""
-    if (output / name / "pretrain" / "done.json").exists():
-        return
+    """Run one case's stages, its output in OUTPUT/NAME.log; a finished run does nothing but compare its keys."""
+    before = (output / name / "pretrain" / "done.json").exists()
     path = output / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     launch(["run", str(path)], output / f"{name}.log", threads)
-    print(f"{name}: mean held-out loss {mean(record(output / name, 'pretrain')):.4f}", flush=True)
+    if not before:
+        print(f"{name}: mean held-out loss {mean(record(output / name, 'pretrain')):.4f}", flush=True)
 
 
 def record(run: Path, stage: str) -> dict[str, float]:
@@ -236,9 +239,8 @@ def record(run: Path, stage: str) -> dict[str, float]:
 def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, threads: int) -> dict[str, float]:
     """Held-out losses of the source by domain, on the sequences that the rows are judged by."""
     found = output / "source.json"
-    if not found.exists():
-        sizes = ["--sequence-length", str(trial.sequence_length), "--sequences", str(trial.eval_sequences)]
-        launch(["eval", str(folder), dataset, *sizes, "--json", str(found)], output / "source.log", threads)
+    sizes = ["--sequence-length", str(trial.sequence_length), "--sequences", str(trial.eval_sequences)]
+    launch(["eval", str(folder), dataset, *sizes, "--json", str(found)], output / "source.log", threads)
     return json.loads(found.read_text(encoding="utf-8"))["losses"]
 
 
@@ -252,23 +254,26 @@ def spread(values: dict[str, float], source: dict[str, float]) -> float:
     return statistics.pstdev(values[domain] - source[domain] for domain in source)
 
 
+MEANS = ("spread", "tokens", "flops")
+
+
 def summarise(cases: list[Case], output: Path, source: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Per budget and row: mean loss and its standard error over seeds, its spread over domains, tokens and FLOPs."""
+    """Per budget and row, means over seeds: loss and its standard error, its spread over domains, tokens, FLOPs."""
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         run = output / case.name
         losses, spent = record(run, "pretrain"), costs(read_run(run))
-        one = found.setdefault(f"{case.budget:g}", {}).setdefault(case.row, {"seeds": {}, "spread": []})
+        one = found.setdefault(f"{case.budget:g}", {}).setdefault(case.row, {"seeds": {}} | {key: [] for key in MEANS})
         one["seeds"][case.seed] = losses
         one["spread"].append(spread(losses, source))
-        one["tokens"] = trained_tokens(spent)
-        one["flops"] = sum(cost.flops + cost.teacher_flops for cost in spent)
+        one["tokens"].append(trained_tokens(spent))
+        one["flops"].append(sum(cost.flops + cost.teacher_flops for cost in spent))
     for rows in found.values():
         for one in rows.values():
             means = [mean(losses) for losses in one["seeds"].values()]
             one["loss"] = statistics.fmean(means)
             one["error"] = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-            one["spread"] = statistics.fmean(one["spread"])
+            one |= {key: statistics.fmean(one[key]) for key in MEANS}
     return found
 
 
