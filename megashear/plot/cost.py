@@ -104,17 +104,23 @@ def taught_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
 
 
 def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
-    """Steps so far, each counted as the share of FLOPs that it needed: [n] -> [n]. A record's share is that of the
-    steps since the record before; 1 where none was measured.
+    """Steps so far, each counted as the share of the source's FLOPs that it needed: [n] -> [n].
+
+    As recorded where records have it. Older ones have the share of their own step alone, which falls while masks close:
+    between two of them it is taken to fall evenly, from 1 at the start. 1 where none was measured, and beyond the last
+    record as there.
     """
     at, share = stage.steps("mask"), stage.values("mask", "live_flops")
-    if not len(at) or not np.isfinite(share).any():
+    counted = stage.values("mask", "live_steps")
+    if not np.isfinite([share, counted]).any():
         return np.asarray(steps, dtype=np.float64)
-    share = np.where(np.isfinite(share), share, 1.0)
     edges = np.concatenate([[0.0], at])
-    counted = np.concatenate([[0.0], np.cumsum(np.diff(edges) * share)])
+    share = np.concatenate([[1.0], np.where(np.isfinite(share), share, 1.0)])
+    sums = [0.0]
+    for recorded, evenly in zip(counted, np.diff(edges) * (share[1:] + share[:-1]) / 2, strict=True):
+        sums.append(float(recorded if np.isfinite(recorded) else sums[-1] + evenly))
     beyond = np.maximum(np.asarray(steps) - edges[-1], 0.0) * share[-1]
-    return np.interp(steps, edges, counted) + beyond
+    return np.interp(steps, edges, sums) + beyond
 
 
 def trained_tokens(spent: list[StageCost]) -> float:

@@ -76,13 +76,14 @@ class SyntheticRun:
 
     def mask(self, step: int, steps: int) -> None:
         grown = min(1.0, step / (0.2 * steps))
+        live = 1.0 - 0.59 * np.minimum(1.0, np.arange(1, step + 1) / (0.2 * steps))
         lag = 0.05 * np.exp(-(((step / steps) - 0.2) ** 2) / 0.004)
         target = {name: value * grown for name, value in TARGETS.items()}
         expected = {name: max(0.0, t - lag * (1 + i / 3)) for i, (name, t) in enumerate(target.items())}
         rise = {name: 8 * (1 - np.exp(-step / steps * (4 + i))) * (1 + i / 4) for i, name in enumerate(TARGETS)}
         multipliers = {"lambda1": rise, "lambda2": {name: 2.5 * value + step / 300 for name, value in rise.items()}}
-        live = 1.0 - 0.59 * grown
-        record = {"expected": expected, "target": target, **multipliers, "lagrangian": 0.01, "live_flops": live}
+        record = {"expected": expected, "target": target, **multipliers, "lagrangian": 0.01}
+        record |= {"live_flops": live[-1], "live_steps": live.sum()}
         self.metrics.write({"stage": "prune", "step": step, "kind": "mask", **record})
 
     def masks(self, layers: int = 32, heads: int = 32, intermediate: int = 1376, hidden: int = 512) -> None:

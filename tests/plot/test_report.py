@@ -145,14 +145,14 @@ def test_masked_losses_stand_until_the_cut(tmp_path: Path) -> None:
 
 
 def test_cost_by_hand(tmp_path: Path) -> None:
-    """Tokens times 6 a weight and half the attention; pruning by the live share of the records, each for its steps."""
+    """Tokens times 6 a weight and half the attention; pruning by the live share of every one of its steps."""
     run = read_run(make_run(tmp_path / "mine"))
     config = load_config(tmp_path / "mine" / "config.yaml")
     source = resolve_shape(config.source.shape, None)
     target = resolve_shape(config.target, source)
-    live = np.mean([record["live_flops"] for record in run.stage("prune").records["mask"]])
+    live = np.mean(1 - 0.59 * np.minimum(1, np.arange(1, 41) / 8))
     prune, pretrain = costs(run)
-    assert prune.live == pytest.approx(live) and 0.3 < live < 0.6
+    assert prune.live == pytest.approx(live) and 0.4 < live < 0.5
     assert prune.flops == pytest.approx(1e6 * source.flops_per_token(4096) * live)
     assert prune.source_flops == 1e6 * source.flops_per_token(4096)
     assert pretrain.flops == 3e6 * target.flops_per_token(4096)
@@ -196,12 +196,23 @@ def test_taught_steps_between_and_beyond_records() -> None:
     assert taught_steps(Stage("pretrain", {"train": [{"step": 7}]}), np.array([3])).tolist() == [3]
 
 
-def test_live_steps_between_and_beyond_records() -> None:
-    records = [{"step": step, "live_flops": share} for step, share in ((10, 1.0), (20, 0.5), (30, None))]
-    stage = Stage("prune", {"mask": records})
-    found = live_steps(stage, np.array([0, 5, 10, 15, 20, 30, 40]))
-    assert found.tolist() == [0, 5, 10, 12.5, 15, 25, 35]  # nothing measured: counted whole
+def test_live_steps_are_those_recorded_between_and_beyond_records() -> None:
+    pairs = ((10, 0.5, 9.0), (20, 0.5, 14.0))
+    stage = Stage("prune", {"mask": [{"step": n, "live_flops": one, "live_steps": all_} for n, one, all_ in pairs]})
+    assert live_steps(stage, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 4.5, 9, 11.5, 14, 19]
+    unmeasured = [{"step": 10, "live_flops": None, "live_steps": None}]
+    assert live_steps(Stage("prune", {"mask": unmeasured}), np.array([4, 10, 12])).tolist() == [4, 10, 12]
     assert live_steps(Stage("prune", {}), np.array([7])).tolist() == [7]
+
+
+def test_live_steps_of_older_records_are_the_area_under_their_shares() -> None:
+    """A record's share is that of its own step: masks that close evenly from 1 to 0.5 needed 0.75 on the way."""
+    stage = Stage("prune", {"mask": [{"step": step, "live_flops": 0.5} for step in (10, 20)]})
+    assert live_steps(stage, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 3.75, 7.5, 10, 12.5, 17.5]
+    stage.records["mask"].append({"step": 30, "live_flops": None})  # not measured: counted whole
+    assert live_steps(stage, np.array([30, 40])).tolist() == [20, 30]
+    stage.records["mask"].append({"step": 40, "live_flops": 0.5, "live_steps": 25.0})  # the run went on with newer code
+    assert live_steps(stage, np.array([20, 40, 50])).tolist() == [12.5, 25, 30]
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
