@@ -2,7 +2,7 @@
 
 Key properties: the file stands alone (pictures inside, no script, no link) and prints; it is written whole or not at
 all; a run that goes on, that only pre-trains, or that has no masks has a shorter report. Read next: `record.py` (what
-is read), `cost.py` (FLOPs), `compare.py` (two runs), `html.py` (the page).
+is read), `kept.py` (what was kept), `cost.py` (FLOPs), `compare.py` (two runs), `html.py` (the page).
 """
 
 import math
@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 from megashear.errors import DataError
 from megashear.files.atomic import write_text
@@ -18,7 +17,7 @@ from megashear.plot.compare import comparison
 from megashear.plot.cost import costs, trained_tokens
 from megashear.plot.html import Html, bullets, page, paragraph, picture, section, table
 from megashear.plot.importance import importance_picture
-from megashear.plot.masks import draw_maps
+from megashear.plot.kept import kept
 from megashear.plot.record import RunRecord, read_run
 from megashear.plot.run import draw_pictures
 from megashear.plot.style import STYLE
@@ -111,56 +110,6 @@ def losses(run: RunRecord) -> list[Html]:
     header = ["domain", *(text for name in columns for text in (name, "perplexity"))]
     caption = "Nats per token with the standard error of the evaluation, and perplexity, on held-out text."
     return [section("Held-out losses", [table(header, rows, caption)])]
-
-
-def kept(run: RunRecord) -> list[Html]:
-    """What pruning kept: units by granularity, and by layer."""
-    parts, rows = [], []
-    pruned = run.done.get("prune", {})
-    if pruned.get("method") == "one_shot":
-        criteria = ", ".join(f"{name} by {criterion}" for name, criterion in pruned["criteria"].items())
-        parts.append(paragraph(f"Chosen at once: {criteria}; nothing was trained before the cut."))
-    if pruned.get("principal"):
-        parts.append(paragraph("Hidden units are principal directions of the source's residual stream."))
-    if pruned.get("refit"):
-        parts.append(paragraph("Output matrices of what was kept were fitted to the source by least squares."))
-    if pruned.get("undecided"):
-        parts.append(paragraph(f"Open when masks settled: {'; '.join(pruned['undecided'])}."))
-    near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
-    for name in dict.fromkeys([*run.masks, *near]):
-        mask, cut = run.masks.get(name), near.get(name)
-        shown = ["-"] if mask is None else [f"{np.count_nonzero(mask):,} of {mask.size:,}"]
-        shown += ["-"] * 3 if cut is None else [f"{cut['kept']:,}", f"{cut['below_half']:,}", f"{cut['worst']:.3f}"]
-        rows.append([str(name), *shown])
-    if rows:
-        caption = (
-            "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation, over all layers. "
-            "Borderline: units that the cut keeps although their mask is below one half; lowest: the least mask among "
-            "the kept. A group is the query heads that share a key/value head."
-        )
-        header = ["granularity", "open", "kept by the cut", "borderline", "lowest"]
-        parts.append(table(header, rows, caption))
-    grids: dict[str, np.ndarray] = {name: run.masks[name] for name in ("head", "intermediate") if name in run.masks}
-    if grids or "layer" in run.masks:
-        parts.append(by_layer(run, grids))
-    figure = draw_maps(run.masks)
-    if figure is not None:
-        caption = "Layers by heads and layers by intermediate units, at the cut or at the last evaluation before."
-        parts.append(picture(figure, caption))
-    return [section("What was kept", parts)] if parts else []
-
-
-def by_layer(run: RunRecord, grids: dict[str, np.ndarray]) -> Html:
-    """Open units of every layer."""
-    layer = run.masks.get("layer")
-    number = len(layer) if layer is not None else len(next(iter(grids.values())))
-    header = ["layer", *(["mask of the layer"] if layer is not None else []), *(f"open, {name}" for name in grids)]
-    rows = []
-    for row in range(number):
-        cells = [f"{layer[row]:.3f}" if layer[row] else "pruned"] if layer is not None else []
-        cells += [f"{np.count_nonzero(mask[row]):,} of {mask.shape[1]:,}" for mask in grids.values()]
-        rows.append([str(row), *cells])
-    return table(header, rows, "Open units of each layer, at the cut or at the last evaluation before.")
 
 
 def cost(run: RunRecord) -> list[Html]:
