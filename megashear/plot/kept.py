@@ -12,7 +12,7 @@ from megashear.plot.record import RunRecord
 
 def kept(run: RunRecord) -> list[Html]:
     """What pruning kept: units by granularity, and by layer."""
-    parts, rows = [], []
+    parts: list[Html] = []
     pruned = run.done.get("prune", {})
     if pruned.get("method") == "one_shot":
         criteria = ", ".join(f"{name} by {criterion}" for name, criterion in pruned["criteria"].items())
@@ -23,17 +23,12 @@ def kept(run: RunRecord) -> list[Html]:
         parts.append(paragraph("Output matrices of what was kept were fitted to the source by least squares."))
     if pruned.get("undecided"):
         parts.append(paragraph(f"Open when masks settled: {'; '.join(pruned['undecided'])}."))
-    near = {one.get("granularity"): one for one in run.done.get("finalize", {}).get("borderline", [])}
-    for name in dict.fromkeys([*run.masks, *near]):
-        mask, cut = run.masks.get(name), near.get(name)
-        shown = ["-"] if mask is None else [f"{np.count_nonzero(mask):,} of {mask.size:,}"]
-        shown += ["-"] * 3 if cut is None else [f"{cut['kept']:,}", f"{cut['below_half']:,}", f"{cut['worst']:.3f}"]
-        rows.append([str(name), *shown])
-    if rows:
+    if rows := granularities(run):
         caption = (
-            "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation, over all layers. "
-            "Borderline: units that the cut keeps although their mask is below one half; lowest: the least mask among "
-            "the kept. A group is the query heads that share a key/value head."
+            "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation; what stands in a "
+            "layer that goes is not open. Borderline: units that the cut keeps in their row although their mask is "
+            "below one half; lowest: the least mask among the kept; these two, and what older runs recorded as kept, "
+            "over all layers of the source. A group is the query heads that share a key/value head."
         )
         header = ["granularity", "open", "kept by the cut", "borderline", "lowest"]
         parts.append(table(header, rows, caption))
@@ -47,14 +42,30 @@ def kept(run: RunRecord) -> list[Html]:
     return [section("What was kept", parts)] if parts else []
 
 
+def granularities(run: RunRecord) -> list[list[str]]:
+    """A row for each granularity that has masks or was cut: open, kept, borderline, lowest."""
+    finalized = run.done.get("finalize", {})
+    near = {one.get("granularity"): one for one in finalized.get("borderline", [])}
+    cut = finalized.get("kept") or {name: one["kept"] for name, one in near.items()}
+    rows = []
+    for name in dict.fromkeys([*run.masks, *cut, *near]):
+        mask, sure = run.masks.get(name), near.get(name)
+        shown = ["-"] if mask is None else [f"{np.count_nonzero(mask):,} of {mask.size:,}"]
+        shown.append(f"{cut[name]:,}" if name in cut else "-")
+        shown += ["-", "-"] if sure is None else [f"{sure['below_half']:,}", f"{sure['worst']:.3f}"]
+        rows.append([str(name), *shown])
+    return rows
+
+
 def by_layer(run: RunRecord, grids: dict[str, np.ndarray]) -> Html:
-    """Open units of every layer."""
+    """Open units of every layer; blanks where the layer itself goes."""
     layer = run.masks.get("layer")
     number = len(layer) if layer is not None else len(next(iter(grids.values())))
     header = ["layer", *(["mask of the layer"] if layer is not None else []), *(f"open, {name}" for name in grids)]
     rows = []
     for row in range(number):
-        cells = [f"{layer[row]:.3f}" if layer[row] else "pruned"] if layer is not None else []
-        cells += [f"{np.count_nonzero(mask[row]):,} of {mask.shape[1]:,}" for mask in grids.values()]
+        gone = layer is not None and not layer[row]
+        cells = [] if layer is None else ["pruned" if gone else f"{layer[row]:.3f}"]
+        cells += ["-" if gone else f"{np.count_nonzero(mask[row]):,} of {mask.shape[1]:,}" for mask in grids.values()]
         rows.append([str(row), *cells])
     return table(header, rows, "Open units of each layer, at the cut or at the last evaluation before.")

@@ -20,6 +20,17 @@ COLUMNS = 1000  # of a map, at most: more than that are not told apart
 PANELS = {"layer": (0.28, 0.8), "head": (3.3, 0.5), "intermediate": (2.0, 0.85), "hidden": (2.3, 0.3)}  # width, gap
 
 
+def within_layers(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same masks, those of a layer's units ([L, ...]) 0 where the layer's own is: they leave with their layer.
+
+    Raises ValueError where there are other than L rows.
+    """
+    if "layer" not in masks:
+        return dict(masks)
+    stays = masks["layer"] != 0
+    return {name: mask if mask.ndim == 1 else (mask.T * stays).T for name, mask in masks.items()}
+
+
 def draw_masks(masks: Mapping[str, np.ndarray]) -> Figure | None:
     """masks: deterministic masks, 0 to 1: hidden [d], head [L, H], intermediate [L, I], layer [L], any of them absent.
 

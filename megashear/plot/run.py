@@ -17,7 +17,7 @@ from megashear.errors import DataError
 from megashear.plot.epochs import draw_epochs
 from megashear.plot.importance import importance_picture
 from megashear.plot.losses import draw_losses
-from megashear.plot.masks import draw_masks
+from megashear.plot.masks import draw_masks, within_layers
 from megashear.plot.series import Stage, stages_of
 from megashear.plot.sparsity import draw_multipliers, draw_sparsity
 from megashear.plot.speed import draw_speed
@@ -38,12 +38,15 @@ PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
 
 
 def read_masks(path: Path) -> dict[str, np.ndarray]:
-    """Masks by granularity; none where the file is absent. Raises DataError where it is damaged."""
+    """Masks by granularity, as they act: 0 for every unit of a layer that is 0; none where the file is absent.
+
+    Raises DataError where it is damaged.
+    """
     if not path.exists():
         return {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return within_layers({name: arrays[name] for name in arrays.files})
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not a file of masks ({error}); remove it to draw the rest") from None
 

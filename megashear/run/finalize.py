@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megashear.checkpoint.store import newest_valid, read_masks, step_folder
+from megashear.config.shape import ModelShape
 from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError, ModelError
 from megashear.files.atomic import atomic_folder
@@ -56,6 +57,7 @@ def run_finalize(context: Context) -> None:
         "name": "finalize",
         "logit_difference": proof.difference,
         "exact_difference": proof.exact,
+        "kept": kept_units(cut.keep, context.source_shape),
         "borderline": [vars(one) for one in cut.borderline],
         **loss_record(summarise(losses)),
     }
@@ -65,6 +67,18 @@ def run_finalize(context: Context) -> None:
         print(report(record), flush=True)
     context.finish("finalize", record)
     drop_sources(context)
+
+
+def kept_units(keep: KeepSets, source: ModelShape) -> dict[str, int]:
+    """Units of the pruned model by granularity, over its layers; `query` only where groups have several query heads.
+
+    What a row of a dropped layer, or a query of a dropped group, would have kept is not counted.
+    """
+    layers = keep.layer.numel()
+    kept = {"hidden": keep.hidden.numel(), "layer": layers, "group": layers * keep.group.shape[1]}
+    if source.queries_per_group > 1:
+        kept["query"] = layers * keep.head.shape[1]
+    return kept | {"head": layers * keep.head.shape[1], "intermediate": layers * keep.intermediate.shape[1]}
 
 
 def drop_sources(context: Context) -> None:

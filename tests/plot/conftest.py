@@ -1,10 +1,15 @@
-"""A generator of records such as a run of the published recipe leaves: losses, weights, masks, noise and all."""
+"""A generator of records such as a run of the published recipe leaves: losses, weights, masks, noise and all; whole run
+folders of them, and what a report on one shows.
+"""
 
+import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megashear.config.load import load_config, save_config
 from megashear.train.metrics import Metrics
 
 DOMAINS = ("CommonCrawl", "GitHub", "Book", "StackExchange", "Wikipedia", "ArXiv", "C4")
@@ -12,6 +17,13 @@ REFERENCE = np.array([1.8712, 0.6883, 2.0325, 1.5353, 1.6297, 1.3560, 2.0328])
 PRUNE_WEIGHTS = np.array([0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15])
 PRETRAIN_WEIGHTS = np.array([0.2192, 0.0002, 0.0791, 0.0064, 0.0096, 0.001, 0.6845])
 TARGETS = {"hidden": 0.375, "head": 0.375, "intermediate": 0.372, "layer": 0.25}
+KEYS = [
+    "source.shape.preset=llama2-7b",
+    "target.preset=sheared-1.3b",
+    "data.folder=data",
+    "data.sequence_length=4096",
+    "run.stages=[prune,finalize,pretrain]",
+]
 
 
 class SyntheticRun:
@@ -109,6 +121,60 @@ class SyntheticRun:
         self.masks()
         self.stage("pretrain", steps=48_000, batch=256, interval=400, log=100)
         self.metrics.close()
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.cells: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.cells.append(data)
+
+
+def stage_done(folder: Path, stage: str, names: tuple[str, ...], loss: float, **more: object) -> None:
+    """The record of a finished stage; losses rise by 0.1 from domain to domain."""
+    losses = {name: loss + 0.1 * number for number, name in enumerate(names)}
+    (folder / stage).mkdir(parents=True, exist_ok=True)
+    record = {"name": stage, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
+    (folder / stage / "done.json").write_text(json.dumps(record))
+
+
+def make_run(folder: Path, keys=(), names=DOMAINS, finished: bool = True, final: float = 1.8) -> Path:
+    """A run of both stages, as `megashear run` leaves it; unfinished: while it prunes."""
+    folder.mkdir()
+    save_config(load_config(None, [*KEYS, f"run.folder={folder}", *keys]), folder / "config.yaml")
+    (folder / "identity.json").write_text("{}")
+    (folder / "source_losses.json").write_text(json.dumps({name: [1.5, 0.01] for name in names}))
+    run = SyntheticRun(folder)
+    run.domains = names
+    run.stage("prune", steps=40, batch=8, interval=20, log=10)
+    run.masks(layers=4, heads=8, intermediate=64, hidden=32)
+    if finished:
+        run.stage("pretrain", steps=40, batch=8, interval=20, log=10)
+        near = [{"granularity": "head", "kept": 20, "below_half": 3, "worst": 0.125}]
+        times = {"seconds": 7200.0, "evaluation_seconds": 1800.0}
+        stage_done(folder, "prune", names, 2.5, tokens=1_000_000, **times)
+        kept = {"hidden": 20, "layer": 3, "group": 15, "head": 15, "intermediate": 120}
+        stage_done(folder, "finalize", names, 2.4, kept=kept, borderline=near)
+        stage_done(folder, "pretrain", names, final, tokens=3_000_000, **times)
+    run.metrics.close()
+    return folder
+
+
+@pytest.fixture
+def small_pictures(monkeypatch):
+    """Pictures of few pixels: what is in them is tested by test_run.py and test_pictures.py."""
+    monkeypatch.setattr("megashear.plot.html.DPI", 30)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from plot.conftest import DOMAINS, TARGETS
 
 from megashear.plot.losses import draw_losses
-from megashear.plot.masks import draw_masks
+from megashear.plot.masks import draw_maps, draw_masks
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
 from megashear.plot.sparsity import draw_multipliers, draw_sparsity
@@ -90,6 +90,19 @@ def test_masks_show_every_cell_and_their_counts(published_run: Path) -> None:
     assert hidden.get_title(loc="left") == "hidden: 320\nof 512 kept"
     heads_alone = draw_masks({"head": masks["head"]})
     assert heads_alone is not None and len(heads_alone.axes) == 1
+
+
+def test_units_of_a_dropped_layer_are_drawn_as_dropped(tmp_path: Path) -> None:
+    ones = np.ones((2, 3), dtype=np.float32)
+    np.savez(tmp_path / "masks.npz", layer=np.array([0.25, 0.0], dtype=np.float32), head=ones, intermediate=ones)
+    masks = read_masks(tmp_path / "masks.npz")
+    figure, maps = draw_masks(masks), draw_maps(masks)
+    assert figure is not None and maps is not None
+    _, head, intermediate = figure.axes
+    assert head.get_title(loc="left") == "head: 3\nof 6 kept"
+    assert [bar.get_width() for bar in intermediate.patches] == [1, 0]
+    for axes in (head, *maps.axes):
+        np.testing.assert_array_equal(axes.images[0].get_array(), [[1, 1, 1], [0, 0, 0]])
 
 
 def test_nothing_recorded_no_picture() -> None:

@@ -3,13 +3,12 @@
 import base64
 import json
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from plot.conftest import DOMAINS, SyntheticRun
+from plot.conftest import DOMAINS, Page, make_run
 
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
@@ -23,66 +22,7 @@ from megashear.plot.series import Stage
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.sequences import save_sequences
 
-KEYS = [
-    "source.shape.preset=llama2-7b",
-    "target.preset=sheared-1.3b",
-    "data.folder=data",
-    "data.sequence_length=4096",
-    "run.stages=[prune,finalize,pretrain]",
-]
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    """Pictures of few pixels: what is in them is tested by test_run.py and test_pictures.py."""
-    monkeypatch.setattr("megashear.plot.html.DPI", 30)
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.cells: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.cells.append(data)
-
-
-def stage_done(folder: Path, stage: str, names: tuple[str, ...], loss: float, **more: object) -> None:
-    """The record of a finished stage; losses rise by 0.1 from domain to domain."""
-    losses = {name: loss + 0.1 * number for number, name in enumerate(names)}
-    (folder / stage).mkdir(parents=True, exist_ok=True)
-    record = {"name": stage, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
-    (folder / stage / "done.json").write_text(json.dumps(record))
-
-
-def make_run(folder: Path, keys=(), names=DOMAINS, finished: bool = True, final: float = 1.8) -> Path:
-    """A run of both stages, as `megashear run` leaves it; unfinished: while it prunes."""
-    folder.mkdir()
-    save_config(load_config(None, [*KEYS, f"run.folder={folder}", *keys]), folder / "config.yaml")
-    (folder / "identity.json").write_text("{}")
-    (folder / "source_losses.json").write_text(json.dumps({name: [1.5, 0.01] for name in names}))
-    run = SyntheticRun(folder)
-    run.domains = names
-    run.stage("prune", steps=40, batch=8, interval=20, log=10)
-    run.masks(layers=4, heads=8, intermediate=64, hidden=32)
-    if finished:
-        run.stage("pretrain", steps=40, batch=8, interval=20, log=10)
-        near = [{"granularity": "head", "kept": 20, "below_half": 3, "worst": 0.125}]
-        times = {"seconds": 7200.0, "evaluation_seconds": 1800.0}
-        stage_done(folder, "prune", names, 2.5, tokens=1_000_000, **times)
-        stage_done(folder, "finalize", names, 2.4, borderline=near)
-        stage_done(folder, "pretrain", names, final, tokens=3_000_000, **times)
-    run.metrics.close()
-    return folder
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -100,7 +40,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         *("1.8000 +- 0.0100", f"{math.exp(1.8):.2f}"),
     ]
     at = page.cells.index("head")
-    assert page.cells[at + 1 : at + 5] == ["20 of 32", "20", "3", "0.125"]
+    assert page.cells[at + 1 : at + 5] == ["15 of 32", "15", "3", "0.125"]
     assert page.cells[page.cells.index("1.00 M") + 5 :][:2] == ["2:00", "25.0%"]
     pictures = [value for name, value in page.attributes if name == "src"]
     assert len(pictures) == 9  # those of `megashear plot`, and the maps
@@ -231,24 +171,6 @@ def test_pretraining_alone_and_no_metrics_yet(tmp_path: Path) -> None:
     page = Page(write_report(run))
     assert "A model of 1.35 B parameters, trained in its own shape." in page.cells
     assert "Pictures" not in page.cells and "The stage pretrain has not finished." in page.cells
-
-
-def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "mine", ["prune.method=one_shot", "prune.importance.criterion=fisher"], finished=False)
-    for name in ("metrics.jsonl", "masks.npz"):
-        (run / name).unlink()
-    criteria = {"head": "fisher", "layer": "block_influence"}
-    spent = {"calibration_tokens": 65_536, "calibration_flops": 1.5e12, "evaluation_seconds": 30.0}
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, **spent)
-    cells = Page(write_report(run)).cells
-    said = "Chosen at once: head by fisher, layer by block_influence; nothing was trained before the cut."
-    assert said in cells and not any("principal" in cell for cell in cells)
-    at = cells.index("calibration")
-    assert cells[at : at + 6] == ["calibration", "65.5 k", "-", "1.5e+12", "-", "-"]
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True, refit=16)
-    cells = Page(write_report(run)).cells
-    assert "Hidden units are principal directions of the source's residual stream." in cells
-    assert "Output matrices of what was kept were fitted to the source by least squares." in cells
 
 
 def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from megashear.train.signals import StopRequest
 from megashear.weights.folder import ModelFolder
 from run_stages.tiny import Tiny, finish, job, run, run_jobs, without_pictures
 
+KEPT = {"hidden": 24, "layer": 2, "group": 2, "query": 4, "head": 4, "intermediate": 64}
+"""Units of the tiny target, over its layers."""
+
 
 def one_shot(tiny: Tiny, folder: Path, criterion: str = "taylor_mask", *overrides: str) -> Config:
     """A run of `prune` and `finalize` alone, whose cut is all that it does to the weights."""
@@ -70,8 +73,14 @@ def test_units_of_the_highest_scores_are_cut_out_of_the_source(
     done = record(tmp_path / "run", "prune")
     assert (done["tokens"], done["calibration_tokens"]) == (0, 0 if criterion == "magnitude" else 2 * 8 * 32)
     assert (done["calibration_flops"] > 0) == (criterion != "magnitude")
-    assert record(tmp_path / "run", "finalize")["logit_difference"] <= 1e-5
+    finalized = record(tmp_path / "run", "finalize")
+    assert finalized["logit_difference"] <= 1e-5
+    assert finalized["kept"] == KEPT
     assert sum(scores.samples.values()) == (0 if criterion == "magnitude" else 16)
+
+
+def test_what_the_cut_kept_is_recorded_after_learned_masks_as_well(unbroken_folder: Path) -> None:
+    assert record(unbroken_folder, "finalize")["kept"] == KEPT
 
 
 def test_a_run_goes_on_to_pretraining_with_the_source_s_losses(tiny: Tiny, tmp_path: Path) -> None:
