@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megashear.config.shape import ModelShape
 from megashear.plot.record import RunRecord
 from megashear.plot.series import Stage
 
@@ -59,14 +60,13 @@ def costs(run: RunRecord) -> list[StageCost]:
         seconds, evaluating = (
             float(done.get(key, values[-1] if len(values) else math.nan)) for key, values in recorded.items()
         )
-        source = run.source.flops_per_token(_length(run)) if run.source is not None else math.nan
         found.append(
             StageCost(
                 name,
                 tokens,
                 tokens * dense * live,
                 tokens * dense * teacher_share(run, name) * float(taught_steps(stage, steps)[0] / steps[0]),
-                tokens * source,
+                tokens * _per_token(run, run.source),
                 live if measured else math.nan,
                 seconds,
                 evaluating,
@@ -75,14 +75,15 @@ def costs(run: RunRecord) -> list[StageCost]:
     return found
 
 
-def _length(run: RunRecord) -> int:
-    return run.config.data.sequence_length if run.config is not None else 0
-
-
 def flops_per_token(run: RunRecord, stage: str) -> float:
     """Training FLOPs per token of the whole model of a stage; NaN where its shape or the run file is not known."""
-    shape = run.source if stage == "prune" else run.target
-    return math.nan if shape is None or run.config is None else float(shape.flops_per_token(_length(run)))
+    return _per_token(run, run.source if stage == "prune" else run.target)
+
+
+def _per_token(run: RunRecord, shape: ModelShape | None) -> float:
+    if shape is None or run.config is None:
+        return math.nan
+    return float(shape.flops_per_token(run.config.data.sequence_length))
 
 
 def teacher_share(run: RunRecord, stage: str) -> float:

@@ -1,7 +1,8 @@
 """What a run folder tells, for a report: config, shapes, finished stages, losses, metrics, masks.
 
 Key properties: reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
-source is still there; what is missing is said, what is damaged is one DataError. Read next: `cost.py`, `report.py`.
+source is still there; what is missing is said, what is damaged is one DataError. Read next: `shapes.py`, `cost.py`,
+`report.py`.
 """
 
 import json
@@ -12,17 +13,16 @@ from typing import Any
 import numpy as np
 
 from megashear.config.load import load_config
-from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
 from megashear.config.stages import DONE, known_stages
-from megashear.errors import ConfigError, DataError, MegashearError
+from megashear.errors import ConfigError, DataError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
+from megashear.plot.shapes import shapes
 from megashear.train.losses import Losses, from_json, number
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 from megashear.train.sequences import DomainSequences, read_sequences
-from megashear.weights.hf_config import read_config, shape_of_config
 
 CONFIG, IDENTITY, SOURCE_LOSSES = "config.yaml", "identity.json", "source_losses.json"
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
@@ -32,16 +32,17 @@ COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage'
 class RunRecord:
     """What a run folder holds.
 
-    config: its `run.stages` with those done before, None where the run file cannot be read any more; source, target:
-    None where not known; done: records of the finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it
-    of the last evaluation while pruning; losses: by model (source, masked until it is cut, pruned, final, or the last
-    evaluation of a stage that goes on), {domain: (nats per token, standard error)}; sequences: of the last of these
-    models, by domain the losses that they are the means of, where they are recorded; missing: what the run has not, in
-    sentences.
+    config: its `run.stages` with those done before, None where the run file cannot be read any more; sheared: whether
+    the run prunes or has pruned; source, target: the shapes that it begins and ends with, None where not known; done:
+    records of the finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation
+    while pruning; losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a stage
+    that goes on), {domain: (nats per token, standard error)}; sequences: of the last of these models, by domain the
+    losses that they are the means of, where they are recorded; missing: what the run has not, in sentences.
     """
 
     folder: Path
     config: Config | None
+    sheared: bool
     source: ModelShape | None
     target: ModelShape | None
     done: dict[str, dict[str, Any]]
@@ -83,11 +84,13 @@ def read_run(folder: Path) -> RunRecord:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: a record that is not one of a run ({error!r}); restore the file") from None
     missing += [f"The stage {name} has not finished." for name in names if name not in done]
-    source, target = _shapes(folder, config)
+    named = {*(config.run.stages if config is not None else ()), *done, *(stage.name for stage in stages)}
+    sheared = not named.isdisjoint(("prune", "finalize"))
+    source, target = shapes(folder, config, sheared)
     if source is None:
         missing.append("The source's shape is not known here, so FLOPs are not counted.")
     masks, sequences = read_masks(folder / MASKS_NAME), _sequences(folder, names, losses)
-    return RunRecord(folder, config, source, target, done, stages, masks, losses, sequences, missing)
+    return RunRecord(folder, config, sheared, source, target, done, stages, masks, losses, sequences, missing)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -108,34 +111,6 @@ def _config(path: Path, missing: list[str]) -> Config | None:
         return load_config(path)
     except (ConfigError, OSError) as error:
         missing.append(f"The run file cannot be read: {str(error).splitlines()[0]}")
-        return None
-
-
-def _shapes(folder: Path, config: Config | None) -> tuple[ModelShape | None, ModelShape | None]:
-    """The shapes that the run began with and ends with; None where no folder or key tells."""
-    source = _shape(folder / "masked")
-    if source is None and config is not None:
-        if config.source.folder is not None:
-            source = _shape(Path(config.source.folder))
-        else:
-            source = _resolved(config.source.shape, None)
-    target = _shape(folder / "final") or _shape(folder / "pruned")
-    if target is None and config is not None and source is not None:
-        target = _resolved(config.target, source) if "prune" in config.run.stages else source
-    return source or (target if config is not None and "prune" not in config.run.stages else None), target
-
-
-def _shape(folder: Path) -> ModelShape | None:
-    try:
-        return shape_of_config(read_config(folder), folder)
-    except MegashearError:
-        return None
-
-
-def _resolved(section: Any, source: ModelShape | None) -> ModelShape | None:
-    try:
-        return resolve_shape(section, source)
-    except MegashearError:
         return None
 
 

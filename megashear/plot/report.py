@@ -75,14 +75,15 @@ def headline(run: RunRecord) -> Html:
     if run.target is None:
         return paragraph("The shape of this run's model is not known.")
     size = count(run.target.parameters())
-    sheared = run.source is not None and run.source.parameters() != run.target.parameters()
-    if sheared:
-        assert run.source is not None
+    shapes = {"source": run.source, "target": run.target} if run.sheared else {"model": run.target}
+    shapes = {name: shape for name, shape in shapes.items() if shape is not None}
+    if not run.sheared:
+        said = f"A model of {size} parameters, trained in its own shape."
+    elif run.source is None:
+        said = f"A model of {size} parameters, sheared from a source whose shape is not known here."
+    else:
         share = run.target.parameters() / run.source.parameters()
         said = f"{count(run.source.parameters())} parameters sheared to {size} ({share:.1%})."
-    else:
-        said = f"A model of {size} parameters, trained in its own shape."
-    shapes = {"source": run.source, "target": run.target} if sheared else {"model": run.target}
     fields = {
         "hidden size": "hidden_size",
         "layers": "num_layers",
@@ -92,7 +93,7 @@ def headline(run: RunRecord) -> Html:
         "vocabulary": "vocab_size",
     }
     rows = [[name, *(f"{getattr(shape, key):,}" for shape in shapes.values())] for name, key in fields.items()]
-    rows.append(["parameters", *(f"{shape.parameters():,}" for shape in shapes.values() if shape is not None)])
+    rows.append(["parameters", *(f"{shape.parameters():,}" for shape in shapes.values())])
     return Html(paragraph(said) + table(["", *shapes], rows))
 
 
