@@ -16,7 +16,7 @@ from megashear.plot.series import names_in
 from megashear.plot.style import PALETTE, markers, new_figure, panel
 from megashear.train.losses import mean_of
 from megashear.train.sequences import DomainSequences, other_text, paired_difference
-from megashear.train.tables import count, loss_cells
+from megashear.train.tables import count, loss_cells, with_error
 
 
 def names_of(first: RunRecord, second: RunRecord) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def difference_row(
 ) -> list[str]:
     """One line of the table: both losses, and the difference that was found, each with its standard error."""
     difference, error = found
-    shown = f"{difference:+.4f} +- {error:.4f}" if math.isfinite(difference) else "-"
+    shown = with_error(difference, error, sign="+") if math.isfinite(difference) else "-"
     if not math.isfinite(error) or not math.isfinite(difference):
         beyond = "not known"
     elif abs(difference) <= 2 * error:

@@ -140,7 +140,13 @@ def loss_cells(loss: tuple[float, float] | None) -> list[str]:
     if loss is None or not math.isfinite(loss[0]):
         return ["-", "-"]
     perplexity = math.exp(min(loss[0], 700.0))
-    return [f"{loss[0]:.4f} +- {loss[1]:.4f}", f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}"]
+    return [with_error(*loss), f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}"]
+
+
+def with_error(value: float, error: float, sign: str = "-") -> str:
+    """A number and its standard error; alone where no error is known, as of a single sequence. sign: `+` shows both."""
+    shown = f"{value:{sign}.4f}"
+    return f"{shown} +- {error:.4f}" if math.isfinite(error) else shown
 
 
 def outcome_table(

@@ -221,6 +221,12 @@ def test_beyond_two_standard_errors_of_the_difference(mine, other, said) -> None
     assert difference_row("web", mine, other, difference_of(mine, other, None, None))[-1] == said
 
 
+def test_a_difference_without_an_error_stands_alone() -> None:
+    mine, other = (2.0, math.nan), (1.9, math.nan)
+    row = difference_row("web", mine, other, difference_of(mine, other, None, None))
+    assert row == ["web", "2.0000", "1.9000", "-0.1000", "not known"]
+
+
 def test_two_runs_over_the_same_sequences_are_compared_by_pairs(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "mine"), make_run(tmp_path / "yours", final=1.7)
     noise_N = np.array([-1.0, 1.0, -0.5, 0.5])

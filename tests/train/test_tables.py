@@ -96,6 +96,13 @@ def test_losses_perplexity_and_their_mean() -> None:
     assert cells(tables.loss_table({"final": final}), "code") == ["-", "-"]
 
 
+def test_a_loss_of_a_single_sequence_stands_without_an_error() -> None:
+    text = tables.loss_table({"final": {"web": (1.752, math.nan), "code": (0.6216, 0.003)}})
+    assert cells(text, "web") == ["1.7520", "5.77"] and cells(text, "mean of 2") == ["1.1868", "3.28"]
+    assert cells(text, "code") == ["0.6216", "+-", "0.0030", "1.86"]
+    assert tables.with_error(0.5, math.nan, sign="+") == "+0.5000"
+
+
 def test_outcome() -> None:
     text = tables.outcome_table(
         {"source": 10, "target": 5000}, {"prune": 419430400}, {"prune": 3600, "pretrain": 11220}, {"prune": 180}
