@@ -14,7 +14,7 @@ from megashear.plot.html import Html, paragraph, picture, section, table
 from megashear.plot.record import RunRecord
 from megashear.plot.series import names_in
 from megashear.plot.style import PALETTE, markers, new_figure, panel
-from megashear.train.losses import mean_of
+from megashear.train.losses import Losses, mean_of
 from megashear.train.sequences import DomainSequences, other_text, paired_difference
 from megashear.train.tables import count, loss_cells, with_error
 
@@ -42,25 +42,35 @@ def comparison(first: RunRecord, second: RunRecord) -> Html:
 
 
 def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) -> Html:
-    """Losses of both by domain, second minus first, and whether that is more than two standard errors of it."""
+    """Losses of both by domain, second minus first, and whether that is more than two standard errors of it; sentences
+    on the domains of one run alone, and on other sequences.
+    """
     (column, mine), (other_column, other) = (list(run.losses.items())[-1] for run in (first, second))
+    said = [alone(names[0], mine, other), alone(names[1], other, mine)]
     shared = [domain for domain in mine if domain in other]
+    if not shared:
+        return Html("".join([*said, paragraph("The runs share no evaluated domain: their losses are not compared.")]))
     both = {domain: (first.sequences.get(domain), second.sequences.get(domain)) for domain in shared}
+    if others := [name for name, pair in both.items() if other_text(*pair)]:
+        warning = (
+            f"The runs were evaluated on other sequences ({', '.join(others)}): another number or length of them, "
+            "other text, or another tokenizer; with that, losses per token are not of one kind."
+        )
+        said.append(paragraph(warning))
     differences = {domain: difference_of(mine[domain], other[domain], *both[domain]) for domain in shared}
     rows = [difference_row(domain, mine[domain], other[domain], differences[domain]) for domain in shared]
     if len(shared) > 1:
         means = (mean_of([values[domain] for domain in shared]) for values in (mine, other, differences))
         rows.append(difference_row(f"mean of {len(shared)}", *means))
     header = ["domain", *(f"{n} ({c})" for n, c in zip(names, (column, other_column), strict=True))]
-    said = table([*header, "difference", "beyond 2 standard errors"], rows, caption_of(list(both.values())))
-    others = [name for name, pair in both.items() if other_text(*pair)]
-    if not others:
-        return said
-    warning = (
-        f"The runs were evaluated on other sequences ({', '.join(others)}): another number or length of them, other "
-        "text, or another tokenizer; with that, losses per token are not of one kind."
-    )
-    return Html(paragraph(warning) + said)
+    header += ["difference", "beyond 2 standard errors"]
+    return Html("".join([*said, table(header, rows, caption_of(list(both.values())))]))
+
+
+def alone(name: str, losses: Losses, other: Losses) -> Html:
+    """A sentence on the domains that one run was evaluated on and the other was not; nothing where there is none."""
+    left = [domain for domain in losses if domain not in other]
+    return paragraph(f"Only {name} was evaluated on {', '.join(left)}.") if left else Html("")
 
 
 def caption_of(both: list[tuple[DomainSequences | None, DomainSequences | None]]) -> str:

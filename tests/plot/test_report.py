@@ -206,6 +206,20 @@ def test_two_runs(tmp_path: Path) -> None:
     assert len([value for name, value in page.attributes if name == "src"]) == 10
 
 
+def test_domains_of_one_of_two_runs_are_named(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "mine")
+    second = make_run(tmp_path / "yours", names=(*DOMAINS[:2], *"vwxyz"))
+    cells = Page(write_report(first, second)).cells
+    assert f"Only mine was evaluated on {', '.join(DOMAINS[2:])}." in cells
+    assert "Only yours was evaluated on v, w, x, y, z." in cells
+    start = cells.index("mine (final)")
+    assert "mean of 2" in cells[start:] and DOMAINS[2] not in cells[start:]
+    page = Page(write_report(first, make_run(tmp_path / "others", names=tuple("abcdefg"))))
+    assert f"Only mine was evaluated on {', '.join(DOMAINS)}." in page.cells
+    assert "The runs share no evaluated domain: their losses are not compared." in page.cells
+    assert "mine (final)" not in page.cells and not any("second less the first" in cell for cell in page.cells)
+
+
 @pytest.mark.parametrize(
     "mine, other, said",
     [
