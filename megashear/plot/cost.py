@@ -2,9 +2,9 @@
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
 counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as recorded, for the steps that had one; what calibration
-took before pruning is a stage of its own, known once pruning is done; evaluation is told in seconds alone. Read next:
-`report.py`.
+a teacher's forward pass counts as recorded, for the steps that had one; what calibration took before pruning is a stage
+of its own, by the run file until pruning has recorded it (but not its time); evaluation is told in seconds alone. Read
+next: `report.py`.
 """
 
 import math
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megashear.config.calibration import calibration_cost
 from megashear.config.shape import ModelShape
+from megashear.masks.target import in_principal_basis
 from megashear.plot.record import RunRecord
 from megashear.plot.series import Stage
 
@@ -40,7 +42,7 @@ class StageCost:
 def costs(run: RunRecord) -> list[StageCost]:
     """The cost of calibration where there was one, and of every training stage that has begun."""
     found = []
-    pruned = run.done.get("prune", {})
+    pruned = run.done.get("prune") or planned_calibration(run)
     if pruned.get("calibration_flops"):
         tokens, flops = float(pruned["calibration_tokens"]), float(pruned["calibration_flops"])
         one_shot = pruned.get("method") == "one_shot"  # its stage is calibration and one evaluation
@@ -73,6 +75,17 @@ def costs(run: RunRecord) -> list[StageCost]:
             )
         )
     return found
+
+
+def planned_calibration(run: RunRecord) -> dict[str, float]:
+    """What pruning will record of the calibration before it, once it has begun; nothing where that is not known."""
+    config, source, target = run.config, run.source, run.target
+    if config is None or source is None or target is None or not run.tokens("prune"):
+        return {}
+    directions = in_principal_basis(config.prune, source, target)
+    length = config.data.sequence_length
+    planned = calibration_cost(config.prune, source, target, length, directions, config.precision)
+    return {"calibration_tokens": planned.tokens, "calibration_flops": planned.flops}
 
 
 def flops_per_token(run: RunRecord, stage: str) -> float:

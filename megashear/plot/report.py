@@ -137,8 +137,8 @@ def cost(run: RunRecord) -> list[Html]:
         "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
         "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
         "of a training step of the source. Calibration: the tokens that basis, scores and least squares read, by which "
-        "no step is taken. Held-out evaluation is in the time and "
-        "not in the FLOPs."
+        "no step is taken; its time is known once pruning is done. Held-out evaluation is in the time and not in the "
+        "FLOPs."
     )
     return [section("Cost", [table([*header, "time (h:mm)", "of it evaluation"], rows, caption)])]
 

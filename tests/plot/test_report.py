@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plot.conftest import DOMAINS, Page, make_run
+from plot.conftest import DOMAINS, Page, make_run, stage_done
 
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
@@ -160,6 +160,23 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     for stage in ("prune", "finalize", "pretrain"):
         assert f"The stage {stage} has not finished." in page.cells
     assert "prune, step 40" in page.cells and "final" not in page.cells
+
+
+def test_while_pruning_goes_on_calibration_costs_what_it_will_record(tmp_path: Path) -> None:
+    """Basis and scores by one criterion: with a backward pass, four forward passes in all; no time is known of them."""
+    keys = ["prune.importance={criterion: taylor_weight, batches: 4}", "prune.basis=principal"]
+    run = make_run(tmp_path / "mine", keys, finished=False)
+    config = load_config(run / "config.yaml")
+    tokens = 4 * config.prune.batch.global_batch * 4096
+    flops = tokens * 4 / 3 * resolve_shape(config.source.shape, None).flops_per_token(4096)
+    calibration, prune = costs(read_run(run))
+    assert (calibration.stage, calibration.tokens) == ("calibration", tokens)
+    assert calibration.flops == pytest.approx(flops) and math.isnan(calibration.seconds)
+    assert curves(read_run(run), list(DOMAINS))[0].flops[-1] == pytest.approx(flops + prune.flops)
+    cells = Page(write_report(run)).cells
+    assert cells[cells.index("calibration") + 6 :][:2] == ["not known", "not known"]
+    stage_done(run, "prune", DOMAINS, 2.5, tokens=1_000_000)  # an older record, of a run without calibration
+    assert [cost.stage for cost in costs(read_run(run))] == ["prune"]
 
 
 def test_pretraining_alone_and_no_metrics_yet(tmp_path: Path) -> None:
