@@ -26,7 +26,7 @@ from megashear.config.stages import (
 )
 from megashear.config.teaching import teaching
 from megashear.config.training_schema import BatchConfig
-from megashear.config.without_effect import pruning_warnings, teacher_warnings
+from megashear.config.without_effect import moments_warnings, pruning_warnings, teacher_warnings
 from megashear.errors import ConfigError, DataError
 
 
@@ -67,15 +67,16 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     report.problems += importance_problems(config, report.world_size)
     if report.source is not None and report.target is not None:
         report.warnings += pruning_warnings(config, report.source, report.target)
-    report.warnings += teacher_warnings(config, report.source, report.target)
+    report.warnings += teacher_warnings(config, report.source, report.target) + moments_warnings(config)
     for name, stage in training_stages(config).items():
         report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
         report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)
         report.problems += teacher_problems(config, name)
         if stage.batch.eval_interval > stage.batch.steps and config.mixture.rule != "static":
+            when = "before the first step alone" if name == "pretrain" else "never in this stage"
             report.warnings.append(
                 f"{name}.batch.eval_interval: {stage.batch.eval_interval} is more than the {stage.batch.steps} steps, "
-                "so the mixture's weights never change in this stage"
+                f"so the mixture's weights change {when}"
             )
     if not report.problems:
         _estimate_memory(config, report)

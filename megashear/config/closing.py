@@ -45,6 +45,11 @@ def closing_problems(prune: PruneConfig) -> list[str]:
             f"prune.settle_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
             f"would be fixed before they are at their target; use at most {steps - sparsity}, or null"
         )
+    elif settled_steps(prune) >= steps and prune.importance.criterion is None:
+        problems.append(
+            f"prune.batch.steps: {steps} leaves none in which masks are learned, and prune.importance.criterion is "
+            "null, so that units would be kept by chance; use more steps, or name a criterion"
+        )
     twice = sorted({name for name in closing if closing.count(name) > 1})
     if twice:
         problems.append(f"prune.closing: {', '.join(twice)} more than once; name each granularity once")

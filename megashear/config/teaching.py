@@ -31,11 +31,16 @@ def teaching(config: Config, source: ModelShape | None, target: ModelShape | Non
     weight = 0.0
     if source is not None and target is not None and config.source.folder is not None:
         length = config.data.sequence_length
-        affordable = source.flops_per_token(length) / 3 <= DEAREST * target.flops_per_token(length)
+        affordable = teacher_flops_per_token(source, length) <= DEAREST * target.flops_per_token(length)
         weight = WEIGHT if affordable else 0.0
     pruning = _settled(config.prune.distillation, weight)
     follows = weight if target is None else pruning.weight
     return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, follows)}
+
+
+def teacher_flops_per_token(source: ModelShape, sequence_length: int) -> float:
+    """FLOPs of a teacher's forward pass per token: a third of what training it would take."""
+    return source.flops_per_token(sequence_length) / 3
 
 
 def _settled(how: DistillationConfig, weight: float) -> Teaching:

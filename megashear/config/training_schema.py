@@ -28,7 +28,9 @@ class OptimizerConfig:
     warmup_steps: int | None = key(
         None, "linear warm-up; null: a tenth of the steps when pruning, 3 % when pre-training", low=0
     )
-    decay_steps: int | None = key(None, "length of the decay at the end under `wsd`; null: a fifth of the steps", low=0)
+    decay_steps: int | None = key(
+        None, "length of the decay at the end under `wsd`; null: a fifth of the steps or what warm-up leaves", low=0
+    )
     min_ratio: float = key(0.1, "learning rate at the end as a share of the peak", low=0, high=1)
 
 
@@ -141,7 +143,10 @@ class PruneConfig:
         before="lagrangian",
     )
     mask_learning_rate: float | None = key(
-        None, "learning rate of log-alpha; null: the published 1.0 x steps / 3200, at most 1.0", low=0
+        None,
+        "learning rate of log-alpha; null: the published 1.0 x steps / 3200, under `lagrangian` no less than 16 x "
+        "log_alpha_limit / steps (multipliers have to bring units from one limit to the other), at most 1.0",
+        low=0,
     )
     lambda_learning_rate: float | None = key(
         None,
@@ -186,8 +191,18 @@ class PruneConfig:
     log_alpha_limit: float | None = key(
         4.605170185988092, "log-alpha stays within +-limit under `lagrangian`; published: ln 100; null: none", low=0.1
     )
-    lambda1_cap: float | None = key(None, "largest linear multiplier; null: none, as published", low=0)
-    lambda2_cap: float | None = key(None, "largest quadratic multiplier; null: none, as published", low=0)
+    lambda1_cap: float | None = key(
+        1.0,
+        "largest size of the linear multiplier, of either sign: without one it has to come back as far as it went, and "
+        "masks overshoot; null: none, as published",
+        low=0,
+        before=None,
+    )
+    lambda2_cap: float | None = key(
+        None,
+        "largest quadratic multiplier, which brakes where masks overshoot; null: none, as published",
+        low=0,
+    )
     live_units: bool = key(
         True, "leave units whose mask is 0 out of every product: exact to rounding; false computes everything"
     )

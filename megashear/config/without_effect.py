@@ -1,4 +1,5 @@
-"""Keys that a user has set and that change nothing in this run: said by `check` and at a run's start, refused nowhere.
+"""Keys that a user has set and that cannot do in this run what they are for, most because nothing reads them: said by
+`check` and at a run's start, refused nowhere.
 
 Read next: `training_schema.py` (the keys), `stages.py`.
 """
@@ -13,8 +14,10 @@ from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
 from megashear.config.stages import training_stages
 from megashear.config.teaching import teaching
-from megashear.config.training_schema import DistillationConfig, PruneConfig
+from megashear.config.training_schema import DistillationConfig, OptimizerConfig, PruneConfig
 
+LAGRANGIAN_STEPS = 100
+"""Steps below which multipliers may leave masks more than a percent off their targets."""
 MULTIPLIERS = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
 PROJECTED = (*MULTIPLIERS, "log_alpha_init", "log_alpha_limit")
 """Keys of `prune` that are not read where expected sparsities are projected."""
@@ -28,6 +31,12 @@ ONE_SHOT = (
     "importance.spread",
     "distillation.temperature",
     "distillation.chunk",
+    "distillation.until",
+    "clip",
+    "live_units",
+    "batch.steps",
+    "batch.eval_interval",
+    *(f"optimizer.{name}" for name in OptimizerConfig.__dataclass_fields__),
 )
 """Keys of `prune` that are not read where nothing is trained before the cut."""
 
@@ -47,6 +56,11 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
         return said + _unused_weight(config)
     if prune.refit is not None:
         said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
+    if prune.constraint == "lagrangian" and prune.batch.steps < LAGRANGIAN_STEPS:
+        said.append(
+            f"prune.constraint: lagrangian in {prune.batch.steps} steps: multipliers need some {LAGRANGIAN_STEPS} to "
+            "bring masks to their targets; `projected` has them there at every step"
+        )
     unused = PROJECTED if prune.constraint == "projected" else ("importance.spread",)
     said += [f"prune.{key}: changes nothing under constraint {prune.constraint}" for key in changed(prune, unused)]
     if prune.constraint == "lagrangian" and prune.importance.criterion is not None:
@@ -55,8 +69,22 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
             for key in changed(prune, ("log_alpha_init",))
         ]
     sizes = granularity_sizes(source, target)
-    stay = [name for name in prune.closing or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
-    return said + [f"prune.closing: {name} changes nothing: the target keeps all of its units" for name in stay]
+    for key, names in (("closing", prune.closing), ("granularities", prune.granularities)):
+        if key == "granularities" and (prune.constraint != "projected" or names == PAPER["granularities"]):
+            continue  # multipliers close some of what stays; the published list is as good as unset
+        stay = [name for name in names or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
+        said += [f"prune.{key}: {name} changes nothing: the target keeps all of its units" for name in stay]
+    return said
+
+
+def moments_warnings(config: Config) -> list[str]:
+    """A fresh Adam asked for where there is nothing else."""
+    prune, stages = config.prune, config.run.stages
+    if config.pretrain.moments != "fresh" or "pretrain" not in stages:
+        return []
+    if "prune" in stages and prune.method == "learned" and settled_steps(prune):
+        return []
+    return ["pretrain.moments: fresh changes nothing: pruning hands none on where its masks do not settle"]
 
 
 def _never_asked(config: Config, name: str) -> list[str]:
@@ -65,13 +93,14 @@ def _never_asked(config: Config, name: str) -> list[str]:
     steps, interval = stage.batch.steps, stage.batch.eval_interval
     if name == "prune":
         first = closing_steps(prune) if prune.constraint == "projected" else steps - settled_steps(prune)
-    asked = -(-max(1, first) // interval) * interval
+    first = max(1, first)
+    asked = -(-first // interval) * interval
     if stage.distillation.until == "end" or asked < steps:
         return []
+    since = "the one before the first step" if first == 1 else f"step {first}, from which the teacher may go,"
     return [
         f"{name}.distillation.until: outgrown is asked at evaluations, and none of every {interval} steps falls "
-        f"between step {first}, from which the teacher may go, and the last, {steps}; "
-        f"lower {name}.batch.eval_interval"
+        f"between {since} and the last, {steps}; lower {name}.batch.eval_interval"
     ]
 
 

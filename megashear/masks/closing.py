@@ -14,6 +14,11 @@ from megashear.config.training_schema import PruneConfig
 from megashear.masks.lagrangian import scheduled_target
 from megashear.masks.target import MaskSpec
 
+CROSSINGS = 8.0
+"""Times that multipliers can drive a unit from one limit to the other within a stage, at least; with fewer, masks of
+stages under some 200 steps end off their targets.
+"""
+
 
 @dataclass(frozen=True)
 class Closing:
@@ -53,27 +58,35 @@ class Closing:
         """Scheduled target sparsity by granularity at a step (from 0).
 
         All grow together over the warm-up, or one after another in the order of `prune.closing`, each over an equal
-        part of it; what `closing` leaves out comes last, in the order of the specs.
+        part of it; what `closing` leaves out comes last, in the order of the specs, and what keeps all of its units has
+        no part.
         """
         order = self.config.closing
         if order is None:
             return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
-        names = [s.name for s in self.specs]
+        names = [s.name for s in self.specs if s.zeros_per_row]
         queue = [name for name in order if name in names]
         queue += [name for name in names if name not in queue]
         window = self.warmup_steps / len(queue)
-        return {
-            s.name: s.target_sparsity * min(1.0, max(0.0, step / window - queue.index(s.name)) if window else 1.0)
-            for s in self.specs
+        grown = {
+            name: min(1.0, max(0.0, step / window - place) if window else 1.0) for place, name in enumerate(queue)
         }
+        return {s.name: s.target_sparsity * grown.get(s.name, 0.0) for s in self.specs}
 
     def growth(self) -> float:
         """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
         return self.config.sharpening ** (1.0 / max(1, self.settle_step))
 
     def rates(self) -> tuple[float, float]:
-        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means."""
-        published = PAPER["batch"]["steps"]
-        share = min(1.0, self.config.batch.steps / published)
-        mask, multiplier = self.config.mask_learning_rate, self.config.lambda_learning_rate
-        return share if mask is None else mask, 1.0 / share if multiplier is None else multiplier
+        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means.
+
+        Adam's steps are of the rate's size, so that a rate times the steps is how far log-alpha can travel.
+        """
+        config, steps = self.config, self.config.batch.steps
+        share = min(1.0, steps / PAPER["batch"]["steps"])
+        mask, multiplier = config.mask_learning_rate, config.lambda_learning_rate
+        if mask is None:
+            limit = config.log_alpha_init if config.log_alpha_limit is None else config.log_alpha_limit
+            crossing = 0.0 if self.projected else CROSSINGS * 2.0 * abs(limit) / steps
+            mask = max(share, min(1.0, crossing))
+        return mask, 1.0 / share if multiplier is None else multiplier

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megashear.config.shape import ModelShape
-from megashear.masks.hard_concrete import SOFT_SLOPE, keep_largest
+from megashear.config.training_schema import PruneConfig
+from megashear.masks.hard_concrete import SOFT_SLOPE, keep_largest, probability_zero
 from megashear.masks.lagrangian import expected_sparsity
 from megashear.masks.target import MaskSpec
 
@@ -74,43 +75,81 @@ class Borderline:
     """Smallest deterministic value of a kept unit."""
 
 
+def kept_rows(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> dict[str, Tensor]:
+    """Rows [R, N] of each learned granularity that the cut leaves: those of kept layers, for queries of kept groups."""
+    kept = {
+        spec.name: keep_largest(log_alpha[spec.name].detach().reshape(-1, spec.units), spec.target_units)
+        for spec in specs
+        if spec.name in ("layer", "group")
+    }
+    found = {}
+    for spec in specs:
+        rows = log_alpha[spec.name].detach()
+        if len(spec.shape) > 1 and "layer" in kept:
+            rows = rows[kept["layer"][0]]
+        if len(spec.shape) > 2 and "group" in kept:
+            groups_LG = kept["group"][kept["layer"][0]] if "layer" in kept else kept["group"]
+            rows = rows[groups_LG]
+        found[spec.name] = rows.reshape(-1, spec.units)
+    return found
+
+
 def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> list[Borderline]:
-    """One report per learned granularity, over all rows.
+    """One report per learned granularity, over the rows that stay.
 
     Under the published limit on log-alpha a target of one half closes 52 % of the units, and the cut to exactly n'
     revives some at 0.004: they are counted here, because each of them costs the pruned model more than its mask says.
     """
-    reports = []
+    reports, rows_by_name = [], kept_rows(log_alpha, specs)
     for spec in specs:
-        rows = log_alpha[spec.name].detach().reshape(spec.rows, spec.units)
+        rows = rows_by_name[spec.name]
         values = torch.sigmoid(SOFT_SLOPE * rows[keep_largest(rows, spec.target_units)])
         reports.append(Borderline(spec.name, values.numel(), int((values < 0.5).sum()), float(values.min())))
     return reports
 
 
-def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> list[str]:
+def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], config: PruneConfig) -> list[str]:
     """What is wrong with masks that are to be cut, a sentence for each granularity; nothing where all is well.
 
-    Wrong is a row whose expected sparsity is more than OFF_TARGET off its target, and a kept unit whose mask is below a
-    half.
+    Wrong is a row that stays whose expected sparsity is more than OFF_TARGET off its target, and a kept unit whose mask
+    is below a half. config: of pruning, from which the reasons come.
     """
-    found = []
-    borderline = {one.granularity: one for one in borderline_units(log_alpha, specs)}
-    for spec in specs:
-        rows = log_alpha[spec.name].detach().reshape(spec.rows, spec.units)
+    found, rows_by_name = [], kept_rows(log_alpha, specs)
+    for spec, borderline in zip(specs, borderline_units(log_alpha, specs), strict=True):
+        rows = rows_by_name[spec.name]
         off = expected_sparsity(rows.double()) - spec.target_sparsity
         worst = float(off[off.abs().argmax()])
-        below = borderline[spec.name].below_half
         if abs(worst) > OFF_TARGET:
             how = "held open by the loss, or slower than" if worst < 0 else "closed beyond"
-            where = "" if spec.rows == 1 else f", in the worst of {spec.rows} rows"
+            where = "" if len(rows) == 1 else f", in the worst of {len(rows)} rows"
             found.append(
                 f"{spec.name}: {spec.target_sparsity + worst:.1%} of the units are expected closed{where}, the target "
                 f"is {spec.target_sparsity:.1%}: {how} the constraint; the cut to the exact shape costs the more"
             )
-        if below:
+        if borderline.below_half:
             found.append(
-                f"{spec.name}: {below} of {borderline[spec.name].kept} kept units have a mask below 0.5: undecided; "
-                "more steps, or a higher prune.mask_learning_rate or prune.sharpening, would settle them"
+                f"{spec.name}: {borderline.below_half} of {borderline.kept} kept units have a mask below 0.5: "
+                + _why_undecided(spec, config)
             )
     return found
+
+
+def _why_undecided(spec: MaskSpec, config: PruneConfig) -> str:
+    """Why kept units may have a mask below a half, and what would settle them."""
+    forced = 0.0 if config.constraint == "projected" else forced_units(spec, config.log_alpha_limit)
+    if forced >= 0.5:
+        return (
+            f"prune.log_alpha_limit alone forces some {forced:.0f} of each row's {spec.units} there, since a unit at "
+            "the limit is never quite closed; raise the limit, or use prune.constraint: projected"
+        )
+    return "undecided; more steps, or a higher prune.mask_learning_rate or prune.sharpening, would settle them"
+
+
+def forced_units(spec: MaskSpec, limit: float | None) -> float:
+    """Units of a row beyond those that the target drops which a limit on log-alpha has closed once the row's expected
+    sparsity is on its target: a unit at -limit counts as closed by less than 1, one at +limit by more than 0.
+    """
+    if limit is None:
+        return 0.0
+    shut, open_ = (float(probability_zero(torch.tensor(value, dtype=torch.float64))) for value in (-limit, limit))
+    return max(0.0, ((spec.target_sparsity - open_) / (shut - open_) - spec.target_sparsity) * spec.units)

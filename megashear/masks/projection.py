@@ -14,9 +14,9 @@ from torch import Tensor
 from megashear.masks.hard_concrete import KAPPA
 
 LEAST = 1e-3
-"""Sparsity at a target of 0: no finite shift opens every unit with certainty."""
+"""Sparsity that stands for 0 while a row has units to close: no finite shift opens every unit with certainty."""
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-STEPS = {"cpu": 100, "cuda": 24}
+STEPS = {"cpu": 100, "cuda": 48}
 """Steps at most. A CPU stops where it is close enough, after some four; asking a GPU would make the host wait."""
 
 
@@ -24,11 +24,10 @@ STEPS = {"cpu": 100, "cuda": 24}
 def project(log_alpha_RN: Tensor, sparsity: float) -> Tensor:
     """log_alpha shifted row by row so that the mean of sigmoid(kappa - log_alpha) is `sparsity`, to rounding.
 
-    [R, N] to [R, N] in the input's dtype, fp32 or fp64. sparsity: in [0, 1), taken as at least LEAST.
+    [R, N] to [R, N] in the input's dtype, fp32 or fp64. sparsity: above 0 and below 1.
     """
-    wanted = max(sparsity, LEAST)
     # A row whose units were all at the shifted value of its largest or smallest one brackets the solution.
-    middle = KAPPA - math.log(wanted / (1.0 - wanted))
+    middle = KAPPA - math.log(sparsity / (1.0 - sparsity))
     low_R = middle - log_alpha_RN.amax(dim=-1, keepdim=True).double()
     high_R = middle - log_alpha_RN.amin(dim=-1, keepdim=True).double()
     shift_R = torch.zeros_like(low_R).clamp(low_R, high_R)
@@ -36,7 +35,7 @@ def project(log_alpha_RN: Tensor, sparsity: float) -> Tensor:
     for _ in range(STEPS[device]):
         zero_RN = ((KAPPA - shift_R).to(log_alpha_RN.dtype) - log_alpha_RN).sigmoid_()
         mean_R = zero_RN.mean(dim=-1, keepdim=True).double()
-        gap_R = mean_R - wanted
+        gap_R = mean_R - sparsity
         if device == "cpu" and float(gap_R.abs().max()) <= TOLERANCE[log_alpha_RN.dtype]:
             break
         low_R, high_R = torch.where(gap_R > 0, shift_R, low_R), torch.where(gap_R > 0, high_R, shift_R)

@@ -29,7 +29,7 @@ from megashear.masks.hard_concrete import clamp, deterministic, expected_zeros, 
 from megashear.masks.keep import unfinished
 from megashear.masks.lagrangian import expected_sparsity, lagrangian
 from megashear.masks.masks import Masks, assemble
-from megashear.masks.projection import project
+from megashear.masks.projection import LEAST, project
 from megashear.masks.target import MaskSpec, in_principal_basis, mask_specs
 
 INIT_STD = 0.01
@@ -116,7 +116,7 @@ class MaskState:
         if self.closing.projected:
             return -spread, spread
         high = max(OPEN, self.config.log_alpha_init) if limit is None else limit
-        return min(OPEN, high), high
+        return min(OPEN, high / 2), high  # scores keep their order under a low limit too
 
     @torch.no_grad()
     def _constrain(self, step: int) -> None:
@@ -125,16 +125,30 @@ class MaskState:
         if self.closing.settles(step):
             if self.closing.projected:  # as a step with learned masks would find them
                 for spec in self.specs:
-                    self._rows(spec).copy_(project(self._rows(spec), targets[spec.name]))
-            self.undecided = unfinished(self.log_alpha, self.specs)
+                    self._project(spec, targets[spec.name])
+            self.undecided = self.unfinished()
         for spec in self.specs:
             rows = self._rows(spec)
             if self.closing.settled(step):
                 rows.copy_((keep_largest(rows, spec.target_units).to(rows.dtype) * 2 - 1) * SETTLED)
             elif self.closing.projected:
-                rows.copy_(project(rows, targets[spec.name]))
+                self._project(spec, targets[spec.name])
             elif self.config.log_alpha_limit is not None:
                 clamp(rows, self.config.log_alpha_limit)
+
+    def _project(self, spec: MaskSpec, sparsity: float) -> None:
+        """Shift a granularity's rows onto a sparsity: the least that can be told from 0 but never more than the target;
+        where the target keeps every unit all stay open.
+        """
+        rows = self._rows(spec)
+        if spec.zeros_per_row:
+            rows.copy_(project(rows, max(sparsity, min(LEAST, spec.target_sparsity))))
+        else:
+            rows.fill_(SETTLED)
+
+    def unfinished(self) -> list[str]:
+        """What is wrong with the masks, were they cut now, in sentences; nothing where all is well."""
+        return unfinished(self.log_alpha, self.specs, self.config)
 
     # Masks
 
@@ -143,11 +157,19 @@ class MaskState:
 
         Each call builds its own graph: call it once for each backward pass (so once per model chunk).
         """
-        values = {
+        return assemble(self._drawn(seed, step, micro_batch), self.source, self.principal)
+
+    def _drawn(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
+        return {
             spec.name: ops.sample_hard_concrete(self.log_alpha[spec.name], seed, step, micro_batch, spec.index)
             for spec in self.specs
         }
-        return assemble(values, self.source, self.principal)
+
+    @torch.no_grad()
+    def alone(self, seed: int, step: int, micro_batch: int) -> dict[str, Masks]:
+        """The masks of `sample` of one learned granularity at a time, by its name; without gradients."""
+        drawn = self._drawn(seed, step, micro_batch)
+        return {name: assemble({name: value}, self.source, self.principal) for name, value in drawn.items()}
 
     @torch.no_grad()
     def deterministic(self, mode: str = "target") -> Masks:
@@ -224,20 +246,25 @@ class MaskState:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         self._adam.step()
-        growth = self.closing.growth()
-        for log_alpha in self.log_alpha.values():
-            log_alpha.mul_(growth)
-        for pair in self.multipliers.values():
-            for value, cap in zip(pair, (self.config.lambda1_cap, self.config.lambda2_cap), strict=True):
-                if cap is not None:
-                    value.clamp_(max=cap)
-        self._constrain(step + 1)
+        self._advance(step)
 
     @torch.no_grad()
     def skip(self, step: int) -> None:
-        """In place of `step` where a step is skipped: nothing moves, but masks settle where they are due."""
-        if self.closing.settles(step + 1):
-            self._constrain(step + 1)
+        """In place of `step` where a step is skipped: nothing is learned, the schedule goes on."""
+        if not self.closing.settled(step):
+            self._advance(step)
+
+    def _advance(self, step: int) -> None:
+        """What the schedule does after a step, whatever it has learned."""
+        growth = self.closing.growth()
+        for log_alpha in self.log_alpha.values():
+            log_alpha.mul_(growth)
+        # The linear multiplier goes below 0 while masks are to close, and above it while they are to open.
+        for pair in self.multipliers.values():
+            for value, cap in zip(pair, (self.config.lambda1_cap, self.config.lambda2_cap), strict=True):
+                if cap is not None:
+                    value.clamp_(-cap, cap)
+        self._constrain(step + 1)
 
     # Saving
 

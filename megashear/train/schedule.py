@@ -25,5 +25,7 @@ def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig, warm
     if optimizer.schedule == "cosine":
         progress = (step - warmup) / max(1, steps - warmup)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay = round(steps * WSD_DECAY_SHARE) if optimizer.decay_steps is None else optimizer.decay_steps
+    decay = optimizer.decay_steps
+    if decay is None:
+        decay = min(round(steps * WSD_DECAY_SHARE), steps - warmup)
     return 1.0 if step < steps - decay else floor + (1 - floor) * (steps - step) / max(1, decay)

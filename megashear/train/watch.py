@@ -8,10 +8,8 @@ Read next: `loop.py`.
 """
 
 import math
-from dataclasses import replace
 
 from megashear.config.training_schema import PruneConfig
-from megashear.masks.masks import Masks
 
 SHARE = 1.0 / 3.0
 """Way from the source's loss to ln V at which a warning is due."""
@@ -35,14 +33,6 @@ def smoothed(average: float | None, loss: float) -> float | None:
 def limit(source_loss: float, vocab_size: int) -> float:
     """The smoothed loss, in nats per token, above which a model counts as being destroyed."""
     return source_loss + max(LEAST_RISE, SHARE * (math.log(vocab_size) - source_loss))
-
-
-def alone(masks: Masks) -> dict[str, Masks]:
-    """The masks of one granularity at a time, by name, of those that are learned; `head` is group times query."""
-    found = {name: Masks(**{name: value}) for name, value in masks.by_granularity().items()}
-    if "hidden" in found:
-        found["hidden"] = replace(found["hidden"], norm_gain=masks.norm_gain)
-    return found
 
 
 def verdict(step: int, loss: float, source_loss: float, means: dict[str, float], prune: PruneConfig) -> str:
@@ -82,6 +72,6 @@ def ahead(step: int, expected: dict[str, float], target: dict[str, float]) -> st
     parts = ", ".join(f"{name} {expected[name]:.0%} closed, {target[name]:.0%} asked for" for name in far)
     return (
         f"step {step}: masks close ahead of their schedule: {parts}; the model loses more than it has to. Lower "
-        "`prune.lambda_learning_rate` or `prune.mask_learning_rate`, cap the multipliers (`prune.lambda1_cap`, "
-        "`prune.lambda2_cap`), or use `prune.constraint: projected`, which cannot overshoot"
+        "`prune.lambda_learning_rate` or `prune.mask_learning_rate`, cap the linear multiplier (`prune.lambda1_cap`; "
+        "the quadratic one brakes), or use `prune.constraint: projected`, which cannot overshoot"
     )

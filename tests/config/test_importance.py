@@ -14,6 +14,7 @@ PAPER = ["prune.preset=paper"]
 UNTAUGHT = "prune.distillation.weight=0"
 TEACHERS = {"distillation.until", "distillation.chunk"}
 DEAR = ["target.preset=sheared-1.3b", "prune.distillation.temperature=2"]  # an open weight is 0 there
+UNTRAINED = {"optimizer.beta1", "batch.steps"}  # a joint clip is the published one
 ONE_SHOT_LEAVES = {"lambda2_cap", "log_alpha_init", "importance.spread"}
 
 
@@ -75,6 +76,12 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.refit=4"], {"refit"}),
         (["prune.lambda1_cap=3", "prune.lambda_learning_rate=2"], {"lambda1_cap", "lambda_learning_rate"}),
         (["prune.lambda1_cap=3", "prune.constraint=lagrangian"], set()),
+        (["prune.granularities=[hidden,group,intermediate,layer]"], set()),
+        (["prune.granularities=[hidden,group,layer,intermediate]"], {"granularities"}),
+        ([ONE_SHOT, "prune.clip=joint", "prune.optimizer.beta1=0.8", "prune.batch.steps=7"], UNTRAINED),
+        (["pretrain.moments=fresh"], set()),
+        (["pretrain.moments=fresh", "prune.settle_steps=0"], {"pretrain.moments"}),
+        (["pretrain.moments=fresh", ONE_SHOT], {"pretrain.moments"}),
         (["prune.closing=[layer,query,hidden]"], {"closing"}),
         ([ONE_SHOT, "prune.lambda2_cap=1", "prune.log_alpha_init=1", "prune.importance.spread=7"], ONE_SHOT_LEAVES),
         (
@@ -101,6 +108,20 @@ def test_what_changes_nothing_is_said(tmp_path: Path, overrides: list[str], name
     said = examine(config(tmp_path, *overrides), None, None).warnings
     keys = [text.split(":")[0].removeprefix("prune.") for text in said if "changes nothing" in text]
     assert set(keys) == named
+
+
+def test_too_few_steps_for_multipliers_are_said(tmp_path: Path) -> None:
+    for steps, said in ((60, 1), (200, 0)):
+        keys = ["prune.constraint=lagrangian", f"prune.batch.steps={steps}"]
+        found = examine(config(tmp_path, *keys), None, None).warnings
+        assert len([text for text in found if "multipliers need" in text]) == said
+
+
+def test_one_step_keeps_nothing_by_chance(tmp_path: Path) -> None:
+    keys = ["prune.batch.steps=1", "prune.batch.eval_interval=1"]
+    assert examine(config(tmp_path, *keys), None, None).problems == []
+    (problem,) = examine(config(tmp_path, *keys, "prune.importance.criterion=null"), None, None).problems
+    assert "kept by chance" in problem
 
 
 @pytest.mark.parametrize(

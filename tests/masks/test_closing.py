@@ -1,5 +1,7 @@
 """When masks close: together or one after another, how fast they sharpen, when they settle; all follows the steps."""
 
+import math
+
 import pytest
 
 from megashear.config.training_schema import BatchConfig, PruneConfig
@@ -25,7 +27,9 @@ def test_lengths_follow_the_number_of_steps(specs):
     assert [ours.settled(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
     longer = Closing(PruneConfig(batch=BatchConfig(steps=3200), constraint="lagrangian"), specs)
     assert longer.warmup_steps == 640 and longer.rates() == (1.0, 1.0)
-    assert closing(specs).rates() == (1 / 32, 32.0)
+    assert closing(specs, constraint="projected").rates() == (1 / 32, 32.0)
+    assert closing(specs).rates() == (pytest.approx(16 * math.log(100) / 100), 32.0)
+    assert closing(specs, log_alpha_limit=None).rates()[0] == pytest.approx(16 * 5 / 100)
     assert closing(specs, mask_learning_rate=0.5, lambda_learning_rate=2.0).rates() == (0.5, 2.0)
 
 

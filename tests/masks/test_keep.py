@@ -1,12 +1,14 @@
 """Keep sets: order, ties, groups with their queries, agreement with deterministic masks; the doubtful units."""
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megashear.config.shape import ModelShape
 from megashear.config.training_schema import PruneConfig
-from megashear.masks.keep import borderline_units, keep_sets, unfinished
+from megashear.masks.keep import borderline_units, forced_units, keep_sets, unfinished
 from megashear.masks.state import MaskState
 from megashear.masks.target import mask_specs
 
@@ -59,7 +61,7 @@ def test_borderline_units_are_counted_with_the_worst(grouped_source):
     intermediate[:, :9] = 4.6
     log_alpha = {"intermediate": intermediate, "layer": torch.tensor([1.0, 2.0, -1.0])}
     first, second = borderline_units(log_alpha, specs)
-    assert (first.granularity, first.kept, first.below_half) == ("intermediate", 30, 3)
+    assert (first.granularity, first.kept, first.below_half) == ("intermediate", 20, 2)
     assert abs(first.worst - 1 / (1 + 2.718281828**5.52)) < 1e-6
     assert (second.granularity, second.kept, second.below_half) == ("layer", 2, 0)
 
@@ -71,12 +73,45 @@ def test_masks_that_miss_their_targets_are_named(source, target):
         rows = torch.full((spec.rows, spec.units), -16.0)
         rows[:, : spec.target_units] = 16.0
         settled[spec.name] = rows.view(spec.shape)
-    assert unfinished(settled, specs) == []
+    assert unfinished(settled, specs, PruneConfig()) == []
     half = {name: value.clone() for name, value in settled.items()}
     hidden = next(spec for spec in specs if spec.name == "hidden")
     half["hidden"][: hidden.target_units] = -1.0
-    problems = unfinished(half, specs)
+    problems = unfinished(half, specs, PruneConfig())
     assert len(problems) == 2 and all(problem.startswith("hidden: ") for problem in problems)
     assert "closed beyond" in problems[0] and f"{hidden.target_units} of {hidden.target_units} kept" in problems[1]
     wide = {name: torch.full_like(value, 4.6) for name, value in settled.items()}
-    assert [problem.split(":")[0] for problem in unfinished(wide, specs)] == [spec.name for spec in specs]
+    problems = unfinished(wide, specs, PruneConfig())
+    assert [problem.split(":")[0] for problem in problems] == [spec.name for spec in specs]
+
+
+def test_what_is_cut_away_is_not_counted(grouped_source, grouped_target):
+    """Units of dropped layers, and queries of dropped groups, may be as undecided as they like."""
+    specs, log_alpha = mask_specs(grouped_source, grouped_target), {}
+    for spec in specs:
+        rows = torch.full((spec.rows, spec.units), -16.0)
+        rows[:, : spec.target_units] = 16.0
+        log_alpha[spec.name] = rows.view(spec.shape)
+    for name in ("group", "query", "intermediate"):
+        log_alpha[name][2] = 0.1  # the layer that goes
+    log_alpha["query"][:, 3] = -0.1  # the group that goes
+    assert unfinished(log_alpha, specs, PruneConfig()) == []
+    counted = {one.granularity: one.kept for one in borderline_units(log_alpha, specs)}
+    assert counted == {"hidden": 10, "group": 2 * 3, "query": 2 * 3 * 2, "intermediate": 2 * 12, "layer": 2}
+    log_alpha["query"][1, 0] = -0.1
+    assert len(unfinished(log_alpha, specs, PruneConfig())) == 2
+
+
+def test_units_that_a_limit_forces_shut_are_told_from_undecided_ones(source):
+    """Half of 96 units under ln 100: the row is on its target with 52.4 % of them at the limit (spec of the paper's
+    code), and the cut to 48 revives two or three.
+    """
+    (spec,) = mask_specs(source, dataclasses.replace(source, intermediate_size=48))
+    config = PruneConfig(constraint="lagrangian")
+    assert 2 < forced_units(spec, config.log_alpha_limit) < 3 and forced_units(spec, None) == 0.0
+    rows = torch.full(spec.shape, 4.605)
+    rows[:, :50] = -4.605
+    (said,) = unfinished({"intermediate": rows}, [spec], config)
+    assert "prune.log_alpha_limit alone forces some 2 of each row's 96" in said
+    (said,) = unfinished({"intermediate": rows}, [spec], PruneConfig())
+    assert "prune.sharpening" in said

@@ -1,5 +1,7 @@
 """The projected constraint: exact expected sparsity in every row, differences between units untouched."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from megashear.masks.projection import LEAST, project
 from megashear.masks.state import MaskState
 
 
-@given(st.integers(1, 5), st.integers(1, 300), st.floats(0.0, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31))
+@given(st.integers(1, 5), st.integers(1, 300), st.floats(LEAST, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsity, spread, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -19,7 +21,7 @@ def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsit
     after = project(before, sparsity)
     # sigmoid without its clip at 1e-6: the projection does not leak through it.
     found = torch.sigmoid(-1.5985967 - after).mean(-1)
-    assert (found - max(sparsity, LEAST)).abs().max() < 1e-6
+    assert (found - sparsity).abs().max() < 1e-6
     shift = after - before
     assert (shift - shift[:, :1]).abs().max() <= 1e-10 * (1 + before.abs().max())
 
@@ -102,6 +104,35 @@ def test_a_skipped_step_does_not_keep_masks_from_settling(source, target):
     before = {name: value.detach().clone() for name, value in masks.log_alpha.items()}
     masks.skip(30)
     assert all(torch.equal(value, before[name]) for name, value in masks.log_alpha.items())
+
+
+def test_the_schedule_goes_on_where_steps_are_skipped(source, target):
+    """Nothing is learned in them, but sparsities are on their targets and masks sharpen as they would."""
+    masks = state(source, target, mask_learning_rate=0.3, sharpening=4.0)
+    masks.warm_start({s.name: torch.randn(s.shape) for s in masks.specs})
+    wide = {name: float(value.detach().std()) for name, value in masks.log_alpha.items()}
+    for step in range(29):
+        masks.skip(step)
+        for spec in masks.specs:
+            wanted = masks.closing.targets(step + 1)[spec.name]
+            found = expected_sparsity(masks.log_alpha[spec.name].detach().reshape(spec.rows, spec.units))
+            assert (found - wanted).abs().max() < 1e-5, (step, spec.name)
+    for name, value in masks.log_alpha.items():
+        assert float(value.detach().std()) == pytest.approx(4.0 ** (29 / 30) * wide[name], rel=1e-2)
+
+
+def test_what_the_target_keeps_stays_open(source):
+    """A granularity that is named but loses nothing is never closed; one that loses little never closes more."""
+    target = dataclasses.replace(source, intermediate_size=95, hidden_size=60)
+    masks = state(source, target, granularities=["hidden", "group", "intermediate", "layer"], closing=["layer"])
+    assert masks.closing.targets(10)["hidden"] == pytest.approx(masks.specs[0].target_sparsity)
+    walk(masks, range(29))
+    for step in range(40):
+        drawn = masks.sample(3, step, 0)
+        assert drawn.head is not None and (drawn.head == 1).all() and (drawn.layer == 1).all()
+    thousand = dataclasses.replace(source, intermediate_size=11008)
+    few = state(thousand, dataclasses.replace(thousand, intermediate_size=11000))
+    assert expected_sparsity(few.log_alpha["intermediate"]).max() < 1.01 * 8 / 11008
 
 
 def test_what_was_open_when_masks_settle_is_told(source, target):

@@ -16,7 +16,8 @@ LIMIT = 4.605170185988092
 
 def published_config(**keys) -> PruneConfig:
     """The published constraint with the given keys; nothing sharpens and nothing settles."""
-    return PruneConfig(**{"basis": "source", "constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0} | keys)
+    plain = {"basis": "source", "constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0, "lambda1_cap": None}
+    return PruneConfig(**plain | keys)
 
 
 def values_of(masks):
@@ -208,3 +209,39 @@ def test_deterministic_masks_by_target_and_by_expectation(grouped_source, groupe
     assert all((mask != 0).all() for mask in values_of(open_state.deterministic("expected")))
     with pytest.raises(ValueError, match="target or expected"):
         state.deterministic("other")
+
+
+@pytest.mark.parametrize("steps", [100, 200, 400])
+def test_multipliers_reach_their_targets_in_short_stages(source, target, steps):
+    """By derived rates and the default cap, where nothing of the data pulls."""
+    state = MaskState(source, target, PruneConfig(constraint="lagrangian", batch=BatchConfig(steps=steps)), seed=0)
+    generator = torch.Generator().manual_seed(steps)
+    state.warm_start({spec.name: torch.randn(spec.shape, generator=generator) for spec in state.specs})
+    ahead = 0.0
+    for step in range(steps):
+        state.zero_gradients()
+        _, info = state.add_lagrangian_gradients(step)
+        ahead = max(ahead, *(float(info["expected"][name]) - info["target"][name] for name in info["target"]))
+        state.step(1.0, step)
+    assert ahead < 0.2
+    assert not [said for said in state.undecided if "expected closed" in said], state.undecided
+
+
+def test_the_cap_holds_the_linear_multiplier_on_both_sides(source, target):
+    state = MaskState(source, target, published_config(lambda1_cap=0.5, lambda_learning_rate=2.0), seed=0)
+    for gap in (-1.0, 1.0):
+        for pair in state.multipliers.values():
+            pair.grad.copy_(torch.tensor([gap, 0.0]))
+        for step in range(8):
+            state.step(1.0, step)
+        assert all(pair[0].item() == pytest.approx(0.5 * gap) for pair in state.multipliers.values())
+
+
+def test_masks_stand_alone_by_granularity(grouped_source, grouped_target):
+    """Those that are learned, groups apart from queries; together they are the sample."""
+    state = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0)
+    whole, parts = state.sample(1, 2, 3), state.alone(1, 2, 3)
+    assert list(parts) == ["hidden", "group", "query", "intermediate", "layer"]
+    assert torch.equal(whole.head, parts["group"].head * parts["query"].head)
+    assert torch.equal(whole.layer, parts["layer"].layer) and parts["layer"].head is None
+    assert parts["hidden"].norm_gain is not None and parts["query"].norm_gain is None

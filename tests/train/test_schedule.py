@@ -24,6 +24,12 @@ def test_warmup_stable_decay() -> None:
     assert found == pytest.approx([0.0, 0.5, 1, 1, 1, 1, 1, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+def test_an_open_decay_gives_way_to_the_warm_up() -> None:
+    optimizer = OptimizerConfig(schedule="wsd", warmup_steps=9, min_ratio=0.0)
+    found = [learning_rate_factor(step, 10, optimizer, 0.5) for step in range(10)]
+    assert found == pytest.approx([step / 9 for step in range(9)] + [1.0])
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_lengths_left_open_are_shares(schedule: str) -> None:
     optimizer = OptimizerConfig(schedule=schedule)

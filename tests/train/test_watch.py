@@ -5,14 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from run_stages.conftest import tiny  # noqa: F401
 from run_stages.tiny import Tiny
 
 from megashear.config.training_schema import ImportanceConfig, PruneConfig
-from megashear.masks.masks import Masks
 from megashear.run.runner import run
-from megashear.train.watch import ahead, alone, limit, smoothed, verdict
+from megashear.train.watch import ahead, limit, smoothed, verdict
 
 
 def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
@@ -26,13 +24,6 @@ def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
 def test_the_limit_is_a_third_of_the_way_to_knowing_nothing() -> None:
     assert limit(2.0, round(math.exp(5.0))) == pytest.approx(3.0, abs=1e-2)
     assert limit(7.0, 100) == 7.5
-
-
-def test_masks_stand_alone_by_granularity() -> None:
-    hidden, layer = torch.ones(3), torch.zeros(2)
-    parts = alone(Masks(hidden=hidden, layer=layer))
-    assert list(parts) == ["hidden", "layer"]
-    assert parts["hidden"] == Masks(hidden=hidden) and parts["layer"] == Masks(layer=layer)
 
 
 def test_the_verdict_names_what_rises_most() -> None:
