@@ -10,7 +10,7 @@ from megashear.config.memory import Memory
 from megashear.config.presets import PRESETS
 from megashear.config.schema import Config
 from megashear.config.stages import peak_learning_rate, prunes, refit_batches, training_stages
-from megashear.config.teaching import teaching
+from megashear.config.teaching import teacher_flops_per_token, teaching
 from megashear.config.training_schema import BatchConfig
 from megashear.masks.target import in_principal_basis
 from megashear.train import tables
@@ -84,7 +84,7 @@ def teacher_rows(config: Config, report: Report) -> list[list[str]]:
             continue
         student = report.target if name == "pretrain" and report.target is not None else report.source
         length = config.data.sequence_length
-        own, extra = student.flops_per_token(length), report.source.flops_per_token(length) / 3
+        own, extra = student.flops_per_token(length), teacher_flops_per_token(report.source, length)
         shares = [f"{how.weight:g}", f"{how.temperature:g}", how.until]
         rows.append([name, *shares, tables.count(own), tables.count(extra), f"{extra / own:.0%}"])
     return rows

@@ -7,14 +7,15 @@ Key property: with the checkpoint's state filled in, nothing is left that the re
 import logging
 import time
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from megashear.checkpoint.store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.schema import STAGES
 from megashear.config.shape import ModelShape
 from megashear.config.stages import peak_learning_rate
-from megashear.config.teaching import Teaching
+from megashear.config.teaching import Teaching, teacher_flops_per_token
 from megashear.config.training_schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.data.batches import Batches
 from megashear.data.blend import BlendedStream, sources
@@ -26,7 +27,6 @@ from megashear.engine.device import device_name
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.errors import CheckpointError
-from megashear.masks.keep import unfinished
 from megashear.masks.state import MaskState
 from megashear.model.build import filled_chunks
 from megashear.model.load import RandomWeights, TensorSource
@@ -82,13 +82,14 @@ def run_training(context: Context, name: str) -> None:
             stage.counters.calibration_seconds = calibrated
         with closing(stage.batches):
             losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
-    if masks is not None and context.layout.is_main:
-        for problem in unfinished(masks.log_alpha, masks.specs):
+    undecided = [] if masks is None else stage.counters.undecided or masks.unfinished()
+    if masks is not None and not masks.closing.settled(section.batch.steps):
+        for problem in undecided:
             logger.warning("%s: masks at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     if masks is not None:
-        record |= {"principal": principal(context), "undecided": stage.counters.undecided}
+        record |= {"principal": principal(context), "undecided": undecided}
         record |= calibration_record(context)
     write_model(
         weights.chunks,
@@ -158,24 +159,22 @@ def build_stage(
         _start_pretraining_mixture(context, mixture)
     stream = open_stream(context, mixture)
     taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
-    stepper = build_stepper(context, section, weights, masks, context.teaching(name))
     counters, losses = Counters(), None
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, weights, masks)
-        counters, losses = Counters(**state["counters"]), from_json(state["losses"])
-        stream.load_state_dict(state["stream"])
-        mixture.load_state_dict(state["mixture"])
+        counters, losses = take_up(checkpoint, weights, masks, stream, mixture)
         if layout.is_main:
             print(f"{name}: going on from {checkpoint}", flush=True)
     elif name == "pretrain":
         take_moments(context, weights)
     metrics.resume(name, counters.step)
+    how, flops = context.teaching(name), shape.flops_per_token(length)
+    teaching = teacher_flops_per_token(context.source_shape, length) if how.weight else 0.0
+    if counters.taught is not None:  # it has gone: its weights are not read again
+        how = replace(how, weight=0.0)
+    stepper = build_stepper(context, section, weights, masks, how)
+    now = flops + (teaching if stepper.teacher is not None else 0.0)
     done = counters.step * batch.global_batch * length
-    flops = shape.flops_per_token(length)
-    teaching = None if stepper.teacher is None else stepper.teacher.flops_per_token(length)
-    progress = Progress(
-        name, batch.steps, flops + (teaching or 0.0), device_name(), layout.world_size, counters.step, done
-    )
+    progress = Progress(name, batch.steps, now, device_name(), layout.world_size, counters.step, done)
     return Stage(
         name,
         batch,
@@ -194,8 +193,19 @@ def build_stage(
         losses=losses,
         source_loss=None if before is None else mean_loss(before),
         taken=taken,
-        teacher_flops=None if teaching is None else teaching / flops,
+        teacher_flops=teaching / flops if teaching else None,
     )
+
+
+def take_up(
+    checkpoint: Path, weights: WeightOptimizer, masks: MaskState | None, stream: BlendedStream, mixture: Mixture
+) -> tuple[Counters, Losses | None]:
+    """Fill a stage's state from its checkpoint; returns its counters and last held-out losses."""
+    state = load_checkpoint(checkpoint, weights, masks)
+    stream.load_state_dict(state["stream"])
+    mixture.load_state_dict(state["mixture"])
+    known = {"live_steps": None} | state["counters"]  # a checkpoint older than that count does not know it
+    return Counters(**known), from_json(state["losses"])
 
 
 def build_stepper(

@@ -57,6 +57,8 @@ class Counters:
     """Whether the stage has said that its masks close ahead of their schedule."""
     undecided: list[str] = field(default_factory=list)
     """What was open about the masks when they settled."""
+    live_steps: float | None = 0.0
+    """Steps of pruning, each counted as the share of the source's FLOPs that its live units needed; None: not known."""
     taught: int | None = None
     """Steps after which the teacher went; None while it is there, or where there was none."""
 
@@ -93,10 +95,6 @@ class Stage:
 
     teacher_flops: float | None = None
     """A teacher's FLOPs as a share of those of training the whole model; None: the stage began without one."""
-
-    def __post_init__(self) -> None:
-        if self.counters.taught is not None:
-            self.go_untaught()
 
     def go_untaught(self) -> None:
         """Drop the teacher: its memory is free, its FLOPs are no longer the stage's."""
@@ -144,6 +142,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
         tell_choices(stage)
         counters.step += 1
         counters.seconds = time.monotonic() - started
+        count_live(counters, result)
         report_step(stage, result)
         watch_step(stage, result)
         tell_settled(stage)
@@ -269,8 +268,7 @@ def watch_step(stage: Stage, result: StepResult) -> None:
     counters.warned = True
     few, batch = stage.heldout.first(watch.SEQUENCES), stage.batch.micro_batch
     chunks = stage.stepper.weights.chunks
-    with torch.no_grad():
-        drawn = watch.alone(masks.sample(stage.stepper.seed, counters.step, 0))
+    drawn = masks.alone(stage.stepper.seed, counters.step, 0)
     means = {}
     for name, mask in {"open": None, **drawn}.items():
         means[name] = mean_loss(evaluate(few, stage.layout, chunks, batch, mask))
@@ -295,6 +293,14 @@ def tell_settled(stage: Stage) -> None:
     counters.undecided = list(masks.undecided)
     if stage.layout.is_main:
         print(f"{stage.name}: masks settle at step {counters.step}: {'; '.join(masks.undecided)}", flush=True)
+
+
+def count_live(counters: Counters, result: StepResult) -> None:
+    """Count a step by what it computed; unknown once a step is (live units are off, or an older version began)."""
+    if counters.live_steps is None or result.live_flops is None:
+        counters.live_steps = None
+    else:
+        counters.live_steps += result.live_flops
 
 
 def report_step(stage: Stage, result: StepResult) -> None:
@@ -340,6 +346,7 @@ def report_step(stage: Stage, result: StepResult) -> None:
                 "lambda2": {name: float(pair[1]) for name, pair in pairs.items()},
                 "lagrangian": result.lagrangian,
                 "live_flops": result.live_flops,
+                "live_steps": counters.live_steps,
             }
         )
     if stage.layout.is_main:

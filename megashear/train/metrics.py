@@ -16,7 +16,8 @@ Records, schema 1: one JSON object a line; a number that is not finite is null.
           "domain_epochs": {domain: float (of the run)}, "skipped": int (steps so far)}
   mask   {"stage", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
           "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float,
-          "live_flops": share of the source's FLOPs that this step's live units needed | null}
+          "live_flops": share of the source's FLOPs that this step's live units needed | null,
+          "live_steps": the same summed over the stage's steps so far | null}
   eval   {"stage", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
           "reference": {domain: float} | null, "weights": {domain: weight after the update}}
 `masks.npz` holds the deterministic masks of the last evaluation while pruning, then those of the cut, fp32: hidden

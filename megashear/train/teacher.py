@@ -32,10 +32,6 @@ class Teacher:
             chunk.requires_grad_(False)
             chunk.eval()
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        """FLOPs of the teacher's forward pass per token: a third of what training it would take."""
-        return self.chunks[0].shape.flops_per_token(sequence_length) / 3
-
     @torch.no_grad()
     def states(self, batches: "list[MicroBatch]", micro_batch: int) -> dict[int, Tensor]:
         """Final states by the micro-batch's index, on the ranks of the last stage; elsewhere an empty dict.

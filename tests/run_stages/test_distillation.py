@@ -90,7 +90,9 @@ def test_a_teacher_goes_when_its_student_is_no_worse(
 
     config = tiny.config(tmp_path / "broken", *OUTGROWN, "checkpoint.interval=1", source=source)
     assert break_off(config, ("pretrain", last - 1)) and break_off(config, ("pretrain", last + 1))
-    finish(tiny.config(tmp_path / "broken", *OUTGROWN, source=source))
+    with patch("megashear.run.training.build_teacher", wraps=build_teacher) as built:
+        finish(tiny.config(tmp_path / "broken", *OUTGROWN, source=source))
+    assert [call.args[1].weight for call in built.call_args_list] == [0.0], "its weights are read once more for nothing"
     assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
 
 

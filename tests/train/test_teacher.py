@@ -72,11 +72,10 @@ def test_a_teacher_equal_to_the_student_is_silent(layout: Layout) -> None:
     assert found.abs().max() < 1e-5 * entropy.abs().max()
 
 
-def test_a_teacher_is_frozen_and_costs_a_third_of_its_training(layout: Layout) -> None:
+def test_a_teacher_is_frozen(layout: Layout) -> None:
     chunk = model(TEACHER, layout, 3)
     before = [weight.clone() for weight in chunk.parameters()]
     teacher = Teacher([chunk], Teaching(0.5), layout)
     gradient(layout, teacher)
     assert all(torch.equal(one, other) for one, other in zip(before, chunk.parameters(), strict=True))
     assert not chunk.training and all(weight.grad is None and not weight.requires_grad for weight in chunk.parameters())
-    assert teacher.flops_per_token(64) == TEACHER.flops_per_token(64) / 3

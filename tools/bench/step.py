@@ -29,7 +29,7 @@ import torch
 
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
-from megashear.config.teaching import Teaching
+from megashear.config.teaching import Teaching, teacher_flops_per_token
 from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.engine.layout import Layout, distributed
@@ -195,7 +195,7 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
         if name == "taught":
             taught = build_model(SHAPE, layout, RandomWeights(SHAPE, SEED + 1))
             teacher = Teacher(taught, Teaching(0.5), layout)
-            share = 1 + teacher.flops_per_token(LENGTH) / SHAPE.flops_per_token(LENGTH)
+            share = 1 + teacher_flops_per_token(SHAPE, LENGTH) / SHAPE.flops_per_token(LENGTH)
         if masks is not None:
             with torch.no_grad():
                 (pattern,) = live_patterns([masks.sample(SEED, numbers[0], 0)])
