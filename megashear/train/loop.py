@@ -24,6 +24,7 @@ from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
+from megashear.masks.masks import Masks
 from megashear.train import watch
 from megashear.train.evaluate import evaluate, evaluate_sequences
 from megashear.train.losses import Losses, mean_loss
@@ -53,6 +54,8 @@ class Counters:
     smoothed_loss: float | None = None
     warned: bool = False
     """Whether the stage has said that its masks destroy the model."""
+    look_again: int = 0
+    """Step before which a loss that is high for another reason (of the text, say) is not looked into again."""
     ahead: bool = False
     """Whether the stage has said that its masks close ahead of their schedule."""
     undecided: list[str] = field(default_factory=list)
@@ -265,13 +268,22 @@ def watch_step(stage: Stage, result: StepResult) -> None:
     counters.smoothed_loss = average = watch.smoothed(counters.smoothed_loss, result.loss)
     if average is None or counters.warned or not average > watch.limit(stage.source_loss, masks.source.vocab_size):
         return
-    counters.warned = True
+    if counters.step < counters.look_again:
+        return
     few, batch = stage.heldout.first(watch.SEQUENCES), stage.batch.micro_batch
-    chunks = stage.stepper.weights.chunks
-    drawn = masks.alone(stage.stepper.seed, counters.step, 0)
-    means = {}
-    for name, mask in {"open": None, **drawn}.items():
-        means[name] = mean_loss(evaluate(few, stage.layout, chunks, batch, mask))
+
+    def loss(mask: Masks | None) -> float:
+        return mean_loss(evaluate(few, stage.layout, stage.stepper.weights.chunks, batch, mask))
+
+    seed, step = stage.stepper.seed, counters.step
+    with torch.no_grad():
+        together = masks.sample(seed, step, 0)
+    means = {"open": loss(None)}
+    if not watch.confirmed(stage.source_loss, means["open"], loss(together)):
+        counters.look_again = 2 * step
+        return
+    counters.warned = True
+    means |= {name: loss(mask) for name, mask in masks.alone(seed, step, 0).items()}
     logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means, masks.config))
 
 

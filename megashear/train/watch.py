@@ -1,9 +1,10 @@
 """Watching a pruning stage's loss: a run whose masks destroy the model says so early, and which granularity does it.
 
 The training loss, smoothed, is compared with the source model's held-out loss. Where it has gone a third of the way
-from there to ln V, the loss of a model that knows nothing, masks of one granularity at a time are laid over the
-present weights and evaluated on a few held-out sequences. Masks that close far ahead of their schedule are told as
-well, before the loss shows it. Each is said once a stage; nothing that is computed changes.
+from there to ln V, the loss of a model that knows nothing, the masks are laid over the present weights and evaluated
+on a few held-out sequences: all together, which tells a loss that the text is to blame for, then one granularity at a
+time. Masks that close far ahead of their schedule are told as well, before the loss shows it. Each is said once a
+stage; nothing that is computed changes.
 Read next: `loop.py`.
 """
 
@@ -33,6 +34,14 @@ def smoothed(average: float | None, loss: float) -> float | None:
 def limit(source_loss: float, vocab_size: int) -> float:
     """The smoothed loss, in nats per token, above which a model counts as being destroyed."""
     return source_loss + max(LEAST_RISE, SHARE * (math.log(vocab_size) - source_loss))
+
+
+def confirmed(source_loss: float, open_loss: float, masked_loss: float) -> bool:
+    """Whether a high training loss is the masks' or the weights', and not of harder text than the held-out one's.
+
+    open_loss, masked_loss: held-out losses of the present weights without and with the step's masks.
+    """
+    return max(open_loss - source_loss, masked_loss - open_loss) >= LEAST_RISE
 
 
 def verdict(step: int, loss: float, source_loss: float, means: dict[str, float], prune: PruneConfig) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from run_stages.conftest import tiny  # noqa: F401
@@ -10,7 +11,7 @@ from run_stages.tiny import Tiny
 
 from megashear.config.training_schema import ImportanceConfig, PruneConfig
 from megashear.run.runner import run
-from megashear.train.watch import ahead, limit, smoothed, verdict
+from megashear.train.watch import ahead, confirmed, limit, smoothed, verdict
 
 
 def test_the_smoothed_loss_forgets_and_passes_over_skipped_steps() -> None:
@@ -74,6 +75,22 @@ def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         run(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
     assert len([record for record in caplog.records if "ahead of their schedule" in record.getMessage()]) == 1
+
+
+def test_harder_text_is_not_taken_for_destruction(
+    tiny: Tiny,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A high training loss that no held-out sequence shows is looked into at steps 1, 2, 4, 8, and not told."""
+    assert confirmed(3.0, 3.6, 3.6) and confirmed(3.0, 3.0, 3.6) and not confirmed(3.0, 3.3, 3.6)
+    with (
+        patch("megashear.train.watch.limit", return_value=-1.0),
+        patch("megashear.train.watch.confirmed", wraps=confirmed) as asked,
+    ):
+        keys = ("prune.optimizer.learning_rate=1e-4", "prune.batch.steps=9")
+        assert warnings_of(tiny, tmp_path / "run", caplog, *keys) == []
+    assert asked.call_count == 4
 
 
 def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
