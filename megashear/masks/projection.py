@@ -16,8 +16,10 @@ from megashear.masks.hard_concrete import KAPPA
 LEAST = 1e-3
 """Sparsity that stands for 0 while a row has units to close: no finite shift opens every unit with certainty."""
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
-STEPS = {"cpu": 100, "cuda": 48}
-"""Steps at most. A CPU stops where it is close enough, after some four; asking a GPU would make the host wait."""
+STEPS = {"cpu": 100, "cuda": 24}
+"""Steps at most. A CPU stops where it is close enough, after some four; asking a GPU would make the host wait. From a
+start that is far off, 24 may leave 1e-3, which the next step's projection takes up.
+"""
 
 
 @torch.no_grad()
