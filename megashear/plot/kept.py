@@ -26,9 +26,9 @@ def kept(run: RunRecord) -> list[Html]:
     if rows := granularities(run):
         caption = (
             "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation; what stands in a "
-            "layer that goes is not open. Borderline: units that the cut keeps in their row although their mask is "
-            "below one half; lowest: the least mask among the kept; these two, and what older runs recorded as kept, "
-            "over all layers of the source. A group is the query heads that share a key/value head."
+            "layer that goes is not open. Borderline: units that the cut keeps although their mask is below one half; "
+            "lowest: the least mask among the kept; records older than the counts of what was kept have both, and "
+            "these, over all layers of the source. A group is the query heads that share a key/value head."
         )
         header = ["granularity", "open", "kept by the cut", "borderline", "lowest"]
         parts.append(table(header, rows, caption))
