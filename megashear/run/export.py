@@ -14,10 +14,18 @@ def run_export(context: Context) -> None:
     output = Path(settings.folder) if settings.folder is not None else context.folder / "export"
     dtype = settings.dtype or context.config.precision
 
-    def export() -> None:
-        trained = "pretrain" in known_stages(context.folder, context.config.run.stages)
-        model = context.model_folder("final" if trained else "pruned")
-        export_model(model, output, dtype, settings.max_shard_gb)
+    model = last_model(context)
+    on_main(context.layout, lambda: export_model(context.model_folder(model), output, dtype, settings.max_shard_gb))
+    context.finish("export", {"name": "export", "folder": str(output), "model": model})
 
-    on_main(context.layout, export)
-    context.finish("export", {"name": "export", "folder": str(output)})
+
+def last_model(context: Context) -> str:
+    """The model that the run comes to by the stages that it names or has done; the same on every rank."""
+    stages = on_main(context.layout, lambda: known_stages(context.folder, context.config.run.stages))
+    return "final" if "pretrain" in stages else "pruned"
+
+
+def outdated(context: Context) -> bool:
+    """Whether what was exported is not what the run comes to by now; records older than that key do not tell."""
+    record, model = context.done("export"), last_model(context)
+    return record is not None and record.get("model", model) != model

@@ -18,7 +18,7 @@ from megashear.errors import CheckpointError, Interrupted
 from megashear.files.lock import run_lock
 from megashear.report import render
 from megashear.run.context import Context, open_context
-from megashear.run.export import run_export
+from megashear.run.export import outdated, run_export
 from megashear.run.finalize import drop_sources, run_finalize
 from megashear.run.moments import drop_moments
 from megashear.run.one_shot import run_one_shot
@@ -71,7 +71,7 @@ def run_stage(context: Context, stage: str) -> None:
     """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it, CheckpointError where
     pre-training, which it would come before, is done.
     """
-    if context.done(stage) is not None:
+    if context.done(stage) is not None and not (stage == "export" and outdated(context)):
         if stage in LEFTOVERS:
             LEFTOVERS[stage](context)
         if context.layout.is_main:

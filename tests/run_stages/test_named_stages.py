@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megashear.errors import CheckpointError
+from megashear.errors import CheckpointError, ModelError
 from megashear.plot.record import read_run
 from megashear.weights.folder import ModelFolder
 from run_stages.tiny import Tiny, finish
@@ -34,6 +34,17 @@ def test_export_alone_takes_what_was_trained_and_the_summary_stays_whole(tiny: T
     after = read(finished / "summary.json")
     assert Path(after["export"]).samefile(finished / "export")
     assert after | {"export": None} == before
+
+
+def test_an_export_of_the_pruned_model_does_not_stand_for_the_trained_one(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,export]"))
+    with pytest.raises(ModelError, match="exists and is not this export; remove it"):
+        finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,pretrain,export]"))
+    shutil.rmtree(folder / "export")
+    finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,pretrain,export]"))
+    exported, final = (load_file(folder / name / "model.safetensors") for name in ("export", "final"))
+    assert all(exported[name].equal(value) for name, value in final.items())
 
 
 def test_pretraining_alone_trains_what_was_pruned_before(tiny: Tiny, tmp_path: Path) -> None:
