@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from run_stages.tiny import TEXTS, make_dataset, make_tokenizer
 
+EXACT = ["--precision", "fp32"]
 PATH = Path(__file__).parents[2] / "tools" / "bench" / "claim.py"
 
 
@@ -44,11 +45,12 @@ def test_all_rows_see_equal_tokens_and_are_drawn(claim, tmp_path, monkeypatch, c
     make_tokenizer(tokenizer, 400)
     make_dataset(tmp_path / "data", tokenizer, TEXTS)
     output = tmp_path / "claim"
-    monkeypatch.setattr(sys, "argv", ["claim.py", "tiny", str(tmp_path / "data"), str(output), "--seeds", "1,2"])
+    monkeypatch.setattr(sys, "argv", ["claim.py", "tiny", str(tmp_path / "data"), str(output), "--seeds", "1,2", *EXACT])
     claim.main()
     found = json.loads((output / "claim.json").read_text())
     rows = found["budgets"]["0.2"]
     assert set(rows) == set(claim.ROWS)
+    assert all("precision: fp32" in path.read_text() for path in output.rglob("*/seed-1/*.yaml"))
     assert rows["one_shot"]["flops"] > rows["directions"]["flops"]
     assert {one["tokens"] for one in rows.values()} == {(4 + 12) * 8 * 16}
     for name, one in rows.items():
