@@ -45,7 +45,8 @@ def test_all_rows_see_equal_tokens_and_are_drawn(claim, tmp_path, monkeypatch, c
     make_tokenizer(tokenizer, 400)
     make_dataset(tmp_path / "data", tokenizer, TEXTS)
     output = tmp_path / "claim"
-    monkeypatch.setattr(sys, "argv", ["claim.py", "tiny", str(tmp_path / "data"), str(output), "--seeds", "1,2", *EXACT])
+    arguments = [str(tmp_path / "data"), str(output), "--seeds", "1,2", *EXACT]
+    monkeypatch.setattr(sys, "argv", ["claim.py", "tiny", *arguments])
     claim.main()
     found = json.loads((output / "claim.json").read_text())
     rows = found["budgets"]["0.2"]
