@@ -246,16 +246,6 @@ class MaskState:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         self._adam.step()
-        self._advance(step)
-
-    @torch.no_grad()
-    def skip(self, step: int) -> None:
-        """In place of `step` where a step is skipped: nothing is learned, the schedule goes on."""
-        if not self.closing.settled(step):
-            self._advance(step)
-
-    def _advance(self, step: int) -> None:
-        """What the schedule does after a step, whatever it has learned."""
         growth = self.closing.growth()
         for log_alpha in self.log_alpha.values():
             log_alpha.mul_(growth)
@@ -265,6 +255,14 @@ class MaskState:
                 if cap is not None:
                     value.clamp_(-cap, cap)
         self._constrain(step + 1)
+
+    @torch.no_grad()
+    def skip(self, step: int) -> None:
+        """In place of `step` where a step is skipped: nothing moves, but masks settle where they are due. What the
+        schedule asks for is caught up by the next step's constraint.
+        """
+        if self.closing.settles(step + 1):
+            self._constrain(step + 1)
 
     # Saving
 

@@ -106,21 +106,6 @@ def test_a_skipped_step_does_not_keep_masks_from_settling(source, target):
     assert all(torch.equal(value, before[name]) for name, value in masks.log_alpha.items())
 
 
-def test_the_schedule_goes_on_where_steps_are_skipped(source, target):
-    """Nothing is learned in them, but sparsities are on their targets and masks sharpen as they would."""
-    masks = state(source, target, mask_learning_rate=0.3, sharpening=4.0)
-    masks.warm_start({s.name: torch.randn(s.shape) for s in masks.specs})
-    wide = {name: float(value.detach().std()) for name, value in masks.log_alpha.items()}
-    for step in range(29):
-        masks.skip(step)
-        for spec in masks.specs:
-            wanted = masks.closing.targets(step + 1)[spec.name]
-            found = expected_sparsity(masks.log_alpha[spec.name].detach().reshape(spec.rows, spec.units))
-            assert (found - wanted).abs().max() < 1e-5, (step, spec.name)
-    for name, value in masks.log_alpha.items():
-        assert float(value.detach().std()) == pytest.approx(4.0 ** (29 / 30) * wide[name], rel=1e-2)
-
-
 def test_what_the_target_keeps_stays_open(source):
     """A granularity that is named but loses nothing is never closed; one that loses little never closes more."""
     target = dataclasses.replace(source, intermediate_size=95, hidden_size=60)
