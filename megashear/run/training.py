@@ -89,8 +89,7 @@ def run_training(context: Context, name: str) -> None:
     output = context.model_folder("masked" if name == "prune" else "final")
     record = stage_record(stage, losses)
     if masks is not None:
-        record |= {"principal": principal(context), "undecided": undecided}
-        record |= calibration_record(context)
+        record |= {"principal": principal(context), "undecided": undecided} | calibration_record(context)
     write_model(
         weights.chunks,
         shape,
