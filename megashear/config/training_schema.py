@@ -73,8 +73,8 @@ class DistillationConfig:
     )
     until: str = key(
         "outgrown",
-        "when the teacher goes: outgrown (at the first evaluation of the stage in which the model's mean held-out "
-        "loss is not above the source's; in pruning once masks have their target sparsities), or end (of the stage)",
+        "when the teacher goes: outgrown (once the model's loss is not above the source's on the text of the last 8 "
+        "steps; in pruning from half of the target sparsities on), or end (of the stage)",
         ("outgrown", "end"),
         before="end",
     )

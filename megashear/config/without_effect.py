@@ -7,7 +7,7 @@ Read next: `training_schema.py` (the keys), `stages.py`.
 from dataclasses import asdict
 from typing import Any
 
-from megashear.config.closing import closing_steps, settled_steps
+from megashear.config.closing import settled_steps
 from megashear.config.legality import granularity_sizes
 from megashear.config.paper import PAPER
 from megashear.config.schema import Config
@@ -87,23 +87,6 @@ def moments_warnings(config: Config) -> list[str]:
     return ["pretrain.moments: fresh changes nothing: pruning hands none on where its masks do not settle"]
 
 
-def _never_asked(config: Config, name: str) -> list[str]:
-    """Of a stage whose teacher is to go once it is outgrown, where no evaluation is in time to tell that."""
-    stage, prune, first = training_stages(config)[name], config.prune, 1
-    steps, interval = stage.batch.steps, stage.batch.eval_interval
-    if name == "prune":
-        first = closing_steps(prune) if prune.constraint == "projected" else steps - settled_steps(prune)
-    first = max(1, first)
-    asked = -(-first // interval) * interval
-    if stage.distillation.until == "end" or asked < steps:
-        return []
-    since = "the one before the first step" if first == 1 else f"step {first}, from which the teacher may go,"
-    return [
-        f"{name}.distillation.until: outgrown is asked at evaluations, and none of every {interval} steps falls "
-        f"between {since} and the last, {steps}; lower {name}.batch.eval_interval"
-    ]
-
-
 def _unused_weight(config: Config) -> list[str]:
     """Of one-shot pruning, whose share of the teacher is what an open one of pre-training stands for, and no more."""
     followed = "pretrain" in config.run.stages and config.pretrain.distillation.weight is None
@@ -129,10 +112,7 @@ def teacher_warnings(config: Config, source: ModelShape | None, target: ModelSha
     said, plain, taught = [], vars(DistillationConfig()), teaching(config, source, target)
     published = PAPER["distillation"] if config.prune.preset == "paper" else plain
     for name, stage in training_stages(config).items():
-        if taught[name].weight:
-            said += _never_asked(config, name)
-            continue
-        if stage.distillation.weight is None and None in (source, target):
+        if taught[name].weight or (stage.distillation.weight is None and None in (source, target)):
             continue
         said += [
             f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
@@ -145,7 +125,7 @@ def teacher_warnings(config: Config, source: ModelShape | None, target: ModelSha
     comes = (
         "holds it there at the cost of its forward passes; set it to 0"
         if config.pretrain.distillation.until == "end"
-        else "goes before the first step, being outgrown: it changes nothing"
+        else "goes after the first steps, being outgrown: it changes next to nothing"
     )
     return [
         *said,

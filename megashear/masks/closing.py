@@ -6,7 +6,9 @@ fixed at the target's shape from then on, so that the weights' last steps are on
 Read next: `projection.py`, `state.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megashear.config.closing import closing_steps, settled_steps
 from megashear.config.paper import PAPER
@@ -42,9 +44,9 @@ class Closing:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
         return self.config.batch.steps - settled_steps(self.config)
 
-    def closed(self, step: int) -> bool:
-        """Whether masks have all of their target sparsity, for certain: multipliers may lag until masks settle."""
-        return step >= (self.warmup_steps if self.projected else self.settle_step)
+    def half_closed(self, expected: Mapping[str, Any]) -> bool:
+        """Whether each granularity has half of its target sparsity. expected: sparsity by granularity."""
+        return all(float(expected[spec.name]) >= spec.target_sparsity / 2 for spec in self.specs)
 
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""

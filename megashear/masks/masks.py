@@ -29,18 +29,14 @@ class Masks:
     norm_gain: Tensor | None = None
     """[1], by which norms multiply besides the hidden mask, or none; see `norm_gain` below."""
 
-    def by_granularity(self) -> dict[str, Tensor]:
-        """The masks there are, by name; the norms' gain is none."""
-        names = ("hidden", "head", "intermediate", "layer")
-        return {name: mask for name in names if (mask := getattr(self, name)) is not None}
-
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Masks":
         """The same masks on a device; dtype: None keeps theirs."""
         return Masks(*(None if mask is None else mask.to(device, dtype) for mask in vars(self).values()))
 
     def arrays(self) -> dict[str, Any]:
-        """The same as numpy arrays, for files and pictures."""
-        return {name: mask.cpu().numpy() for name, mask in self.by_granularity().items()}
+        """Those there are as numpy arrays by name, for files and pictures; the norms' gain is none."""
+        names = ("hidden", "head", "intermediate", "layer")
+        return {name: mask.cpu().numpy() for name in names if (mask := getattr(self, name)) is not None}
 
 
 def assemble(values: Mapping[str, Tensor], source: ModelShape, principal: bool = False) -> Masks:

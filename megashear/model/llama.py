@@ -87,7 +87,7 @@ class Llama(StageModule):
         lesson: Lesson | None = None,
     ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
-        the last stage. With a teacher's lesson [3, B, S]: the mixed loss, cross entropy, KL times T^2.
+        the last stage. With a teacher's lesson [4, B, S]: see `taught_losses`.
 
         pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32
         [B, S], the first position that each token attends to, that of its document; None: 0.
@@ -192,7 +192,9 @@ class Llama(StageModule):
         return cross_entropy(*terms).transpose(0, 1)
 
     def taught_losses(self, logits_SBV: Tensor, labels_BS: Tensor, lesson: Lesson) -> Tensor:
-        """Mixed loss, cross entropy and T^2 KL per token [3, B, S]; the logits are overwritten with their gradient."""
+        """Mixed loss, cross entropy, T^2 KL and the teacher's cross entropy per token [4, B, S]; the logits are
+        overwritten with their gradient.
+        """
         width = logits_SBV.shape[-1]
         labels_SB = labels_BS.transpose(0, 1).contiguous()
         part = VocabularyPart(self.layout.tensor_rank * width, self.real_columns(width), tensor_group())

@@ -38,11 +38,12 @@ from megashear.run.importance import calibration_record, importance_scores
 from megashear.run.moments import drop_moments, take_moments, write_moments
 from megashear.run.source_losses import open_heldout, source_losses
 from megashear.run.teacher import build_teacher
-from megashear.train.loop import Counters, Stage, train
+from megashear.train.loop import train
 from megashear.train.losses import Losses, from_json, mean_loss, to_json
 from megashear.train.metrics import Metrics
 from megashear.train.profile import traced
 from megashear.train.progress import Progress
+from megashear.train.stage import Counters, Stage
 from megashear.train.step import Stepper, local_rows
 
 logger = logging.getLogger(__name__)

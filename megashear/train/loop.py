@@ -2,123 +2,31 @@
 
 Key properties: the order is fixed (step, records, evaluation, checkpoint, stop), and a checkpoint is taken after the
 evaluation of its step, so that a run resumed from any checkpoint has the bits and the records of the unbroken one. The
-loop knows no files: it is given a `save`. Read next: `step.py`, `evaluate.py`.
+loop knows no files: it is given a `save`. Read next: `stage.py`, `step.py`, `evaluate.py`.
 """
 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from megashear import ops
-from megashear.config.schema import LoggingConfig
-from megashear.config.shape import ModelShape
-from megashear.config.training_schema import BatchConfig, OptimizerConfig
-from megashear.data.batches import Batches
-from megashear.data.blend import BatchPlan, BlendedStream
-from megashear.data.loader import HeldOut
-from megashear.data.mixture import Mixture
+from megashear.data.blend import BatchPlan
 from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
-from megashear.engine.optimizer import unwrap
 from megashear.errors import Interrupted, TrainingError
-from megashear.masks.masks import Masks
-from megashear.train import watch
-from megashear.train.evaluate import evaluate, evaluate_sequences
-from megashear.train.losses import Losses, mean_loss
-from megashear.train.metrics import Metrics
-from megashear.train.profile import Tick
-from megashear.train.progress import Progress
-from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
+from megashear.train.evaluate import evaluate_sequences
+from megashear.train.losses import Losses
+from megashear.train.schedule import learning_rate_factor
 from megashear.train.sequences import summarise
 from megashear.train.signals import StopRequest
-from megashear.train.step import Stepper, StepResult, micro_batches
+from megashear.train.stage import Counters, Stage
+from megashear.train.step import StepResult, micro_batches
+from megashear.train.teacher import dismiss_teacher
+from megashear.train.watch import warn_ahead, watch_step
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Counters:
-    """Plain numbers of a stage that are saved with it."""
-
-    step: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    """Of `seconds`, those that held-out evaluations took."""
-    calibration_seconds: float = 0.0
-    """What basis and scores took before the first step, without evaluations of the source; not in `seconds`."""
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    smoothed_loss: float | None = None
-    warned: bool = False
-    """Whether the stage has said that its masks destroy the model."""
-    look_again: int = 0
-    """Step before which a loss that is high for another reason (of the text, say) is not looked into again."""
-    ahead: bool = False
-    """Whether the stage has said that its masks close ahead of their schedule."""
-    undecided: list[str] = field(default_factory=list)
-    """What was open about the masks when they settled."""
-    live_steps: float | None = 0.0
-    """Steps of pruning, each counted as the share of the source's FLOPs that its live units needed; None: not known."""
-    taught: int | None = None
-    """Steps after which the teacher went; None while it is there, or where there was none."""
-
-
-@dataclass
-class Stage:
-    """A training stage: what it is made of, and how far it is."""
-
-    name: str
-    batch: BatchConfig
-    optimizer: OptimizerConfig
-    learning_rate: float
-    """Peak of the weights' learning rate."""
-    logging: LoggingConfig
-    layout: Layout
-    stepper: Stepper
-    stream: BlendedStream
-    batches: Batches
-    heldout: HeldOut
-    mixture: Mixture
-    metrics: Metrics
-    progress: Progress
-    counters: Counters = field(default_factory=Counters)
-    tick: Tick = lambda: None
-    """Called after every step; a profiler counts by it."""
-    told: list[str] = field(default_factory=list)
-    """Choices that were printed."""
-    losses: Losses | None = None
-    """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
-    taken: dict[str, int] = field(default_factory=dict)
-    """Tokens of each domain that earlier stages took of the stream."""
-    source_loss: float | None = None
-    """Mean held-out loss of the source model, by which pruning is watched and a teacher goes; None: from scratch."""
-
-    teacher_flops: float | None = None
-    """A teacher's FLOPs as a share of those of training the whole model; None: the stage began without one."""
-
-    def go_untaught(self) -> None:
-        """Drop the teacher: its memory is free, its FLOPs are no longer the stage's."""
-        self.stepper.teacher = None
-        self.progress.flops_per_token = self.shape.flops_per_token(self.batches.loader.sequence_length)
-
-    @property
-    def shape(self) -> ModelShape:
-        """Of the whole model that is trained."""
-        shape: ModelShape = unwrap(self.stepper.weights.chunks[0]).shape
-        return shape
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.counters.step * self.batch.global_batch * self.batches.loader.sequence_length
-
-    @property
-    def warmup_share(self) -> float:
-        """Share of the steps that the learning rate warms up, where the config leaves it open."""
-        return PRUNE_WARMUP_SHARE if self.name == "prune" else PRETRAIN_WARMUP_SHARE
 
 
 def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: StopRequest) -> Losses:
@@ -147,6 +55,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
         counters.seconds = time.monotonic() - started
         count_live(counters, result)
         report_step(stage, result)
+        dismiss_teacher(stage, result)
         watch_step(stage, result)
         tell_settled(stage)
         finished = counters.step == steps
@@ -233,68 +142,6 @@ def evaluate_and_reweight(stage: Stage, update: bool) -> None:
     stage.metrics.write_sequences(stage.name, sequences, stage.heldout.digests)
     if deterministic is not None:
         stage.metrics.write_masks(deterministic.arrays())
-    dismiss_teacher(stage, mean_loss(losses))
-
-
-def dismiss_teacher(stage: Stage, loss: float) -> None:
-    """Go on without the teacher once the model's mean held-out loss is not above the source's (every rank).
-
-    Both losses are of the same windows; one that is not finite decides nothing. While masks are closing the model still
-    has what they are going to take, so that pruning asks once they have their target sparsities. After the last step
-    there is nothing left to ask.
-    """
-    stepper, step = stage.stepper, stage.counters.step
-    if stepper.teacher is None or stepper.teacher.how.until == "end" or stage.source_loss is None:
-        return
-    if step == stage.batch.steps:
-        return
-    if not loss <= stage.source_loss or (stepper.masks is not None and not stepper.masks.closing.closed(step)):
-        return
-    stage.counters.taught = step
-    stage.go_untaught()
-    if stage.layout.is_main:
-        print(
-            f"{stage.name}: after step {step} the model's held-out loss of {loss:.4f} is not above the source's "
-            f"{stage.source_loss:.4f}: the teacher goes",
-            flush=True,
-        )
-
-
-def watch_step(stage: Stage, result: StepResult) -> None:
-    """Warn once where a pruning stage's loss says that its masks destroy the model, and which of them (every rank)."""
-    counters, masks = stage.counters, stage.stepper.masks
-    if masks is None or stage.source_loss is None:
-        return
-    counters.smoothed_loss = average = watch.smoothed(counters.smoothed_loss, result.loss)
-    if average is None or counters.warned or not average > watch.limit(stage.source_loss, masks.source.vocab_size):
-        return
-    if counters.step < counters.look_again:
-        return
-    few, batch = stage.heldout.first(watch.SEQUENCES), stage.batch.micro_batch
-
-    def loss(mask: Masks | None) -> float:
-        return mean_loss(evaluate(few, stage.layout, stage.stepper.weights.chunks, batch, mask))
-
-    seed, step = stage.stepper.seed, counters.step
-    with torch.no_grad():
-        together = masks.sample(seed, step, 0)
-    means = {"open": loss(None)}
-    if not watch.confirmed(stage.source_loss, means["open"], loss(together)):
-        counters.look_again = 2 * step
-        return
-    counters.warned = True
-    means |= {name: loss(mask) for name, mask in masks.alone(seed, step, 0).items()}
-    logger.warning("%s: %s", stage.name, watch.verdict(counters.step, average, stage.source_loss, means, masks.config))
-
-
-def warn_ahead(stage: Stage, expected: dict[str, float], target: dict[str, float]) -> None:
-    """Warn once where masks close far ahead of their schedule."""
-    if stage.counters.ahead:
-        return
-    text = watch.ahead(stage.counters.step, expected, target)
-    if text is not None:
-        stage.counters.ahead = True
-        logger.warning("%s: %s", stage.name, text)
 
 
 def tell_settled(stage: Stage) -> None:
@@ -371,5 +218,6 @@ def taught_record(stage: Stage, result: StepResult) -> dict[str, float]:
     if stage.teacher_flops is None:
         return {}
     taught = stage.counters.step if stage.counters.taught is None else stage.counters.taught
-    told = {} if result.distillation is None else {"distillation": result.distillation}
+    numbers = {"distillation": result.distillation, "teacher_loss": result.teacher_loss}
+    told = {key: value for key, value in numbers.items() if value is not None}
     return told | {"teacher_flops": stage.teacher_flops, "taught": taught}

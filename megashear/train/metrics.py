@@ -7,7 +7,8 @@ only for TensorBoard. Read next: `progress.py` (the line on the screen), `plot/r
 
 Records, schema 1: one JSON object a line; a number that is not finite is null.
   train  {"stage": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,
-          with a teacher "distillation": float (T^2 KL in nats per token; absent once the teacher is gone),
+          with a teacher "distillation": float (T^2 KL in nats per token) and "teacher_loss": float (its own loss on
+          the step's text), both absent once it is gone,
           "teacher_flops": float (the teacher's as a share of those of training the whole model) and "taught": int
           (steps so far that had the teacher),
           "grad_norm": float, "tokens": int (of the stage so far), "tokens_per_second": float, "step_seconds": float

@@ -37,13 +37,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: cross entropy in nats per token, with a teacher T^2 KL in nats per token, gradient norm before
-    clipping, whether it was skipped, the constraint, the share of the model's FLOPs that live units needed (mean over
-    this rank's micro-batches), wall time.
+    """What a step did: cross entropy in nats per token, with a teacher T^2 KL and the teacher's own cross entropy in
+    nats per token, gradient norm before clipping, whether it was skipped, the constraint, the share of the model's
+    FLOPs that live units needed (mean over this rank's micro-batches), wall time.
     """
 
     loss: float
     distillation: float | None
+    teacher_loss: float | None
     grad_norm: float
     skipped: bool
     lagrangian: float | None
@@ -108,7 +109,7 @@ class Stepper:
 
     def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
         """Accumulate and reduce the gradients of one global batch; returns its mean losses on every rank, fp64: cross
-        entropy [1], with a teacher also T^2 KL [2].
+        entropy [1], with a teacher also T^2 KL and the teacher's cross entropy [3].
         """
         patterns = self._live_patterns([batch.index for batch in batches], step)
         length = batches[0].tokens_BS.shape[1]
@@ -129,7 +130,7 @@ class Stepper:
         losses = run_micro_batches(forward, self.weights.chunks, batches, length, self.micro_batch)
         if self.masks is not None:
             sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
-        return self._mean_over_world(losses, len(batches), 1 if self.teacher is None else 2)
+        return self._mean_over_world(losses, len(batches), 1 if self.teacher is None else 3)
 
     @torch.no_grad()
     def _live_patterns(self, indices: list[int], step: int) -> dict[int, LivePattern]:
@@ -154,7 +155,7 @@ class Stepper:
     def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
         """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights.
 
-        The host waits for the device once, for up to five numbers that say whether and how far to step.
+        The host waits for the device once, for up to six numbers that say whether and how far to step.
         """
         started = time.monotonic()
         losses = self.forward_backward(batches, step)
@@ -174,8 +175,9 @@ class Stepper:
         elif self.masks is not None:
             self.masks.skip(step)
         seconds = time.monotonic() - started
-        distillation = taught[0] if taught else None
-        return StepResult(loss, distillation, clipped, skipped, lagrangian, sparsity, self._live_flops, seconds)
+        live = self._live_flops
+        divergence, teacher_loss = taught if taught else (None, None)
+        return StepResult(loss, divergence, teacher_loss, clipped, skipped, lagrangian, sparsity, live, seconds)
 
     def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
         """Clip by the norm and move weights, masks and multipliers."""
@@ -193,7 +195,7 @@ def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
     return loss, loss.detach().clone()
 
 
-def _mean_losses(losses_3BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The mixed loss, and the two numbers it is mixed of."""
-    mixed, entropy, divergence = losses_3BS.mean((1, 2)).unbind()
-    return mixed.clone(), torch.stack((entropy, divergence)).detach()
+def _mean_losses(losses_4BS: Tensor) -> tuple[Tensor, Tensor]:
+    """The mixed loss, and what is told of it: the two numbers it is mixed of, and the teacher's cross entropy."""
+    mixed, *told = losses_4BS.mean((1, 2)).unbind()
+    return mixed.clone(), torch.stack(told).detach()

@@ -19,7 +19,11 @@ from megashear.model.distillation import Lesson
 from megashear.model.llama import Llama
 
 if TYPE_CHECKING:
-    from megashear.train.step import MicroBatch
+    from megashear.train.stage import Stage
+    from megashear.train.step import MicroBatch, StepResult
+
+WINDOW = 8
+"""Last steps in whose mean a student is no worse than its teacher when that goes."""
 
 
 class Teacher:
@@ -52,3 +56,29 @@ class Teacher:
         if self.layout.sequence:
             states_SBD = gather_sequence(states_SBD)
         return Lesson(states_SBD, self.chunks[-1].output_weight(), self.how)
+
+
+def dismiss_teacher(stage: "Stage", result: "StepResult") -> None:
+    """Go on without the teacher once the student is no worse than it (every rank), by their cross entropy on the very
+    text of the last WINDOW steps: that costs nothing, waits for no evaluation, and is of equal text.
+
+    A student whose masks are open is its teacher, so that pruning asks once each granularity has half of its target
+    sparsity. A skipped step does not count; after the last one there is nothing left to ask.
+    """
+    teacher, masks, counters = stage.stepper.teacher, stage.stepper.masks, stage.counters
+    if teacher is None or teacher.how.until == "end" or result.teacher_loss is None or result.skipped:
+        return
+    counters.behind = [*counters.behind, result.loss - result.teacher_loss][-WINDOW:]
+    mean = sum(counters.behind) / WINDOW
+    if len(counters.behind) < WINDOW or mean > 0 or counters.step == stage.batch.steps:
+        return
+    if masks is not None and result.sparsity is not None and not masks.closing.half_closed(result.sparsity["expected"]):
+        return
+    counters.taught = counters.step
+    stage.go_untaught()
+    if stage.layout.is_main:
+        print(
+            f"{stage.name}: step {counters.step}: over {WINDOW} steps the model's loss is {-mean:.4f} below the "
+            "source's on the same text: the teacher goes",
+            flush=True,
+        )

@@ -8,9 +8,19 @@ stage; nothing that is computed changes.
 Read next: `loop.py`.
 """
 
+import logging
 import math
 
+import torch
+
 from megashear.config.training_schema import PruneConfig
+from megashear.masks.masks import Masks
+from megashear.train.evaluate import evaluate
+from megashear.train.losses import mean_loss
+from megashear.train.stage import Stage
+from megashear.train.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 SHARE = 1.0 / 3.0
 """Way from the source's loss to ln V at which a warning is due."""
@@ -22,6 +32,43 @@ SEQUENCES = 2
 """Held-out sequences a domain by which granularities are told apart."""
 AHEAD = 0.1
 """Share of a granularity's units that may be closed beyond what the schedule asks for."""
+
+
+def watch_step(stage: Stage, result: StepResult) -> None:
+    """Warn once where a pruning stage's loss says that its masks destroy the model, and which of them (every rank)."""
+    counters, masks = stage.counters, stage.stepper.masks
+    if masks is None or stage.source_loss is None:
+        return
+    counters.smoothed_loss = average = smoothed(counters.smoothed_loss, result.loss)
+    if average is None or counters.warned or not average > limit(stage.source_loss, masks.source.vocab_size):
+        return
+    if counters.step < counters.look_again:
+        return
+    few, batch = stage.heldout.first(SEQUENCES), stage.batch.micro_batch
+
+    def loss(mask: Masks | None) -> float:
+        return mean_loss(evaluate(few, stage.layout, stage.stepper.weights.chunks, batch, mask))
+
+    seed, step = stage.stepper.seed, counters.step
+    with torch.no_grad():
+        together = masks.sample(seed, step, 0)
+    means = {"open": loss(None)}
+    if not confirmed(stage.source_loss, means["open"], loss(together)):
+        counters.look_again = 2 * step
+        return
+    counters.warned = True
+    means |= {name: loss(mask) for name, mask in masks.alone(seed, step, 0).items()}
+    logger.warning("%s: %s", stage.name, verdict(counters.step, average, stage.source_loss, means, masks.config))
+
+
+def warn_ahead(stage: Stage, expected: dict[str, float], target: dict[str, float]) -> None:
+    """Warn once where masks close far ahead of their schedule."""
+    if stage.counters.ahead:
+        return
+    text = ahead(stage.counters.step, expected, target)
+    if text is not None:
+        stage.counters.ahead = True
+        logger.warning("%s: %s", stage.name, text)
 
 
 def smoothed(average: float | None, loss: float) -> float | None:

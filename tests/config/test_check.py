@@ -284,7 +284,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
 
 def test_a_model_that_would_teach_itself_is_said(tmp_path):
     weight = "pretrain.distillation.weight=0.5"
-    for until, consequence in (("end", "holds it there"), ("outgrown", "it changes nothing")):
+    for until, consequence in (("end", "holds it there"), ("outgrown", "it changes next to nothing")):
         keys = [weight, "run.stages=[pretrain]", "target=null", f"pretrain.distillation.until={until}"]
         said = examine(config(tmp_path, *keys), None, None).warnings
         assert [text for text in said if "the very model that training starts from" in text and consequence in text]

@@ -122,26 +122,3 @@ def test_one_step_keeps_nothing_by_chance(tmp_path: Path) -> None:
     assert examine(config(tmp_path, *keys), None, None).problems == []
     (problem,) = examine(config(tmp_path, *keys, "prune.importance.criterion=null"), None, None).problems
     assert "kept by chance" in problem
-
-
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ([], set()),
-        (["prune.batch.eval_interval=3200", "pretrain.batch.eval_interval=48000"], {"prune", "pretrain"}),
-        (["prune.batch.eval_interval=3200", "prune.distillation.until=end"], set()),
-        (["prune.batch.eval_interval=3200", UNTAUGHT], set()),
-        (["prune.batch.eval_interval=1600"], set()),  # masks have closed in half of the 3,200 steps
-        (["prune.batch.steps=90", "prune.batch.eval_interval=50"], set()),
-        (["prune.batch.steps=80", "prune.batch.eval_interval=50"], set()),
-        (["prune.batch.steps=80", "prune.batch.eval_interval=30", "prune.sparsity_warmup_steps=61"], {"prune"}),
-        (["prune.constraint=lagrangian", "prune.settle_steps=0"], {"prune"}),
-        (["prune.constraint=lagrangian", "prune.settle_steps=50"], set()),
-        (["prune.constraint=lagrangian", "prune.settle_steps=49"], {"prune"}),
-    ],
-)
-def test_a_teacher_that_no_evaluation_can_send_away_is_said(
-    tmp_path: Path, overrides: list[str], named: set[str]
-) -> None:
-    said = examine(config(tmp_path, *overrides), None, None).warnings
-    assert {text.split(".")[0] for text in said if "outgrown is asked at evaluations" in text} == named

@@ -17,12 +17,13 @@ from run_stages.tiny import finish
 from megashear.config.load import load_config
 from megashear.engine.collectives import gather_objects
 from megashear.train import loop, step
+from megashear.train.stage import Stage
 
 LOSS, GRADIENT = 3, 5
 now = 0
 
 
-def digest(stage: loop.Stage) -> str:
+def digest(stage: Stage) -> str:
     """Everything that a step may change; the weights' part is this rank's whole copy (data parallel)."""
     seen = hashlib.sha256()
     masks = stage.stepper.masks
@@ -39,7 +40,7 @@ def main() -> None:
     skipped: list[int] = []
     original_step, original_loss = loop.train_step, step._mean_loss
 
-    def train_step(stage: loop.Stage) -> Any:
+    def train_step(stage: Stage) -> Any:
         global now
         if not ranks:
             ranks.append(gather_objects(digest(stage)))

@@ -65,3 +65,10 @@ def test_sharpening_multiplies_up_until_masks_settle(specs):
     schedule = closing(specs, sharpening=10.0, settle_steps=20)
     assert schedule.growth() ** 80 == pytest.approx(10.0)
     assert closing(specs).growth() == 1.0
+
+
+def test_half_closed_is_half_of_the_final_target_in_each_granularity(specs):
+    one, half = closing(specs), {spec.name: spec.target_sparsity / 2 for spec in specs}
+    assert one.half_closed(half)
+    for name in half:
+        assert not one.half_closed(half | {name: half[name] - 1e-3}), name

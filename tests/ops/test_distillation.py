@@ -20,13 +20,15 @@ from megashear.ops.distillation import VocabularyPart, distillation_losses
 
 
 def reference(logits: Tensor, labels: Tensor, teacher: Tensor, how: Teaching, columns: int) -> list[Tensor]:
-    """Loss, cross entropy and T^2 KL per token in float64 by torch's own functions; autograd gives the gradient."""
+    """Loss, cross entropy, T^2 KL and the teacher's cross entropy per token in float64 by torch's own functions;
+    autograd gives the gradient.
+    """
     student, taught = logits.double()[:, :columns], teacher.double()[:, :columns]
-    entropy = F.cross_entropy(student, labels, reduction="none")
+    entropy, own = (F.cross_entropy(one, labels, reduction="none") for one in (student, taught))
     heat = how.temperature
     logs = [F.log_softmax(one / heat, -1) for one in (student, taught)]
     divergence = heat**2 * F.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(-1)
-    return [(1 - how.weight) * entropy + how.weight * divergence, entropy, divergence]
+    return [(1 - how.weight) * entropy + how.weight * divergence, entropy, divergence, own]
 
 
 def draw(tokens: int, width: int, columns: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -40,7 +42,7 @@ def draw(tokens: int, width: int, columns: int, seed: int, dtype: torch.dtype = 
 def ours(
     student: Tensor, teacher: Tensor, labels: Tensor, counts: Tensor, how: Teaching, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """The three numbers [3, tokens] and the gradient of the counted loss."""
+    """The four numbers [4, tokens] and the gradient of the counted loss."""
     leaf = student.clone().requires_grad_()
     part = VocabularyPart(0, columns)
     losses = distillation_losses(leaf * 1, labels, lambda start, stop: teacher[start:stop], how, part)

@@ -48,10 +48,11 @@ def taught_step(
     losses = stepper.forward_backward(batches, STEP)
     gradients = whole(weights, lambda parameter: parameter.main_grad)
     result = stepper.run(batches, STEP, 1.0, PROPORTIONAL.learning_rate)
-    assert [result.loss, result.distillation] == losses.tolist(), "the same step twice"
+    assert [result.loss, result.distillation, result.teacher_loss] == losses.tolist(), "the same step twice"
     return {
         "loss": result.loss,
         "distillation": result.distillation,
+        "teacher loss": result.teacher_loss,
         "gradient norm": result.grad_norm,
         "skipped": result.skipped,
         "gradients": gradients,

@@ -68,7 +68,7 @@ def names(case: tuple[str, bool, dict[str, Any]]) -> str:
 
 def check(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert not found["skipped"] and not wanted["skipped"]
-    for name in ("loss", "distillation", "gradient norm"):
+    for name in ("loss", "distillation", "teacher loss", "gradient norm"):
         assert found[name] == pytest.approx(wanted[name], rel=SCALAR), name
     close_all(found["gradients"], wanted["gradients"], "gradient of")
     close_all(found["weights"], wanted["weights"], "weight", rounding=2 * ROUNDING)

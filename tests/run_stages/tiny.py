@@ -36,6 +36,7 @@ from megashear.run import summary
 from megashear.run.runner import run
 from megashear.train import loop
 from megashear.train.signals import stop_on_signals
+from megashear.train.stage import Stage
 
 TEXTS = {
     "library": inspect.getsource(pathlib),
@@ -162,7 +163,7 @@ def after_step(where: tuple[str, int] | None, action: Callable[[], None]) -> Ite
     """Do something after a step's records are written, before its evaluation and checkpoint; None: every step."""
     original = loop.report_step
 
-    def report_step(running: loop.Stage, result: Any) -> None:
+    def report_step(running: Stage, result: Any) -> None:
         original(running, result)
         if where in (None, (running.name, running.counters.step)):
             action()

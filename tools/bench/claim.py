@@ -54,7 +54,7 @@ class Trial:
     micro_batch: int = 8
     sequence_length: int = 256
     eval_interval: int = 100
-    """Steps between evaluations where mixture or teacher follow them; other rows are evaluated at the end alone."""
+    """Steps between evaluations where the mixture follows them; other rows are evaluated at the end alone."""
     eval_sequences: int = 64
 
 
@@ -124,7 +124,7 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
 none of them has a teacher.
 """
 TAUGHT = ("learned", "dynamic", "distilled", "one_shot_taught")
-"""Rows with a teacher: evaluations between the ends tell when it goes, and are counted in no row's FLOPs."""
+"""Rows with a teacher."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class RunFiles:
         elif case.row == "distilled":
             prune |= {"distillation": {"weight": WEIGHT, "until": "end"}}
             pretrain |= {"distillation": {"until": "end"}}
-        if case.row in TAUGHT:
+        if case.row == "dynamic":
             for stage in (prune, pretrain):
                 stage["batch"]["eval_interval"] = min(stage["batch"]["steps"], trial.eval_interval)
         sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
