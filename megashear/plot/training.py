@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megashear.plot.series import Stage
-from megashear.plot.style import PALETTE, markers, new_figure, stage_panels
+from megashear.plot.style import GREY, PALETTE, markers, new_figure, stage_panels
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -20,7 +20,9 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def draw_training(stages: Sequence[Stage]) -> Figure | None:
-    """Thin: as recorded; thick: mean over a fiftieth of the records. None without training records."""
+    """Thin: as recorded; thick: mean over a fiftieth of the records, dashed that of a teacher's own loss, while it is
+    there. None without training records.
+    """
     drawn = [stage for stage in stages if stage.records.get("train")]
     if not drawn:
         return None
@@ -29,7 +31,14 @@ def draw_training(stages: Sequence[Stage]) -> Figure | None:
         for stage in drawn
         if np.nan_to_num(stage.values("train", "skipped")[-1]) > 0
     )
-    subtitle = "thin: as recorded   thick: running mean" + (f"   {skipped}" if skipped else "")
+    taught = any(np.isfinite(stage.values("train", "teacher_loss")).any() for stage in drawn)
+    subtitle = "   ".join(
+        [
+            "thin: as recorded   thick: running mean",
+            *(["dashed: the teacher's on the same text, while it teaches"] if taught else []),
+            *([skipped] if skipped else []),
+        ]
+    )
     figure = new_figure(9.2, 5.4, "Training loss and throughput", subtitle)
     for field, label, box in (
         ("loss", "training loss (nats per token)", (0.85, 2.4, 8.1, 2.15)),
@@ -39,8 +48,12 @@ def draw_training(stages: Sequence[Stage]) -> Figure | None:
         for stage, panel in zip(drawn, axes, strict=True):
             steps, values = stage.steps("train"), stage.values("train", field)
             panel.plot(steps, values, color=PALETTE[0], lw=0.6, alpha=0.45)
-            mean = running_mean(values, max(3, len(values) // 50))
-            panel.plot(steps, mean, color=PALETTE[0], **markers(len(steps)))
+            width = max(3, len(values) // 50)
+            panel.plot(steps, running_mean(values, width), color=PALETTE[0], **markers(len(steps)))
+            theirs = stage.values("train", "teacher_loss")
+            there = np.isfinite(theirs)
+            if field == "loss" and there.any():
+                panel.plot(steps[there], running_mean(theirs[there], width), color=GREY, ls="--", lw=1.0)
             if field == "tokens_per_second":
                 panel.set_xlabel("step")
         axes[0].set_ylabel(label)

@@ -75,6 +75,18 @@ def test_training_loss_and_throughput(stages: list[Stage]) -> None:
     figure = draw_training(stages)
     assert figure is not None and [len(axes.lines) for axes in figure.axes] == [2] * 4
     assert any("11 steps skipped" in text.get_text() for text in figure.texts)
+    assert not any("teacher" in text.get_text() for text in figure.texts)
+
+
+def test_a_teacher_s_loss_is_drawn_while_it_teaches(stages: list[Stage]) -> None:
+    pruning = stages[0].records["train"]
+    for record in pruning[:10]:
+        record["teacher_loss"] = 2.0
+    figure = draw_training(stages)
+    assert figure is not None and [len(axes.lines) for axes in figure.axes] == [3, 2, 2, 2]
+    steps, losses = figure.axes[0].lines[2].get_data()
+    assert list(steps) == [record["step"] for record in pruning[:10]] and list(losses) == [2.0] * 10
+    assert any("teacher" in text.get_text() for text in figure.texts)
 
 
 def test_masks_show_every_cell_and_their_counts(published_run: Path) -> None:
