@@ -1,14 +1,20 @@
 """What an open `distillation.weight` stands for: whether the source teaches the model that is made of it.
 
-A teacher is worth its forward passes while the model is worse than its source and it costs no more than training the
-model does: that far it has been measured (`docs/results.md`). Read next: `training_schema.py`, `../train/teacher.py`.
+A teacher is worth its forward passes while the model is worse than its source, which has seen more text than the run
+has, and costs no more than training the model does: that far it has been measured (`docs/results.md`). Read next:
+`training_schema.py`, `../train/teacher.py`.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from megashear.config.dataset import stage_tokens
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
+from megashear.config.stages import training_stages
 from megashear.config.training_schema import DistillationConfig
+from megashear.errors import ModelError
+from megashear.files.manifest import read_manifest
 
 WEIGHT = 0.5
 DEAREST = 1.0
@@ -28,11 +34,11 @@ def teaching(config: Config, source: ModelShape | None, target: ModelShape | Non
     source, target: None where the run has none of its own, or they are not known; an open weight is 0 then, as it is
     where the source has no folder: weights out of the seed teach nothing.
     """
-    weight = 0.0
-    if source is not None and target is not None and config.source.folder is not None:
-        length = config.data.sequence_length
+    weight, folder, length = 0.0, config.source.folder, config.data.sequence_length
+    if source is not None and target is not None and folder is not None:
         affordable = teacher_flops_per_token(source, length) <= DEAREST * target.flops_per_token(length)
-        weight = WEIGHT if affordable else 0.0
+        seen, taken = trained_tokens(Path(folder)), run_tokens(config)
+        weight = WEIGHT if affordable and (seen is None or taken < seen) else 0.0
     pruning = _settled(config.prune.distillation, weight)
     follows = weight if target is None else pruning.weight
     return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, follows)}
@@ -41,6 +47,21 @@ def teaching(config: Config, source: ModelShape | None, target: ModelShape | Non
 def teacher_flops_per_token(source: ModelShape, sequence_length: int) -> float:
     """FLOPs of a teacher's forward pass per token: a third of what training it would take."""
     return source.flops_per_token(sequence_length) / 3
+
+
+def run_tokens(config: Config) -> int:
+    """Tokens that the run's stages train on."""
+    return sum(stage_tokens(stage.batch, config.data.sequence_length) for stage in training_stages(config).values())
+
+
+def trained_tokens(folder: Path) -> int | None:
+    """Tokens that a model was trained on, as far back as to random weights; None where its manifest does not tell."""
+    try:
+        made = read_manifest(folder, ModelError)["provenance"]
+        before = made["source"]["tokens"] if "source" in made else 0
+        return int(before + sum(stage.get("tokens", 0) for stage in made["stages"]))
+    except (ModelError, KeyError, TypeError, AttributeError, ValueError):  # foreign, or imported
+        return None
 
 
 def _settled(how: DistillationConfig, weight: float) -> Teaching:

@@ -1,7 +1,8 @@
 """The README.md of an exported folder: what the model is, where it comes from, how it was trained.
 
-Reads the manifest's provenance: {"source": {"path", "shape"}, "stages": [{"name", "steps", "tokens", "losses":
-{domain: nats per token}}]}; every key may be absent, and what is absent is not mentioned. Read next: `folder.py`.
+Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "stages":
+[{"name", "steps", "tokens", "losses": {domain: nats per token}}]}; every key may be absent, and what is absent is not
+mentioned. Read next: `folder.py`.
 """
 
 from typing import Any

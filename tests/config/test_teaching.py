@@ -1,12 +1,14 @@
 """Whether the source teaches where the run file leaves it open."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config.test_check import config
 from megashear.config.presets import PRESETS
-from megashear.config.teaching import WEIGHT, teaching
+from megashear.config.teaching import WEIGHT, run_tokens, teaching, trained_tokens
+from megashear.files.manifest import write_manifest
 
 SOURCE, SMALL = PRESETS["llama2-7b"], PRESETS["sheared-1.3b"]
 PAPER = "prune.preset=paper"
@@ -43,3 +45,36 @@ def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
     found = teaching(config(tmp_path, *keys), SOURCE, SMALL)
     assert (found["prune"].temperature, found["prune"].until) == (2, "outgrown")
     assert (found["pretrain"].chunk, found["pretrain"].until) == (7, "end")
+
+
+@pytest.mark.parametrize(
+    ("provenance", "tokens"),
+    [
+        ({"stages": [{"name": "pretrain", "tokens": 5}]}, 5),
+        ({"stages": [{"tokens": 3}, {"name": "finalize"}, {"tokens": 4}], "source": {"tokens": 10}}, 17),
+        ({"stages": [{"tokens": 3}], "source": {"path": "foreign"}}, None),  # what came before is not known
+        ({"source": {"path": "imported"}}, None),
+        ({}, None),
+        ({"stages": 7}, None),
+        (None, None),
+    ],
+)
+def test_the_tokens_that_a_source_has_seen(tmp_path: Path, provenance: dict[str, Any] | None, tokens: int) -> None:
+    write_manifest(tmp_path, {} if provenance is None else {"provenance": provenance})
+    assert trained_tokens(tmp_path) == tokens
+    assert trained_tokens(tmp_path / "nowhere") is None
+
+
+def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unasked(tmp_path: Path) -> None:
+    keys = [f"source.folder={tmp_path / 'source'}", "prune.batch.steps=100", "pretrain.batch.steps=300"]
+    run = config(tmp_path, *keys)
+    taken = run_tokens(run)
+    sequences = 100 * run.prune.batch.global_batch + 300 * run.pretrain.batch.global_batch
+    assert taken == sequences * run.data.sequence_length
+    (tmp_path / "source").mkdir()
+    for seen, weight in ((taken + 1, WEIGHT), (taken, 0)):
+        write_manifest(tmp_path / "source", {"provenance": {"stages": [{"name": "pretrain", "tokens": seen}]}})
+        found = teaching(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
+        assert [how.weight for how in found.values()] == [weight, weight]
+        asked = teaching(config(tmp_path, *keys, "prune.distillation.weight=0.25"), SOURCE, PRESETS["sheared-2.7b"])
+        assert [how.weight for how in asked.values()] == [0.25, 0.25]

@@ -110,6 +110,7 @@ ROWS: dict[str, str] = {
     "learned": "learned masks, defaults",
     "dynamic": "the same, on a dynamic mixture",
     "untaught": "learned masks, defaults but no teacher",
+    "taught": "learned masks, defaults, the teacher until it is outgrown",
     "distilled": "learned masks, defaults, the teacher to the end",
 }
 ONE_SHOT: dict[str, dict[str, Any]] = {
@@ -123,9 +124,6 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
 """Rows of published criteria choose among the source's own units and leave the weights of what stays, as published;
 none of them has a teacher.
 """
-TAUGHT = ("learned", "dynamic", "distilled", "one_shot_taught")
-"""Rows with a teacher."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -167,12 +165,14 @@ class RunFiles:
         if case.row in ONE_SHOT:
             prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
             pretrain = self._stage(prune_steps + continued)
-            pretrain |= {} if case.row in TAUGHT else UNTAUGHT
+            pretrain |= {} if case.row == "one_shot_taught" else UNTAUGHT
         elif case.row == "published":
             prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
             prune["optimizer"] = {"warmup_steps": prune_steps // 10}
         elif case.row == "untaught":
             prune |= UNTAUGHT
+        elif case.row == "taught":
+            prune |= {"distillation": {"weight": WEIGHT}}
         elif case.row == "distilled":
             prune |= {"distillation": {"weight": WEIGHT, "until": "end"}}
             pretrain |= {"distillation": {"until": "end"}}
