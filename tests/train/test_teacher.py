@@ -64,11 +64,12 @@ def test_the_gradient_is_linear_in_the_weight_and_the_loss_is_cross_entropy(layo
 
 
 def test_a_teacher_equal_to_the_student_is_silent(layout: Layout) -> None:
-    """KL and its gradient are nothing but the rounding of products of other sizes."""
+    """KL and its gradient are nothing but the rounding of products of other sizes; both losses are the same."""
     teacher = Teacher([model(STUDENT, layout, 1)], Teaching(1.0, 1.0, 5), layout)
-    (_, divergence), found = gradient(layout, teacher)
+    (loss, divergence, theirs), found = gradient(layout, teacher)
     _, entropy = gradient(layout, None)
     assert abs(divergence) < 1e-6
+    assert theirs == pytest.approx(loss, rel=1e-6)
     assert found.abs().max() < 1e-5 * entropy.abs().max()
 
 
