@@ -72,6 +72,21 @@ def test_the_data_follow_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     assert np.abs(values(ends[-1]["weights"]) - values(ends[0]["weights"])).max() > 0.2, "the weights moved far"
 
 
+def test_the_source_is_evaluated_on_the_windows_of_each_stage(tiny: Tiny, tmp_path: Path) -> None:
+    """Where pruning takes others: pre-training's references are those of a run that takes pre-training's alone."""
+    keys = ["mixture.references=source", "mixture.reference_losses=null", "mixture.rule=reference"]
+    pretrain = {"seed": 3, "stages": ["pretrain"]}
+    finish(tiny.config(tmp_path / "alone", *keys, "pretrain.batch.steps=1", "target=null", run=pretrain))
+    config = tiny.config(tmp_path / "run", *keys, "prune.batch.eval_sequences=2")
+    assert break_off(config, ("prune", 3))
+    finish(config)
+    known = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/source_losses*.json"))]
+    assert len(known) == 3 and known[0] == known[2] != known[1]
+    for stage, own in (("prune", known[1]), ("pretrain", known[2])):
+        losses = {name: loss for name, (loss, _) in own.items()}
+        assert all(one["reference"] == losses for one in evaluations(tmp_path / "run", stage))
+
+
 def test_static_weights_stay(tiny: Tiny, tmp_path: Path) -> None:
     weights = "{library: 0.5, command: 0.25, help: 0.25}"
     overrides = [
