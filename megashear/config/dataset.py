@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.config.schema import Config
+from megashear.config.stages import training_stages
 from megashear.config.training_schema import BatchConfig
 from megashear.errors import DataError
 from megashear.files.manifest import NAME, read_manifest
@@ -60,6 +61,11 @@ def stage_tokens(batch: BatchConfig, sequence_length: int) -> int:
     return batch.steps * batch.global_batch * sequence_length
 
 
+def run_tokens(config: Config) -> int:
+    """Tokens that the run's stages train on."""
+    return sum(stage_tokens(stage.batch, config.data.sequence_length) for stage in training_stages(config).values())
+
+
 def planned_weights(config: Config, dataset: Dataset) -> dict[str, float]:
     """The weights at the start, which sum to 1: those of the config, a schedule's mean, else proportional to tokens."""
     weights = config.mixture.initial_weights
@@ -107,7 +113,7 @@ def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -
 def dataset_warnings(config: Config, dataset: Dataset, stages: dict[str, BatchConfig]) -> list[str]:
     """What will work otherwise than expected: domains that repeat too often, evaluations smaller than asked for."""
     warnings = []
-    total = sum(stage_tokens(batch, config.data.sequence_length) for batch in stages.values())
+    total = run_tokens(config)
     for name, weight in planned_weights(config, dataset).items():
         if name not in dataset.domains:
             continue

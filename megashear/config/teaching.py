@@ -8,10 +8,9 @@ has, and costs no more than training the model does: that far it has been measur
 from dataclasses import dataclass
 from pathlib import Path
 
-from megashear.config.dataset import stage_tokens
+from megashear.config.dataset import run_tokens
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
-from megashear.config.stages import training_stages
 from megashear.config.training_schema import DistillationConfig
 from megashear.errors import ModelError
 from megashear.files.manifest import read_manifest
@@ -37,7 +36,7 @@ def teaching(config: Config, source: ModelShape | None, target: ModelShape | Non
     weight, folder, length = 0.0, config.source.folder, config.data.sequence_length
     if source is not None and target is not None and folder is not None:
         affordable = teacher_flops_per_token(source, length) <= DEAREST * target.flops_per_token(length)
-        seen, taken = trained_tokens(Path(folder)), run_tokens(config)
+        seen, taken = tokens_seen(Path(folder)), run_tokens(config)
         weight = WEIGHT if affordable and (seen is None or taken < seen) else 0.0
     pruning = _settled(config.prune.distillation, weight)
     follows = weight if target is None else pruning.weight
@@ -49,12 +48,7 @@ def teacher_flops_per_token(source: ModelShape, sequence_length: int) -> float:
     return source.flops_per_token(sequence_length) / 3
 
 
-def run_tokens(config: Config) -> int:
-    """Tokens that the run's stages train on."""
-    return sum(stage_tokens(stage.batch, config.data.sequence_length) for stage in training_stages(config).values())
-
-
-def trained_tokens(folder: Path) -> int | None:
+def tokens_seen(folder: Path) -> int | None:
     """Tokens that a model was trained on, as far back as to random weights; None where its manifest does not tell."""
     try:
         made = read_manifest(folder, ModelError)["provenance"]

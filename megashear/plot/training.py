@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -32,13 +33,8 @@ def draw_training(stages: Sequence[Stage]) -> Figure | None:
         if np.nan_to_num(stage.values("train", "skipped")[-1]) > 0
     )
     taught = any(np.isfinite(stage.values("train", "teacher_loss")).any() for stage in drawn)
-    subtitle = "   ".join(
-        [
-            "thin: as recorded   thick: running mean",
-            *(["dashed: the teacher's on the same text, while it teaches"] if taught else []),
-            *([skipped] if skipped else []),
-        ]
-    )
+    dashed = "dashed: the teacher's on the same text, while it teaches" if taught else ""
+    subtitle = "   ".join(filter(None, ["thin: as recorded   thick: running mean", dashed, skipped]))
     figure = new_figure(9.2, 5.4, "Training loss and throughput", subtitle)
     for field, label, box in (
         ("loss", "training loss (nats per token)", (0.85, 2.4, 8.1, 2.15)),
@@ -50,10 +46,8 @@ def draw_training(stages: Sequence[Stage]) -> Figure | None:
             panel.plot(steps, values, color=PALETTE[0], lw=0.6, alpha=0.45)
             width = max(3, len(values) // 50)
             panel.plot(steps, running_mean(values, width), color=PALETTE[0], **markers(len(steps)))
-            theirs = stage.values("train", "teacher_loss")
-            there = np.isfinite(theirs)
-            if field == "loss" and there.any():
-                panel.plot(steps[there], running_mean(theirs[there], width), color=GREY, ls="--", lw=1.0)
+            if field == "loss" and taught:
+                _draw_teacher(panel, stage, width)
             if field == "tokens_per_second":
                 panel.set_xlabel("step")
         axes[0].set_ylabel(label)
@@ -62,3 +56,11 @@ def draw_training(stages: Sequence[Stage]) -> Figure | None:
             axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y / 1000:,g}k" if y >= 1000 else f"{y:g}"))
             axes[0].locator_params(axis="y", nbins=4)
     return figure
+
+
+def _draw_teacher(panel: Axes, stage: Stage, width: int) -> None:
+    """Running mean of the teacher's loss over the steps that had one, which may be none of this stage's."""
+    losses = stage.values("train", "teacher_loss")
+    there = np.isfinite(losses)
+    if there.any():
+        panel.plot(stage.steps("train")[there], running_mean(losses[there], width), color=GREY, ls="--", lw=1.0)

@@ -21,7 +21,7 @@ from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
 from megashear.config.stages import DONE, prunes
-from megashear.config.teaching import Teaching, teaching, trained_tokens
+from megashear.config.teaching import Teaching, teaching, tokens_seen
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout
@@ -114,7 +114,7 @@ class Context:
         known: dict[str, Any] = {"stages": stages}
         if self.source is not None:
             known["source"] = {"path": str(self.config.source.folder), "shape": to_dict(self.source_shape)}
-            if (tokens := trained_tokens(self.source.path)) is not None:
+            if (tokens := tokens_seen(self.source.path)) is not None:
                 known["source"]["tokens"] = tokens
         return known
 

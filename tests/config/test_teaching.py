@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from config.test_check import config
+from megashear.config.dataset import run_tokens
 from megashear.config.presets import PRESETS
-from megashear.config.teaching import WEIGHT, run_tokens, teaching, trained_tokens
+from megashear.config.teaching import WEIGHT, teaching, tokens_seen
 from megashear.files.manifest import write_manifest
 
 SOURCE, SMALL = PRESETS["llama2-7b"], PRESETS["sheared-1.3b"]
@@ -61,8 +62,8 @@ def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
 )
 def test_the_tokens_that_a_source_has_seen(tmp_path: Path, provenance: dict[str, Any] | None, tokens: int) -> None:
     write_manifest(tmp_path, {} if provenance is None else {"provenance": provenance})
-    assert trained_tokens(tmp_path) == tokens
-    assert trained_tokens(tmp_path / "nowhere") is None
+    assert tokens_seen(tmp_path) == tokens
+    assert tokens_seen(tmp_path / "nowhere") is None
 
 
 def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unasked(tmp_path: Path) -> None:

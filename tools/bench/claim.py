@@ -125,6 +125,7 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
 none of them has a teacher.
 """
 
+
 @dataclass(frozen=True)
 class Case:
     """One run of the comparison."""
