@@ -28,7 +28,8 @@ class StopRequest:
 def hold_signals() -> Iterator[None]:
     """Keep SIGTERM and SIGUSR1 from the processes that are started within the context; here none of them is lost.
 
-    A signal to the whole process group then stops no helper of a checkpoint that is being written.
+    A signal to the whole process group then stops no helper of a checkpoint that is being written. One to this process
+    is noted by the context's end, or a moment later where another thread of it takes the signal.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
