@@ -112,8 +112,7 @@ def build_layout(parallel: ParallelConfig) -> Layout:
 
 
 def end_groups() -> None:
-    """End a layout's groups, the world's excepted. megatron-core only forgets them, and each keeps threads that poll.
-    """
+    """End a layout's groups, the world's excepted. megatron-core only forgets them; each keeps threads that poll."""
     for group in parallel_state._global_process_group_list or []:
         if group is not None:  # stands for the world
             dist.destroy_process_group(group)

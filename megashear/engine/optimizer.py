@@ -95,8 +95,7 @@ class WeightOptimizer:
 
     @torch.no_grad()
     def scale(self, norm: float, limit: float) -> float:
-        """Scale gradients by min(1, limit / (norm + 1e-6)), torch's and megatron-core's clipping; returns the factor.
-        """
+        """Scale gradients by min(1, limit / (norm + 1e-6)), as torch and megatron-core clip; returns the factor."""
         factor = min(1.0, limit / (norm + 1e-6))
         if factor < 1.0:
             gradients = [one.grad for part in self.parts for one in part.get_parameters() if one.grad is not None]
@@ -110,8 +109,7 @@ class WeightOptimizer:
         self.optimizer.step_with_ready_grads()
 
     def ensure_state(self) -> None:
-        """Make Adam's moments where no step has been taken, so that they can be saved or filled: zeros, step count 0.
-        """
+        """Make Adam's moments before the first step, so that they can be saved or filled: zeros, step count 0."""
         for part in self.parts:
             if getattr(part, "optimizer", None) is None or part.optimizer.state:
                 continue

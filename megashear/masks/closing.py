@@ -70,9 +70,7 @@ class Closing:
         queue = [name for name in order if name in names]
         queue += [name for name in names if name not in queue]
         window = self.warmup_steps / len(queue)
-        grown = {
-            name: min(1.0, max(0.0, step / window - place) if window else 1.0) for place, name in enumerate(queue)
-        }
+        grown = {name: min(1.0, max(0.0, step / window - place) if window else 1.0) for place, name in enumerate(queue)}
         return {s.name: s.target_sparsity * grown.get(s.name, 0.0) for s in self.specs}
 
     def growth(self) -> float:

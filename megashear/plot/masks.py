@@ -40,9 +40,7 @@ def draw_masks(masks: Mapping[str, np.ndarray]) -> Figure | None:
     if not shown:
         return None
     width = 0.75 + sum(sum(PANELS[name]) for name in shown)
-    figure = new_figure(
-        max(width, 5.6), 4.9, "Masks", "dark: kept   white: pruned, a value of exactly 0"
-    )
+    figure = new_figure(max(width, 5.6), 4.9, "Masks", "dark: kept   white: pruned, a value of exactly 0")
     left, first = 0.75, None
     for name in shown:
         axes = panel(figure, left, 0.6, PANELS[name][0], 3.3)

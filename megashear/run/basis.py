@@ -76,9 +76,7 @@ def _rotate(context: Context) -> None:
         calibration_progress(context, "principal basis", prune.importance.batches),
     )
     if not bool(stream.covariance_DD.isfinite().all()):
-        raise TrainingError(
-            f"principal basis: the source's activations are not finite numbers; {LOOK}"
-        )
+        raise TrainingError(f"principal basis: the source's activations are not finite numbers; {LOOK}")
     on_main(context.layout, lambda: _write(context, source, stream))
     del chunks
     if before is not None:

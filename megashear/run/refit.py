@@ -57,9 +57,7 @@ def fit_source(context: Context, scores: Scores) -> None:
     refit(source, pruned, layout, masks, refit_text(context), each)
     damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
     if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
-        raise TrainingError(
-            f"refit: fitted output matrices are not finite numbers; {LOOK}, or prune.refit: 0"
-        )
+        raise TrainingError(f"refit: fitted output matrices are not finite numbers; {LOOK}, or prune.refit: 0")
     write_model(
         list(pruned),
         context.source_shape,

@@ -237,9 +237,7 @@ class Metrics:
         """Replace `masks.npz`; masks: deterministic masks by granularity, shapes in the module's docstring."""
         self._save(save_masks, self._folder / MASKS_NAME, self._folder, masks)
 
-    def write_sequences(
-        self, stage: str, losses: SequenceLosses, digests: Callable[[], Mapping[str, str]]
-    ) -> None:
+    def write_sequences(self, stage: str, losses: SequenceLosses, digests: Callable[[], Mapping[str, str]]) -> None:
         """Replace the stage's `heldout.json`; losses of its held-out sequences, what gives digests of their text."""
         if save_sequences in self._files:
             folder = self._folder / stage

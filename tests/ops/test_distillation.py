@@ -157,9 +157,7 @@ def test_no_copy_of_the_logits_in_fp32_and_the_gradient_in_their_place() -> None
 def test_without_gradients_the_logits_stay() -> None:
     student, teacher, labels, _ = draw(20, 50, 50, 7)
     before = student.clone()
-    distillation_losses(
-        student, labels, lambda a, b: teacher[a:b], Teaching(0.5, 1.0, 8), VocabularyPart(0, 50)
-    )
+    distillation_losses(student, labels, lambda a, b: teacher[a:b], Teaching(0.5, 1.0, 8), VocabularyPart(0, 50))
     assert torch.equal(student, before)
 
 
