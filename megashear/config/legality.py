@@ -31,12 +31,12 @@ def granularity_sizes(source: ModelShape, target: ModelShape) -> dict[str, tuple
 
 
 def granularity_problems(source: ModelShape, target: ModelShape, granularities: Sequence[str] | None) -> list[str]:
-    """What is wrong with prune.granularities for these shapes; null (those that shrink) is wrong only if none does."""
+    """What is wrong with prune.granularities for these shapes: null stands for those that shrink, and one has to."""
     sizes = granularity_sizes(source, target)
     shrinking = [name for name, (units, kept) in sizes.items() if kept < units]
+    problems = [] if shrinking else ["target: it is the source's own shape; make at least one of its sizes smaller"]
     if granularities is None:
-        return [] if shrinking else ["target: it is the source's own shape; make at least one of its sizes smaller"]
-    problems = []
+        return problems
     for name in granularities:
         if name in sizes:
             continue

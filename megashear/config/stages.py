@@ -15,6 +15,8 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Pretr
 
 DONE = "done.json"
 """File in a stage's folder that tells it is finished."""
+IDENTITY = "identity.json"
+"""File in a run's folder that tells what the run computes, written at its first start."""
 
 
 def known_stages(folder: Path, named: Collection[str]) -> list[str]:

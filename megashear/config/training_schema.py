@@ -58,8 +58,8 @@ class DistillationConfig:
         None,
         "share w of the teacher in the loss: (1 - w) x cross entropy + w x KL(teacher, student); 0: no teacher; null: "
         "0.5 in runs that prune, where the source's forward pass takes no more FLOPs than training the target, and the "
-        "source is not known to have been trained on as few tokens as the run takes or fewer, else 0; in `pretrain` "
-        "null is what `prune` has, by either method",
+        "source is not known to have been trained on as few tokens as the run takes or fewer, else 0, settled when the "
+        "run first starts; in `pretrain` null is what `prune` has, by either method",
         before=0.0,
         low=0,
         high=1,

@@ -44,9 +44,13 @@ class Closing:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
         return self.config.batch.steps - settled_steps(self.config)
 
-    def half_closed(self, expected: Mapping[str, Any]) -> bool:
-        """Whether each granularity has half of its target sparsity. expected: sparsity by granularity."""
-        return all(float(expected[spec.name]) >= spec.target_sparsity / 2 for spec in self.specs)
+    def half_closed(self, step: int, expected: Mapping[str, Any]) -> bool:
+        """Whether each granularity was asked for half of its target sparsity at a step (from 0), and has it.
+
+        expected: sparsity by granularity, on the device: not waited for while the schedule asks for less.
+        """
+        half, asked = {spec.name: spec.target_sparsity / 2 for spec in self.specs}, self.targets(step)
+        return all(asked[name] >= half[name] for name in half) and all(expected[name] >= half[name] for name in half)
 
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""

@@ -4,6 +4,7 @@ Key properties: the n' largest log-alpha of each row, of equal ones the lower in
 kept keeps its order. The units are exactly those that `hard_concrete.deterministic` leaves open. Read next: `fold.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -129,15 +130,15 @@ def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], confi
         if borderline.below_half:
             found.append(
                 f"{spec.name}: {borderline.below_half} of {borderline.kept} kept units have a mask below 0.5: "
-                + _why_undecided(spec, config)
+                + _why_undecided(spec, config, borderline.below_half / len(rows))
             )
     return found
 
 
-def _why_undecided(spec: MaskSpec, config: PruneConfig) -> str:
-    """Why kept units may have a mask below a half, and what would settle them."""
+def _why_undecided(spec: MaskSpec, config: PruneConfig, per_row: float) -> str:
+    """Why so many kept units of a row have a mask below a half, and what would settle them."""
     forced = 0.0 if config.constraint == "projected" else forced_units(spec, config.log_alpha_limit)
-    if forced >= 0.5:
+    if forced >= 0.5 and per_row <= math.ceil(forced):
         return (
             f"prune.log_alpha_limit alone forces some {forced:.0f} of each row's {spec.units} there, since a unit at "
             "the limit is never quite closed; raise the limit, or use prune.constraint: projected"

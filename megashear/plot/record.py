@@ -15,7 +15,7 @@ import numpy as np
 from megashear.config.load import load_config
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
-from megashear.config.stages import DONE, known_stages
+from megashear.config.stages import DONE, IDENTITY, known_stages
 from megashear.errors import ConfigError, DataError
 from megashear.plot.run import read_masks
 from megashear.plot.series import Stage, stages_of
@@ -24,7 +24,7 @@ from megashear.train.losses import Losses, from_json, number
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 from megashear.train.sequences import DomainSequences, read_sequences
 
-CONFIG, IDENTITY, SOURCE_LOSSES = "config.yaml", "identity.json", "source_losses.json"
+CONFIG, SOURCE_LOSSES = "config.yaml", "source_losses.json"
 COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
 
 

@@ -20,8 +20,8 @@ from megashear.config.load import to_dict
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
-from megashear.config.stages import DONE, prunes
-from megashear.config.teaching import Teaching, teaching, tokens_seen
+from megashear.config.stages import DONE, IDENTITY, prunes
+from megashear.config.teaching import OPEN_WEIGHT, Teaching, open_weight, teaching, tokens_seen
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout
@@ -41,7 +41,6 @@ FREE_KEYS = (
     ("prune", "distillation", "chunk"),
     ("pretrain", "distillation", "chunk"),
 )
-IDENTITY = "identity.json"
 
 
 @dataclass
@@ -65,8 +64,8 @@ class Context:
         return DTYPES[self.config.precision]
 
     def teaching(self, stage: str) -> Teaching:
-        """How the source teaches a stage, with the weight that counts."""
-        return teaching(self.config, self.source_shape, self.target_shape)[stage]
+        """How the source teaches a stage, with the weight that counts; every rank calls it."""
+        return on_main(self.layout, lambda: teaching(self.config, self.source_shape, self.target_shape))[stage]
 
     def model_folder(self, name: str) -> Path:
         """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
@@ -154,7 +153,8 @@ def claim(context: Context) -> None:
     """Record what the run computes, or raise CheckpointError where the folder holds another run's record.
 
     A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
-    was damaged on the disk or on the way is refused before a number is computed from it. Raises DataError, ModelError.
+    was damaged on the disk or on the way is refused before a number is computed from it. What it settles for an open
+    `distillation.weight` is recorded too, and holds from then on. Raises DataError, ModelError.
     """
     own = identity(context.config)
     own["data_digest"] = context.dataset.digest()
@@ -165,7 +165,8 @@ def claim(context: Context) -> None:
         context.dataset.verify()
         if context.source is not None and context.source.manifest:
             check_files(context.source.path, context.source.manifest, ModelError)
-        write_json(path, own)
+        weight = open_weight(context.config, context.source_shape, context.target_shape)
+        write_json(path, own | {OPEN_WEIGHT: weight})
         return
     changed = differences(there, own, former_identity(), "")
     if changed:

@@ -11,11 +11,13 @@ Key property: the files are model folders like any other, so that layouts may ch
 pre-training starts a fresh Adam. They go when it is done. Read next: `training.py`, `finalize.py`.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
 import torch
 
+from megashear.config.closing import settled_steps
 from megashear.engine.collectives import on_main
 from megashear.engine.moments import MOMENTS, count_steps, kept_weights, shown_moment, take_moment
 from megashear.engine.optimizer import WeightOptimizer, unwrap
@@ -32,6 +34,7 @@ from megashear.weights.folder import ModelFolder
 from megashear.weights.names import tensor_shapes
 from megashear.weights.writer import ShardedWriter
 
+logger = logging.getLogger(__name__)
 FOLDER = "moments"
 
 
@@ -80,7 +83,12 @@ def take_moments(context: Context, weights: WeightOptimizer) -> None:
     folder = context.folder / FOLDER
     paths = {name: folder / f"pruned-{name}" for name in MOMENTS}
     there = on_main(context.layout, lambda: all(path.exists() for path in paths.values()))
-    if not there or context.config.pretrain.moments != "pruned":
+    if context.config.pretrain.moments != "pruned":
+        return
+    if not there:
+        prune = context.config.prune
+        if context.target_shape is not None and prune.method == "learned" and settled_steps(prune):
+            logger.warning("pretrain: Adam starts fresh: run.stages did not name pretrain while the run was pruned")
         return
     with kept_weights(weights):
         for name, path in paths.items():

@@ -15,13 +15,14 @@ import matplotlib
 from megashear.config.load import load_config
 from megashear.config.mixture import ASCENDING
 from megashear.config.schema import MixtureConfig
+from megashear.config.stages import IDENTITY
 from megashear.data.mixture import Mixture
 from megashear.errors import ConfigError, DataError
 from megashear.files.atomic import write_json
 from megashear.plot.series import Stage, stages_of
 from megashear.plot.style import STYLE, save
 from megashear.plot.weights import draw_weights
-from megashear.run.context import IDENTITY, read_record
+from megashear.run.context import read_record
 from megashear.train.metrics import FILE_NAME, read_metrics
 from megashear.train.tables import table
 

@@ -72,7 +72,8 @@ def dismiss_teacher(stage: "Stage", result: "StepResult") -> None:
     mean = sum(counters.behind) / WINDOW
     if len(counters.behind) < WINDOW or mean > 0 or counters.step == stage.batch.steps:
         return
-    if masks is not None and result.sparsity is not None and not masks.closing.half_closed(result.sparsity["expected"]):
+    expected = {} if result.sparsity is None else result.sparsity["expected"]
+    if masks is not None and not masks.closing.half_closed(counters.step - 1, expected):
         return
     counters.taught = counters.step
     stage.go_untaught()

@@ -57,6 +57,7 @@ def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
         ({"source": {"path": "imported"}}, None),
         ({}, None),
         ({"stages": 7}, None),
+        ({"stages": [{"tokens": -5}]}, None),
         (None, None),
     ],
 )
@@ -64,6 +65,11 @@ def test_the_tokens_that_a_source_has_seen(tmp_path: Path, provenance: dict[str,
     write_manifest(tmp_path, {} if provenance is None else {"provenance": provenance})
     assert tokens_seen(tmp_path) == tokens
     assert tokens_seen(tmp_path / "nowhere") is None
+
+
+def test_a_foreign_manifest_may_hold_any_number(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"files": {}, "provenance": {"stages": [{"tokens": 1e999}]}}')
+    assert tokens_seen(tmp_path) is None
 
 
 def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unasked(tmp_path: Path) -> None:
@@ -79,3 +85,25 @@ def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unaske
         assert [how.weight for how in found.values()] == [weight, weight]
         asked = teaching(config(tmp_path, *keys, "prune.distillation.weight=0.25"), SOURCE, PRESETS["sheared-2.7b"])
         assert [how.weight for how in asked.values()] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("record", "weight"),
+    [
+        (None, 0),  # has not started: by the source's tokens
+        ('{"open_distillation_weight": 0.5}', WEIGHT),
+        ('{"open_distillation_weight": 0.0}', 0),
+        ('{"prune": {}}', WEIGHT),  # of a run from before that was settled, which had a teacher
+        ("[]", 0),  # `run` refuses these two
+        ("{", 0),
+    ],
+)
+def test_what_a_run_recorded_counts(tmp_path: Path, record: str | None, weight: float) -> None:
+    keys = [f"source.folder={tmp_path / 'source'}", f"run.folder={tmp_path / 'run'}"]
+    for name in ("source", "run"):
+        (tmp_path / name).mkdir()
+    write_manifest(tmp_path / "source", {"provenance": {"stages": [{"name": "pretrain", "tokens": 5}]}})
+    if record is not None:
+        (tmp_path / "run" / "identity.json").write_text(record)
+    found = teaching(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
+    assert [how.weight for how in found.values()] == [weight, weight]

@@ -69,6 +69,12 @@ def test_sharpening_multiplies_up_until_masks_settle(specs):
 
 def test_half_closed_is_half_of_the_final_target_in_each_granularity(specs):
     one, half = closing(specs), {spec.name: spec.target_sparsity / 2 for spec in specs}
-    assert one.half_closed(half)
+    assert one.half_closed(50, half)
     for name in half:
-        assert not one.half_closed(half | {name: half[name] - 1e-3}), name
+        assert not one.half_closed(50, half | {name: half[name] - 1e-3}), name
+
+
+def test_while_the_schedule_asks_for_less_than_half_the_device_is_not_waited_for(specs):
+    one = closing(specs, sparsity_warmup_steps=40)
+    assert not one.half_closed(19, {})  # nothing is read of it
+    assert one.half_closed(20, {spec.name: spec.target_sparsity / 2 for spec in specs})

@@ -115,3 +115,12 @@ def test_units_that_a_limit_forces_shut_are_told_from_undecided_ones(source):
     assert "prune.log_alpha_limit alone forces some 2 of each row's 96" in said
     (said,) = unfinished({"intermediate": rows}, [spec], PruneConfig())
     assert "prune.sharpening" in said
+
+
+def test_what_a_limit_does_not_explain_is_called_undecided(source):
+    """Every unit far from both limits, and more of them below a half than the limit forces there."""
+    (spec,) = mask_specs(source, dataclasses.replace(source, intermediate_size=48))
+    rows = torch.linspace(-2.6, -0.6, 96).expand(spec.shape)
+    said = unfinished({"intermediate": rows}, [spec], PruneConfig(constraint="lagrangian"))[-1]
+    assert f"{48 * spec.rows} of {48 * spec.rows} kept units" in said
+    assert "prune.mask_learning_rate" in said and "log_alpha_limit" not in said

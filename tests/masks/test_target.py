@@ -55,5 +55,7 @@ def test_all_problems_come_at_once(source, target):
 def test_a_target_that_is_the_source_is_refused(source):
     with pytest.raises(ConfigError, match="source's own shape"):
         mask_specs(source, source)
+    with pytest.raises(ConfigError, match="source's own shape"):
+        mask_specs(source, source, ["hidden"])
     with pytest.raises(ConfigError, match="list is empty"):
         mask_specs(source, source, [])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from math import nan
 from pathlib import Path
 from statistics import fmean
@@ -10,16 +11,17 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 
-from megashear.config.teaching import Teaching
+from megashear.config.teaching import Teaching, tokens_seen
 from megashear.config.training_schema import BatchConfig
 from megashear.errors import CheckpointError, ConfigError
+from megashear.files.manifest import NAME
 from megashear.run import summary
 from megashear.run.runner import run
 from megashear.run.teacher import build_teacher
 from megashear.train.stage import Counters
 from megashear.train.step import StepResult
 from megashear.train.teacher import dismiss_teacher
-from run_stages.tiny import Tiny, break_off, differing, finish, records, results, run_jobs
+from run_stages.tiny import RUN, Tiny, break_off, differing, finish, records, results, run_jobs
 
 TAUGHT = [
     *("prune.distillation.weight=0.5", "prune.distillation.temperature=2", "prune.distillation.chunk=23"),
@@ -27,6 +29,7 @@ TAUGHT = [
     *("prune.distillation.until=end", "pretrain.distillation.until=end"),
 ]
 STAGES = ("prune", "pretrain")
+MADE, WHOLE = ["prune", "finalize"], ["prune", "finalize", "pretrain"]
 OUTGROWN = [
     *("prune.distillation.weight=0.5", "prune.batch.steps=5", "pretrain.batch.steps=20"),
     "pretrain.optimizer.learning_rate=3e-3",
@@ -71,6 +74,32 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = ["pretrain.batch.steps=8", "pretrain.optimizer.learning_rate=1e-2", "target=null"]
     finish(tiny.config(folder, *stage, run={"seed": 3, "stages": ["pretrain"]}))
     return folder / "final"
+
+
+@pytest.mark.parametrize(("first", "then", "teaches"), [(MADE, WHOLE, True), (WHOLE, MADE, False)])
+def test_a_run_settles_at_its_first_start_whether_it_is_taught(
+    tiny: Tiny, trained: Path, tmp_path: Path, first: list[str], then: list[str], teaches: bool
+) -> None:
+    """Its source has seen more text than pruning takes and less than all stages do, which may be named later on."""
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    manifest = json.loads((source / NAME).read_text())
+    del manifest["provenance"]["source"]  # as of a model that was trained from random weights
+    (source / NAME).write_text(json.dumps(manifest))
+    assert 4 * 256 < tokens_seen(source) == 8 * 256 < 10 * 256
+    run_file = {
+        "source": {"folder": str(source)},
+        "target": RUN["target"] | {"num_layers": 4, "num_heads": 4, "num_query_groups": 2},
+    }
+    keys = ["prune.batch.steps=4", "pretrain.batch.steps=6"]
+    starts = [
+        tiny.config(tmp_path / "run", *keys, run={"seed": 3, "stages": named}, **run_file) for named in (first, then)
+    ]
+    assert break_off(starts[0], ("prune", 2))
+    finish(starts[1])
+    train = [one for one in records(tmp_path / "run") if one["kind"] == "train"]
+    assert len(train) == (10 if then == WHOLE else 4)
+    assert {"teacher_loss" in one for one in train} == {teaches}
 
 
 def left(found: list[dict[str, Any]], stage: str) -> int:

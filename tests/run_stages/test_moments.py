@@ -90,6 +90,16 @@ def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path,
     assert not (tmp_path / "run" / moments.FOLDER).exists(), "not settled, or nothing goes on"
 
 
+@pytest.mark.parametrize("settle", [0, 3])
+def test_a_fresh_start_is_told_where_moments_would_have_been_handed_on(
+    tiny: Tiny, tmp_path: Path, settle: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune = SETTLING | {"batch": stage(8), "settle_steps": settle}
+    for stages in (["prune", "finalize"], ["pretrain"]):
+        finish(tiny.config(tmp_path / "run", run={"seed": 3, "stages": stages}, prune=prune))
+    assert ("Adam starts fresh: run.stages did not name pretrain" in caplog.text) == bool(settle)
+
+
 def test_moments_are_handed_on_where_the_teacher_goes(tiny: Tiny, tmp_path: Path) -> None:
     """They are those of the mixed loss; the first steps without a teacher are by them."""
     keys = ["prune.distillation.weight=1", "pretrain.distillation.weight=0"]
