@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -95,3 +96,37 @@ def test_harder_text_is_not_taken_for_destruction(
 
 def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
     assert warnings_of(tiny, tmp_path / "sound", caplog, "prune.optimizer.learning_rate=1e-4") == []
+
+
+@pytest.fixture(scope="module")
+def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A source that has something to lose: far below ln V."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    keys = ["target=null", "mixture.rule=static", "pretrain.batch.eval_interval=100"]
+    run(
+        tiny.config(
+            folder,
+            *keys,
+            "pretrain.batch.steps=60",
+            "pretrain.optimizer.learning_rate=1e-2",
+            run={"seed": 3, "stages": ["pretrain"]},
+        )
+    )
+    return folder / "final"
+
+
+def test_masks_that_destroy_a_model_are_named_as_soon_as_they_have_closed(
+    tiny: Tiny,  # noqa: F811
+    learned: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The weights cannot follow: all of the loss is due to the masks, most of it to what closes most."""
+    target = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "num_query_groups": 2, "intermediate_size": 46}
+    keys = ["prune.optimizer.learning_rate=1e-7", "prune.batch.steps=40", "prune.sparsity_warmup_steps=20"]
+    sections = {"source": {"folder": str(learned)}, "target": target}
+    with caplog.at_level(logging.WARNING):
+        run(tiny.config(tmp_path / "run", "run.stages=[prune]", *keys, **sections))
+    (said,) = [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
+    assert "the masks are destroying" in said and "Most of it is layer:" in said
+    assert int(re.findall(r"step (\d+):", said)[0]) < 20 + 8 < 36, "closed at 20, fixed from 36 of 40 on"
