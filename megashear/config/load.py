@@ -5,8 +5,6 @@ parses overrides and resolves interpolations (`${run.folder}`, `${oc.env:NAME,de
 Read next: `schema.py`, `convert.py`, `check.py`.
 """
 
-import hashlib
-import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -52,17 +50,6 @@ def load_config(path: Path | str | None, overrides: list[str] | None = None) -> 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config or a section of it as nested plain values, in the schema's order."""
     return asdict(config)
-
-
-def config_digest(config: Config, sections: list[str]) -> str:
-    """SHA-256 of the named sections or keys (dotted): equal digests mean equal values, whatever the file's text."""
-    chosen = {}
-    for name in sections:
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        chosen[name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def save_config(config: Config, path: Path) -> None:

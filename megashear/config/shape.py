@@ -4,7 +4,7 @@ Key properties: frozen, free of torch, one class for sources and targets. Names 
 Read next: `presets.py` (shapes by name), `legality.py` (which shapes a layout can carry).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,3 @@ class ModelShape:
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the embedding as stored under tensor parallelism: the next multiple of `tensor_parallel`."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
-
-    def with_target(self, target: "ModelShape") -> "ModelShape":
-        """This model's vocabulary, positions and head_dim, the target's hidden, layers, heads, groups, intermediate."""
-        return replace(
-            self,
-            hidden_size=target.hidden_size,
-            num_layers=target.num_layers,
-            num_heads=target.num_heads,
-            num_query_groups=target.num_query_groups,
-            intermediate_size=target.intermediate_size,
-        )

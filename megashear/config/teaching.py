@@ -1,7 +1,7 @@
 """What an open `distillation.weight` stands for: whether the source teaches the model that is made of it.
 
-A teacher is worth its forward passes while the model is worse than its source, which has seen more text than the run
-has, and costs no more than training the model does: that far it has been measured (`docs/results.md`). Key property:
+Of equal text, a taught model is the better one while it is worse than its source, which has seen more text than the run
+takes; of equal compute too where that is much more (`docs/results.md`, where both bounds are measured). Key property:
 once a run has started, the answer is the one that it recorded. Read next: `training_schema.py`, `../train/teacher.py`.
 """
 

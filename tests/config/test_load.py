@@ -1,13 +1,12 @@
 """Run files and overrides: precedence, places of problems, interpolation, the paper preset, digests."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megashear.config import keys
-from megashear.config.load import config_digest, load_config, save_config, to_dict
+from megashear.config.load import load_config, save_config, to_dict
 from megashear.config.paper import PAPER
 from megashear.config.schema import Config
 from megashear.errors import ConfigError
@@ -148,11 +147,3 @@ def test_saved_config_loads_to_the_same(tmp_path: Path) -> None:
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert to_dict(config)["run"]["folder"] == "yes: #1"
-
-
-def test_digest_is_of_values_in_named_sections() -> None:
-    config = Config()
-    other = replace(config, run=replace(config.run, seed=7))
-    assert config_digest(config, ["prune", "data"]) == config_digest(other, ["prune", "data"])
-    assert config_digest(config, ["run.seed"]) != config_digest(other, ["run.seed"])
-    assert config_digest(config, ["run"]) != config_digest(other, ["run"])

@@ -54,7 +54,9 @@ def test_a_target_takes_sizes_from_the_preset_and_the_rest_from_the_source():
         PRESETS["llama2-7b"], vocab_size=1000, tie_word_embeddings=True, rope_theta=5.0, rope_scaling=RopeScaling()
     )
     ours = resolve_shape(ShapeConfig(preset="sheared-1.3b", num_layers=20), source)
-    assert ours == source.with_target(dataclasses.replace(PRESETS["sheared-1.3b"], num_layers=20))
+    pruned = ("hidden_size", "num_heads", "num_query_groups", "intermediate_size")
+    sizes = {key: getattr(PRESETS["sheared-1.3b"], key) for key in pruned}
+    assert ours == dataclasses.replace(source, num_layers=20, **sizes)
 
 
 def test_a_target_takes_what_is_null_from_the_source():
