@@ -21,8 +21,9 @@ def config_markdown() -> str:
     lines = [
         "# Run files",
         "",
-        "Every key of a run file; `null` means that the value is derived as the meaning says. This page is made from",
-        "`megashear/config/schema.py` by `python -m megashear.config.document docs/config.md`.",
+        "Every key of a run file; `null` means that the value is derived as the meaning says. This page, and what",
+        "stands beside the keys of the recipes, is made from `megashear/config/schema.py` by",
+        "`python -m megashear.config.document docs/config.md examples/llama*.yaml`.",
         "",
         "Any key can be overridden on the command line: `megashear run FILE prune.batch.steps=400`. Values may refer",
         "to other keys and to the environment: `${run.folder}`, `${oc.env:SCRATCH}`.",
