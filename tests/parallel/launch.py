@@ -82,9 +82,10 @@ class Ranks:
         self.process = None
 
     def _start(self) -> "subprocess.Popen[str]":
-        # --standalone lets torchrun choose a free port; --tee names the rank in front of each line.
+        # --standalone lets torchrun choose a free port; --tee names the rank in front of each line. torchrun looks at
+        # its ranks once a second, not ten times: it waits beside tests that need the cores.
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.world), "--tee", "3"]
-        command += ["--log-dir", self.place.name, "-m", "parallel.serve"]
+        command += ["--monitor-interval", "1", "--log-dir", self.place.name, "-m", "parallel.serve"]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
             "OMP_NUM_THREADS": "1",

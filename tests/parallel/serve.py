@@ -1,9 +1,13 @@
 """What every rank of `launch.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
+Key property: ranks that wait leave the cores to others. A group's thread polls a hundred times a second for as long as
+anything refers to the group, cycles that no one has collected included; a rank comes to fifty of them.
+
 An exception on any rank is left to end it, upon which torchrun ends the others. torch is imported inside: saving a
 checkpoint spawns a process that imports this module again and needs none of it.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -21,10 +25,12 @@ def main() -> None:
         while line := broadcast_object(sys.stdin.readline() if layout.is_main else None):
             job = json.loads(line)
             result = getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
-            end_groups()  # ranks that wait for the next call shall leave the cores to others
             if layout.is_main:
                 torch.save(result, job["answer"] + ".part")
                 os.replace(job["answer"] + ".part", job["answer"])
+            del result
+            end_groups()
+            gc.collect()
         sys.stdout.flush()
         os._exit(0)  # torch takes seconds to close the sockets, and nothing is left to save
 
