@@ -5,6 +5,7 @@ traceback appears for faults of megashear itself alone. Read next: `report.py` (
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ exit codes:
     6  training: losses that stay non-finite, a domain that ran out
     7  storage: a disk that is full or read-only
     8  busy: another process holds the run folder
+    9  ranks: another rank of the job ended or did not answer; what that one printed says why
    70  a fault of megashear itself (with a traceback; please report it)
    75  stopped by a signal after saving a checkpoint: the same command goes on from there
   130  stopped by Ctrl-C
@@ -216,6 +218,8 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
     with stop_on_signals() as stop:
         from megashear.run.runner import run  # loads torch, which takes seconds
 
+        # megatron-core's saving collects garbage; it need not walk through half a million objects of what is loaded.
+        gc.freeze()
         run(config, stages, stop)
 
 

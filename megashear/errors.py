@@ -58,6 +58,12 @@ class BusyError(MegashearError):
     exit_code = 8
 
 
+class PeerError(MegashearError):
+    """Another rank of the job ended, or did not answer in time; the cause is what that rank said."""
+
+    exit_code = 9
+
+
 class Interrupted(MegashearError):
     """Stopped by a signal after saving a checkpoint; the same command goes on from there (sysexits' EX_TEMPFAIL)."""
 

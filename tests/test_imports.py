@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megashear"
 # config reads and writes files, and files know nothing of config: so files stand above it.
 ROOMS = [
     "errors",
+    "processes",
     "files",
     "config",
     "engine",

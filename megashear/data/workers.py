@@ -7,7 +7,6 @@ Read next: `preprocess.py`.
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,6 +20,7 @@ from megashear.data.progress import Progress
 from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
+from megashear.processes import end_with_parent
 
 AHEAD = 4  # tasks a worker that wait in the queue
 
@@ -52,18 +52,10 @@ class Worker:
         self.reported = (bytes_read, tokens)
 
 
-def end_with(parent: Any) -> None:
-    """End this process when its parent has ended, however that came: a killed run leaves no worker behind."""
-    parent.join()
-    os._exit(1)
-
-
 def start_worker(tokenizer: Path, settings: PartSettings, counters: Any, stop: Any) -> None:
     """Prepare a worker process: it ends with its parent, and leaves interrupts to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     Worker.current = Worker(tokenizer, settings, counters, stop)
 

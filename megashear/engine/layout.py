@@ -5,6 +5,7 @@ Key property: nothing outside this room asks megatron-core for a group; a `Layou
 
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 
 from megashear.config.schema import ParallelConfig
 from megashear.engine.device import backend, keep_freed_memory, present_cpu, rank_device, uses_cuda
-from megashear.errors import ConfigError
+from megashear.errors import ConfigError, PeerError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Layout:
 def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iterator[Layout]:
     """Start this process's ranks and groups, give the layout, and take them down.
 
-    Runs under torchrun, or alone as a world of one. Raises ConfigError where the world does not fit the layout.
+    Runs under torchrun, or alone as a world of one. Raises ConfigError where the world does not fit the layout,
+    PeerError where what is done with the layout fails because of another rank.
     """
     present_cpu()
     keep_freed_memory()
@@ -64,10 +66,28 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
         _start(timeout_minutes)
     try:
         yield build_layout(parallel)
+    except RuntimeError as error:
+        if not _peer_is_gone(error):
+            raise
+        raise PeerError(
+            f"another rank has ended, or has not answered for {timeout_minutes:g} minutes ({_reason(error)}); what it "
+            "printed says why, and the launcher names the rank that failed first; the same command again goes on from "
+            "the run's last checkpoint"
+        ) from error
     finally:
         end_groups()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank; gloo raises a bare RuntimeError, of its own source file."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence, which names the peer, without the place in the library's sources."""
+    return re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].split(". ")[0]
 
 
 def _start(timeout_minutes: float) -> None:

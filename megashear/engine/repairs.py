@@ -1,5 +1,5 @@
-"""Faults of megatron-core 0.16 mended around its methods: three in saving and loading the distributed optimizer, and
-two that cost time.
+"""Faults of megatron-core 0.16 mended around its methods: three in saving and loading the distributed optimizer, two
+that cost time, and a process that is left behind.
 
 1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count
 there which the checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is
@@ -13,12 +13,20 @@ padding is put back.
 one that takes a single pass.
 5. With a single data-parallel rank, gradients and weights are still sent through a collective of one, in which gloo
 copies them.
-`tests/parallel/test_checkpoint.py` fails without each of the first three. Read next: `sharded.py`.
+6. Writers of a checkpoint report through a process that is started for it. It outlives a rank that is killed, and with
+signals held from it (`train/signals.py`) nothing but SIGKILL ends it. Ours ends with its rank.
+`tests/parallel/test_checkpoint.py` fails without each of the first three, `tests/faults/test_killed_rank.py` without
+the last. Read next: `sharded.py`.
 """
 
+import multiprocessing
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megashear.processes import end_with_parent
 
 
 def repair(part: Any) -> None:
@@ -84,6 +92,14 @@ def skip_collectives_of_one(chunk: Any) -> None:
             continue
         group.start_grad_sync = _do_nothing
         group.start_param_sync = _do_nothing
+
+
+def start_results_queue() -> None:
+    """Mend 6; to be called before saving. Does nothing where the process has its queue."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megashear.config.schema import ParallelConfig
 from megashear.engine.layout import Layout, build_layout, distributed, stage_layers
-from megashear.errors import ConfigError
+from megashear.errors import ConfigError, PeerError
 
 
 def layout(pipeline: int = 1, virtual: int = 1, stage: int = 0) -> Layout:
@@ -43,6 +43,17 @@ def test_a_world_that_the_layout_does_not_divide_is_refused() -> None:
 def test_sequence_parallelism_is_nothing_on_one_rank() -> None:
     with distributed(ParallelConfig(sequence=True)) as alone:
         assert not alone.sequence
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_another_rank_did_is_told_from_faults_of_this_one() -> None:
+    """A rank that is killed under gloo: `tests/faults/test_killed_rank.py`."""
+    nccl = torch.distributed.DistBackendError("NCCL error: remote process exited. Last error:\nsocket closed")
+    words = r"for 7 minutes \(NCCL error: remote process exited\)"
+    with pytest.raises(PeerError, match=words), distributed(ParallelConfig(), timeout_minutes=7):
+        raise nccl
+    with pytest.raises(RuntimeError, match="the shapes differ"), distributed(ParallelConfig()):
+        raise RuntimeError("the shapes differ")
     assert not torch.distributed.is_initialized()
 
 
