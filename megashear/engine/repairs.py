@@ -19,6 +19,7 @@ signals held from it (`train/signals.py`) nothing but SIGKILL ends it. Ours ends
 the last. Read next: `sharded.py`.
 """
 
+import functools
 import multiprocessing
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -94,12 +95,16 @@ def skip_collectives_of_one(chunk: Any) -> None:
         group.start_param_sync = _do_nothing
 
 
-def start_results_queue() -> None:
-    """Mend 6; to be called before saving. Does nothing where the process has its queue."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+def end_results_queue_with_rank() -> None:
+    """Mend 6; to be called before saving. A rank that has something to write then starts the process, no other."""
+    filesystem_async._get_write_results_queue = _results_queue
+
+
+@functools.cache
+def _results_queue() -> Any:
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(end_with_parent)
+    return manager.Queue()
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

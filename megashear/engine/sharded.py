@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megashear.engine.device import present_cpu
 from megashear.engine.optimizer import WeightOptimizer, unwrap
-from megashear.engine.repairs import separate_step_counts, start_results_queue, use_fused_adam
+from megashear.engine.repairs import end_results_queue_with_rank, separate_step_counts, use_fused_adam
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 # What writing raises beside OSError: megatron-core's own, and torch's where another rank failed.
@@ -73,7 +73,7 @@ def sharded_state(weights: WeightOptimizer, is_loading: bool) -> dict[str, Any]:
 def save(weights: WeightOptimizer, folder: Path) -> None:
     """Write this job's weights and optimizer state into an existing empty folder (every rank calls it)."""
     present_cpu()
-    start_results_queue()
+    end_results_queue_with_rank()
     dist_checkpointing.save(sharded_state(weights, is_loading=False), str(folder))
 
 

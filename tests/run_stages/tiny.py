@@ -238,8 +238,8 @@ def without_times(value: Any) -> Any:
     return value
 
 
-def torchrun(ranks: int, *arguments: Any, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m ARGUMENTS` on this machine's CPU; its output is checked by the caller."""
+def torchrun_call(ranks: int, *arguments: Any) -> dict[str, Any]:
+    """What `subprocess` takes for `torchrun -m ARGUMENTS` on this machine's CPU."""
     tests = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     environment = os.environ | {
@@ -248,9 +248,12 @@ def torchrun(ranks: int, *arguments: Any, timeout: float = 300.0) -> subprocess.
         "PYTHONWARNINGS": "ignore",
         "MEGASHEAR_DEVICE": "cpu",
     }
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
+
+
+def torchrun(ranks: int, *arguments: Any, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m ARGUMENTS`, to its end; its output is checked by the caller."""
+    return subprocess.run(**torchrun_call(ranks, *arguments), capture_output=True, timeout=timeout, check=False)
 
 
 def run_jobs(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import processes_of
 
 from megashear.data.manifest import Dataset
 
@@ -139,21 +140,6 @@ def test_fifty_kills(tmp_path, shards, model, unbroken):
             shutil.rmtree(output)
     assert run(shards, model, output, *OPTIONS).returncode == 0
     assert content_of(output) == whole
-
-
-def processes_of(session: int) -> list[int]:
-    """Processes of a session that are still there after those that are ending have had five seconds."""
-    deadline = time.monotonic() + 5
-    while True:
-        found = []
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, _, _, of = entry.read_text().rpartition(")")[2].split()[:4]
-                if int(of) == session and state != "Z":
-                    found.append(int(entry.parent.name))
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
 
 
 def test_errors_are_one_message_and_their_exit_code(tmp_path, shards, model):
