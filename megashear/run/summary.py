@@ -1,5 +1,6 @@
 """What came of a run: the last table, `summary.json`, and the pictures."""
 
+from pathlib import Path
 from typing import Any
 
 from megashear.config.schema import STAGES
@@ -7,7 +8,6 @@ from megashear.config.stages import DONE
 from megashear.engine.collectives import on_main
 from megashear.errors import MegashearError
 from megashear.files.atomic import write_json
-from megashear.plot.run import plot_run
 from megashear.run.context import Context, read_record
 from megashear.run.source_losses import SOURCE_LOSSES, read_losses
 from megashear.run.training import loss_record
@@ -30,7 +30,7 @@ def _conclude(context: Context) -> None:
     parameters = {name: shape.parameters() for name, shape in shapes.items()}
     tokens = {name: records[name]["tokens"] for name in TRAINING if name in records}
     seconds = {name: records[name]["seconds"] for name in TRAINING if name in records}
-    evaluation = {name: records[name].get("evaluation_seconds", 0.0) for name in seconds}
+    evaluation = {name: records[name]["evaluation_seconds"] for name in seconds}
     export = records.get("export", {}).get("folder")
     write_json(
         context.folder / "summary.json",
@@ -48,12 +48,19 @@ def _conclude(context: Context) -> None:
         print(loss_table(losses))
     print(outcome_table(parameters, tokens, seconds, evaluation))
     try:
-        pictures = plot_run(context.folder)
+        pictures = draw_pictures(context.folder)
         print(f"pictures: {pictures[0].parent}" if pictures else "pictures: none")
     except MegashearError as error:
         print(f"pictures: none ({error})")
     if export:
         print(f"export: {export}")
+
+
+def draw_pictures(folder: Path) -> list[Path]:
+    """Draw the pictures of a run folder; matplotlib is imported here, not when a rank starts."""
+    from megashear.plot.run import plot_run
+
+    return plot_run(folder)
 
 
 def read_records(context: Context) -> dict[str, dict[str, Any]]:
