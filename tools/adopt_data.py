@@ -1,21 +1,19 @@
 #!/usr/bin/env python
-"""Make a dataset folder of `.bin`/`.idx` pairs that Megatron's own tools made, or add digests to an older folder.
+"""Make a dataset folder of `.bin`/`.idx` pairs that Megatron's own tools made.
 
     python tools/adopt_data.py web=PREFIX code=PREFIX --tokenizer T --output FOLDER [--heldout web=PREFIX ...]
-    python tools/adopt_data.py FOLDER
 
 PREFIX is a pair's path without `.bin`/`.idx`. With held-out pairs for all domains, the pairs are taken as they are
 (hard links, where the file system has them) and in their order: documents should have been shuffled. Without, documents
 are held out by the hash of their token ids, shuffled, and written anew. Every document must end in the tokenizer's end
-token (Megatron's `--append-eod`). FOLDER alone is a dataset that an older megashear made: it gets digests of its
-blocks. The work is done by megashear/data/adopt.py.
+token (Megatron's `--append-eod`). The work is done by megashear/data/adopt.py.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from megashear.data.adopt import adopt, upgrade
+from megashear.data.adopt import adopt
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import check_domain_name
 from megashear.data.merge import Merging
@@ -27,9 +25,9 @@ from megashear.errors import ConfigError, MegashearError
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("pairs", nargs="+", metavar="NAME=PREFIX", help="a domain's pair; or one folder")
-    made.add_argument("--tokenizer", type=Path, help="the tokenizer that made the pairs")
-    made.add_argument("--output", type=Path, help="dataset folder to make; must not exist")
+    made.add_argument("pairs", nargs="+", metavar="NAME=PREFIX", help="a domain's pair")
+    made.add_argument("--tokenizer", type=Path, required=True, help="the tokenizer that made the pairs")
+    made.add_argument("--output", type=Path, required=True, help="dataset folder to make; must not exist")
     made.add_argument(
         "--heldout", nargs="+", default=[], metavar="NAME=PREFIX", help="held-out pairs, for all domains or for none"
     )
@@ -59,11 +57,6 @@ def named_prefixes(values: list[str], flag: str) -> dict[str, Path]:
 
 def run(options: argparse.Namespace) -> str:
     """Do what the options ask for; returns what to print. Raises MegashearError."""
-    if len(options.pairs) == 1 and Path(options.pairs[0]).is_dir():
-        upgrade(Path(options.pairs[0]))
-        return f"{options.pairs[0]}: digests of blocks added"
-    if options.tokenizer is None or options.output is None:
-        raise ConfigError("--tokenizer and --output are needed; or give one dataset folder alone")
     pairs, heldout = named_prefixes(options.pairs, "pair"), named_prefixes(options.heldout, "--heldout")
     if heldout and set(heldout) != set(pairs):
         raise ConfigError(f"--heldout names {sorted(heldout)}, the pairs {sorted(pairs)}; name all of them or none")

@@ -6,9 +6,6 @@ Read next: `schema.py`.
 from dataclasses import field
 from typing import Any
 
-UNCHANGED = object()
-"""Of a key's `before`: runs older than the key computed what its default says."""
-
 
 def key(
     default: Any,
@@ -16,13 +13,9 @@ def key(
     choices: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
-    before: Any = UNCHANGED,
 ) -> Any:
-    """A config key: default, meaning in one sentence, the words allowed (also as items of a list), inclusive bounds.
-
-    before: the value that stands for what runs older than the key computed, where that is not its default.
-    """
-    metadata = {"help": meaning, "choices": choices, "low": low, "high": high, "before": before}
+    """A config key: default, meaning in one sentence, the words allowed (also as items of a list), inclusive bounds."""
+    metadata = {"help": meaning, "choices": choices, "low": low, "high": high}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

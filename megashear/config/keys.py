@@ -8,7 +8,6 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from megashear.config.field import UNCHANGED
 from megashear.config.schema import Config
 
 Path = tuple[str, ...]
@@ -25,8 +24,6 @@ class Key:
     choices: tuple[str, ...]
     low: float | None
     high: float | None
-    before: Any
-    """What runs older than the key computed."""
 
     @property
     def name(self) -> str:
@@ -56,8 +53,7 @@ def _leaves(cls: type, defaults: Any, prefix: Path) -> list[Key]:
             found += _leaves(kind, default, path)  # type: ignore[arg-type]  # get_type_hints gives classes
         else:
             meta = item.metadata
-            before = default if meta["before"] is UNCHANGED else meta["before"]
-            found.append(Key(path, kind, default, meta["help"], meta["choices"], meta["low"], meta["high"], before))
+            found.append(Key(path, kind, default, meta["help"], meta["choices"], meta["low"], meta["high"]))
     return found
 
 

@@ -16,6 +16,8 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Pretr
 DONE = "done.json"
 """File in a stage's folder that tells it is finished."""
 IDENTITY = "identity.json"
+FORMAT_VERSION = 1
+"""Of a run folder: its records and checkpoints. A folder of another version is refused."""
 """File in a run's folder that tells what the run computes, written at its first start."""
 
 

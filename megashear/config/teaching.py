@@ -48,7 +48,7 @@ def open_weight(config: Config, source: ModelShape | None, target: ModelShape | 
     """The weight that an open one stands for.
 
     A run's first start settles it: `run.stages` may change between starts, and with it the tokens that the run takes,
-    as may the source's folder. A run from before that was recorded had a teacher whatever its source had seen.
+    as may the source's folder.
     """
     folder, length = config.source.folder, config.data.sequence_length
     if source is None or target is None or folder is None:
@@ -56,7 +56,7 @@ def open_weight(config: Config, source: ModelShape | None, target: ModelShape | 
     record = _record(Path(config.run.folder) / IDENTITY)
     if isinstance(settled := record.get(OPEN_WEIGHT), int | float):
         return float(settled)
-    seen = None if record else tokens_seen(Path(folder))
+    seen = tokens_seen(Path(folder))
     affordable = teacher_flops_per_token(source, length) <= DEAREST * target.flops_per_token(length)
     return WEIGHT if affordable and (seen is None or run_tokens(config) < seen) else 0.0
 

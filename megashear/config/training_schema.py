@@ -17,7 +17,6 @@ class OptimizerConfig:
         None,
         "peak learning rate of the weights; null: the published 1e-4 x 2560 / hidden size of the model that is made",
         low=0,
-        before=1e-4,
     )
     beta1: float = key(0.9, "Adam's first-moment decay", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second-moment decay", low=0, high=0.999999)
@@ -60,7 +59,6 @@ class DistillationConfig:
         "0.5 in runs that prune, where the source's forward pass takes no more FLOPs than training the target, and the "
         "source is not known to have been trained on as few tokens as the run takes or fewer, else 0, settled when the "
         "run first starts; in `pretrain` null is what `prune` has, by either method",
-        before=0.0,
         low=0,
         high=1,
     )
@@ -77,7 +75,6 @@ class DistillationConfig:
         "when the teacher goes: outgrown (once the model's loss is not above the source's on the text of the last 8 "
         "steps; in pruning from half of the target sparsities on), or end (of the stage)",
         ("outgrown", "end"),
-        before="end",
     )
 
 
@@ -95,7 +92,6 @@ class ImportanceConfig:
         "score of every unit: magnitude of its weights, first-order Taylor on its mask or on its weights, diagonal "
         "Fisher of its mask, or its activations (Minitron, arXiv 2407.14679); null: none, masks start alike",
         CRITERIA,
-        before=None,
     )
     layer_criterion: str | None = key(
         None,
@@ -126,7 +122,6 @@ class PruneConfig:
         None,
         "hidden units: the source's own, or principal directions of its residual stream; null: these where some go",
         ("source", "principal"),
-        before="source",
     )
     importance: ImportanceConfig = key(ImportanceConfig(), "scores of the units that masks start from")
     refit: int | None = key(
@@ -141,7 +136,6 @@ class PruneConfig:
         "how expected sparsities come to their targets: projected (log-alpha of each row is shifted onto the scheduled "
         "target after every step), or lagrangian (published: multipliers that ascend)",
         ("projected", "lagrangian"),
-        before="lagrangian",
     )
     mask_learning_rate: float | None = key(
         None,
@@ -171,14 +165,12 @@ class PruneConfig:
         "factor by which log-alpha grows, evenly over the steps until masks settle, as a temperature that anneals: "
         "fewer and fewer units stay undecided, and the noise leaves the others alone; 1: none, as published",
         low=1,
-        before=1.0,
     )
     settle_steps: int | None = key(
         None,
         "last steps of the stage in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
         "published; null: a tenth of the steps or what the sparsity warm-up leaves, one at least",
         low=0,
-        before=0,
     )
     granularities: list[str] | None = key(
         None,
@@ -197,7 +189,6 @@ class PruneConfig:
         "largest size of the linear multiplier, of either sign: without one it has to come back as far as it went, and "
         "masks overshoot; null: none, as published",
         low=0,
-        before=None,
     )
     lambda2_cap: float | None = key(
         None,

@@ -1,4 +1,4 @@
-"""Pairs that Megatron's own tools made, and datasets of an older megashear, as dataset folders with digests.
+"""Pairs that Megatron's own tools made, as dataset folders with digests.
 
 The rule for held-out documents: where a domain's held-out pair is given, both pairs are taken as they are (a hard link
 where the file system has them) and in their order; otherwise documents are held out by the hash of their token ids as
@@ -18,10 +18,8 @@ from megashear.data.indexed import IndexedTokens, pair
 from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
 from megashear.data.merge import Counts, Merging, merge_parts
 from megashear.data.parts import DOCUMENT, DocumentTable, Part
-from megashear.data.tokenizer import Tokenizer, load_tokenizer
-from megashear.errors import DataError
+from megashear.data.tokenizer import Tokenizer
 from megashear.files.atomic import atomic_folder
-from megashear.files.manifest import NAME, check_files, read_manifest
 
 
 def part_of(name: str, opened: IndexedTokens, path: Path) -> Part:
@@ -73,21 +71,3 @@ def link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def upgrade(folder: Path) -> None:
-    """Add the digests of blocks to a dataset folder of version 1, in place, after comparing its files' SHA-256.
-
-    Raises DataError where it is another folder, or damaged; StorageError.
-    """
-    manifest = read_manifest(folder, DataError)
-    if manifest.get("version") != 1:
-        raise DataError(f"{folder / NAME}: format version {manifest.get('version')}; only version 1 lacks digests")
-    check_files(folder, manifest, DataError)
-    try:
-        domains, eos = manifest["domains"], int(manifest["tokenizer"]["eos_id"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / NAME}: not the manifest of a dataset ({error!r}); make it again") from error
-    own = ("version", "tokenizer", "domains", "files")
-    extra = {key: value for key, value in manifest.items() if key not in own}
-    write_dataset_manifest(folder, domains, load_tokenizer(folder / "tokenizer", eos_id=eos), extra)

@@ -77,7 +77,7 @@ def read_block_digests(prefix: Path, sha256: str) -> BlockDigests:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or run tools/adopt_data.py") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); restore it, or make the dataset again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: its SHA-256 is not the manifest's; the file is damaged or changed")
     magic, block, bin_size, idx_size = HEADER.unpack(content[: HEADER.size])

@@ -107,11 +107,6 @@ class Dataset:
                     raise DataError(f"{where}: the domain name {name!r} {problem}; do not use this dataset")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{where}: not the manifest of a dataset ({error!r}); make the dataset again") from error
-        if version == 1:
-            raise DataError(
-                f"{where}: made by an older megashear, without digests of blocks; tools/adopt_data.py {self.folder} "
-                "adds them"
-            )
         if version != VERSION:
             raise DataError(
                 f"{where}: format version {version}, this megashear reads {VERSION}; make the dataset again"

@@ -120,9 +120,8 @@ def taught_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
 def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
     """Steps so far, each counted as the share of the source's FLOPs that it needed: [n] -> [n].
 
-    As recorded where records have it. Older ones have the share of their own step alone, which falls while masks close:
-    between two of them it is taken to fall evenly, from 1 at the start. 1 where none was measured, and beyond the last
-    record as there.
+    The recorded count where a record has one. It has none once live units were off: from there on a step counts as
+    the mean share of the records around it, or whole. Beyond the last record a step counts as it did there.
     """
     at, share = stage.steps("mask"), stage.values("mask", "live_flops")
     counted = stage.values("mask", "live_steps")

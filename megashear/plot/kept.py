@@ -27,8 +27,7 @@ def kept(run: RunRecord) -> list[Html]:
         caption = (
             "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation; what stands in a "
             "layer that goes is not open. Borderline: units that the cut keeps although their mask is below one half; "
-            "lowest: the least mask among the kept; records older than the counts of what was kept have both, and "
-            "these, over all layers of the source. A group is the query heads that share a key/value head."
+            "lowest: the least mask among the kept. A group is the query heads that share a key/value head."
         )
         header = ["granularity", "open", "kept by the cut", "borderline", "lowest"]
         parts.append(table(header, rows, caption))
@@ -46,7 +45,7 @@ def granularities(run: RunRecord) -> list[list[str]]:
     """A row for each granularity that has masks or was cut: open, kept, borderline, lowest."""
     finalized = run.done.get("finalize", {})
     near = {one.get("granularity"): one for one in finalized.get("borderline", [])}
-    cut = finalized.get("kept") or {name: one["kept"] for name, one in near.items()}
+    cut = finalized.get("kept", {})
     rows = []
     for name in dict.fromkeys([*run.masks, *cut, *near]):
         mask, sure = run.masks.get(name), near.get(name)

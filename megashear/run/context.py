@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from megashear.config.keys import leaf_keys
 from megashear.config.load import to_dict
 from megashear.config.presets import resolve_shape
 from megashear.config.schema import Config
 from megashear.config.shape import ModelShape
-from megashear.config.stages import DONE, IDENTITY, prunes
+from megashear.config.stages import DONE, FORMAT_VERSION, IDENTITY, prunes
 from megashear.config.teaching import OPEN_WEIGHT, Teaching, open_weight, teaching, tokens_seen
 from megashear.data.manifest import Dataset
 from megashear.engine.collectives import on_main
@@ -29,9 +28,11 @@ from megashear.errors import CheckpointError, ConfigError, DataError, ModelError
 from megashear.files.atomic import write_json
 from megashear.files.manifest import check_files, digest
 from megashear.train.signals import StopRequest
+from megashear.train.stage import OnStep, do_nothing
 from megashear.weights.folder import ModelFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNSET = "unset"
 FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
 FREE_KEYS = (
     ("data", "folder"),
@@ -55,6 +56,7 @@ class Context:
     source_shape: ModelShape
     target_shape: ModelShape | None
     stop: StopRequest
+    on_step: OnStep = do_nothing
     evaluation_seconds: float = 0.0
     """What held-out evaluations took since the start, those of training loops left out."""
 
@@ -118,7 +120,7 @@ class Context:
         return known
 
 
-def open_context(config: Config, layout: Layout, stop: StopRequest) -> Context:
+def open_context(config: Config, layout: Layout, stop: StopRequest, on_step: OnStep = do_nothing) -> Context:
     """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
     if config.data.folder is None:
         raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
@@ -133,7 +135,7 @@ def open_context(config: Config, layout: Layout, stop: StopRequest) -> Context:
     if on_main(layout, lambda: prunes(config)):
         target = resolve_shape(config.target, source_shape, section="target")
     folder = Path(config.run.folder)
-    context = Context(config, layout, folder, dataset, source, source_shape, target, stop)
+    context = Context(config, layout, folder, dataset, source, source_shape, target, stop, on_step)
     on_main(layout, lambda: claim(context))
     return context
 
@@ -156,7 +158,7 @@ def claim(context: Context) -> None:
     was damaged on the disk or on the way is refused before a number is computed from it. What it settles for an open
     `distillation.weight` is recorded too, and holds from then on. Raises DataError, ModelError.
     """
-    own = identity(context.config)
+    own = {"format_version": FORMAT_VERSION} | identity(context.config)
     own["data_digest"] = context.dataset.digest()
     own["source_digest"] = None if context.source is None else context.source.digest()
     path = context.folder / IDENTITY
@@ -168,7 +170,13 @@ def claim(context: Context) -> None:
         weight = open_weight(context.config, context.source_shape, context.target_shape)
         write_json(path, own | {OPEN_WEIGHT: weight})
         return
-    changed = differences(there, own, former_identity(), "")
+    if there.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: run folder format {there.get('format_version')}, this version of megashear reads format "
+            f"{FORMAT_VERSION}; finish the run with the version that started it, or choose another run.folder"
+        )
+    there.pop(OPEN_WEIGHT, None)
+    changed = differences(there, own, "")
     if changed:
         raise CheckpointError(
             f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
@@ -176,32 +184,17 @@ def claim(context: Context) -> None:
         )
 
 
-def former_identity() -> dict[str, Any]:
-    """What a record that lacks keys says of them: the values that stand for runs older than each key."""
-    values = to_dict(Config())
-    for path, key in leaf_keys().items():
-        section = values
-        for part in path[:-1]:
-            section = section[part]
-        section[path[-1]] = key.before
-    return _identity(values)
-
-
 def identity(config: Config) -> dict[str, Any]:
     """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
-    own = _identity(to_dict(config))
-    for taught in (own["prune"]["distillation"], own["pretrain"]["distillation"]):
-        if taught["weight"] == 0:  # no teacher, so nothing that these could change
-            del taught["temperature"], taught["until"]
-    return own
-
-
-def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    values = to_dict(config)
     own = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": values["run"]["seed"]}
     own = json.loads(json.dumps(own))
     for *sections, free in FREE_KEYS:
         functools.reduce(dict.__getitem__, sections, own).pop(free)
+    for taught in (own["prune"]["distillation"], own["pretrain"]["distillation"]):
+        if taught["weight"] == 0:  # no teacher, so nothing that these could change
+            del taught["temperature"], taught["until"]
     return own
 
 
@@ -218,17 +211,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def differences(there: Any, here: Any, default: Any, name: str) -> list[str]:
-    """Keys whose values differ, as `a.b: old -> new`.
-
-    default: the same of a config with nothing set, a dict for a section. A section's key that the record lacks is
-    younger than the run and has its default there; one that only the record has may change freely by now.
-    """
+def differences(there: Any, here: Any, name: str) -> list[str]:
+    """List the keys whose values differ, as `a.b: old -> new`; a key that one side lacks is `unset` there."""
     if isinstance(there, dict) and isinstance(here, dict):
-        section = isinstance(default, dict)
-        found, defaults = [], default if section else {}
-        for key in sorted(here if section else there | here):
-            known = there.get(key, defaults.get(key))
-            found += differences(known, here.get(key), defaults.get(key), f"{name}.{key}" if name else key)
+        found = []
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            found += differences(there.get(key, UNSET), here.get(key, UNSET), inner)
         return found
     return [] if there == here else [f"{name}: {there} -> {here}"]

@@ -26,6 +26,6 @@ def last_model(context: Context) -> str:
 
 
 def outdated(context: Context) -> bool:
-    """Whether what was exported is not what the run comes to by now; records older than that key do not tell."""
+    """Whether what was exported is not what the run comes to by now."""
     record, model = context.done("export"), last_model(context)
-    return record is not None and record.get("model", model) != model
+    return record is not None and record["model"] != model

@@ -26,6 +26,7 @@ from megashear.run.summary import conclude
 from megashear.run.training import run_training
 from megashear.train.loop import stop_requested
 from megashear.train.signals import StopRequest
+from megashear.train.stage import OnStep, do_nothing
 
 
 def run_prune(context: Context) -> None:
@@ -46,17 +47,24 @@ LEFTOVERS: dict[str, Callable[[Context], None]] = {"finalize": drop_sources, "pr
 """What a stage removes after its record is written, where it may have been killed in between."""
 
 
-def run(config: Config, stages: list[str] | None = None, stop: StopRequest | None = None) -> None:
+def run(
+    config: Config,
+    stages: list[str] | None = None,
+    stop: StopRequest | None = None,
+    on_step: OnStep = do_nothing,
+) -> None:
     """Walk through the stages of `config.run.stages` (only those in `stages`, if given) that are not done.
 
     Every rank calls it. stop: of `train/signals.py`, obeyed at the next step or between stages; None: never asked to.
+    on_step: called with the `train.stage.Stage` on every rank after each training step's records are written, before
+    the step's evaluation and checkpoint; what it raises ends the run.
     Raises the errors of `errors.py`; Interrupted after a stop was obeyed.
     """
     logging.basicConfig(level=logging.WARNING, format="megashear: %(levelname)s: %(message)s")
     with distributed(config.parallel) as layout, locked(Path(config.run.folder), layout):
         if not layout.is_main:  # what is warned of, every rank finds; one says it
             logging.getLogger("megashear").setLevel(logging.ERROR)
-        context = open_context(config, layout, stop or StopRequest())
+        context = open_context(config, layout, stop or StopRequest(), on_step)
         report = check(config, None if context.source is None else context.source_shape, layout.world_size)
         if layout.is_main:
             print(render(config, report), flush=True)

@@ -34,7 +34,6 @@ def source_losses(
     They are evaluated once a run, while its weights are what the first stage starts from; where pre-training takes
     other windows than pruning, on those too. None for a run from scratch. They are the references of
     `references: source`, what pruning is watched by, and (of the first stage) a column of the run's last table.
-    Runs that are older than `source_losses_pretrain.json` go on by the losses that they have.
     """
     known = on_main(context.layout, lambda: _known(context.folder, stage))
     if known is not None or context.source is None:

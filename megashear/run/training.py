@@ -78,7 +78,7 @@ def run_training(context: Context, name: str) -> None:
     traces = config.logging.profile_steps if context.layout.is_main else 0
     with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
         stage = build_stage(context, name, section, shape, weights, masks, metrics)
-        stage.tick = tick
+        stage.tick, stage.on_step = tick, context.on_step
         if masks is not None and not stage.counters.step:
             stage.counters.calibration_seconds = calibrated
         with closing(stage.batches):
@@ -204,8 +204,7 @@ def take_up(
     state = load_checkpoint(checkpoint, weights, masks)
     stream.load_state_dict(state["stream"])
     mixture.load_state_dict(state["mixture"])
-    known = {"live_steps": None} | state["counters"]  # a checkpoint older than that count does not know it
-    return Counters(**known), from_json(state["losses"])
+    return Counters(**state["counters"]), from_json(state["losses"])
 
 
 def build_stepper(

@@ -55,6 +55,7 @@ def train(stage: Stage, save: Callable[[], None], save_interval: int, stop: Stop
         counters.seconds = time.monotonic() - started
         count_live(counters, result)
         report_step(stage, result)
+        stage.on_step(stage)
         dismiss_teacher(stage, result)
         watch_step(stage, result)
         tell_settled(stage)
@@ -155,7 +156,7 @@ def tell_settled(stage: Stage) -> None:
 
 
 def count_live(counters: Counters, result: StepResult) -> None:
-    """Count a step by what it computed; unknown once a step is (live units are off, or an older version began)."""
+    """Count a step by what it computed; unknown once a step is (live units are off)."""
     if counters.live_steps is None or result.live_flops is None:
         counters.live_steps = None
     else:

@@ -1,6 +1,8 @@
 """What a training stage is made of, and how far it is. Read next: `loop.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from megashear.config.schema import LoggingConfig
 from megashear.config.shape import ModelShape
@@ -48,6 +50,10 @@ class Counters:
     """The model's loss less the teacher's in the last steps, by which the teacher goes."""
 
 
+def do_nothing(_: "Stage") -> None:
+    """Stand in where no callback is given."""
+
+
 @dataclass
 class Stage:
     """A training stage: what it is made of, and how far it is."""
@@ -69,6 +75,8 @@ class Stage:
     counters: Counters = field(default_factory=Counters)
     tick: Tick = lambda: None
     """Called after every step; a profiler counts by it."""
+    on_step: "OnStep" = do_nothing
+    """Called on every rank after a step's records are written, before its evaluation and checkpoint."""
     told: list[str] = field(default_factory=list)
     """Choices that were printed."""
     losses: Losses | None = None
@@ -100,3 +108,7 @@ class Stage:
     def warmup_share(self) -> float:
         """Share of the steps that the learning rate warms up, where the config leaves it open."""
         return PRUNE_WARMUP_SHARE if self.name == "prune" else PRETRAIN_WARMUP_SHARE
+
+
+OnStep: TypeAlias = Callable[[Stage], None]
+"""What a caller of `megashear.run.runner.run` wants done after every training step."""
