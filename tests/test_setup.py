@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HAS_CXX = any(map(shutil.which, ("c++", "g++", "clang++")))
+CXX = ("c++", "g++", "clang++")
 LOAD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2])
@@ -28,7 +28,41 @@ def _build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProc
     return done, sorted(path for path in tmp_path.rglob("*") if path.is_file())
 
 
-@pytest.mark.skipif(not HAS_CXX, reason="no C++ compiler is here")
+def installed(name: str, tools: tuple[str, ...]) -> Path:
+    """The library that the installation of this checkout built; skips where it lacked the tools."""
+    path = ROOT / "megashear" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not any(map(shutil.which, tools)):
+        pytest.skip(f"none of {tools} is here to build it")
+    assert path.is_file(), "not built: run `bash tools/install.sh`, which prints the reason"
+    return path
+
+
+@pytest.mark.parametrize(("name", "tools"), [("_csrc", CXX), ("_csrc_cuda", ("nvcc",))])
+def test_an_installed_library_needs_neither_torch_nor_a_gpu(name, tools):
+    subprocess.run([sys.executable, "-c", LOAD, name, installed(name, tools)], check=True)
+
+
+def test_cuda_is_compiled_for_the_architectures_that_are_asked_for(tmp_path):
+    """By a stand-in for nvcc, which writes its arguments to the file that it should make."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\narguments="$*"\nwhile [ "$1" != -o ]; do shift; done\necho "$arguments" > "$2"\n')
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": str(nvcc.parents[1]), "MEGASHEAR_CPU": "0", "MEGASHEAR_CUDA": "1"}
+    done, files = _build(tmp_path / "out", **environment, MEGASHEAR_CUDA_ARCH="9.0;8.6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "megashear._csrc is left out" in done.stdout and "MEGASHEAR_CPU=0" in done.stdout
+    (library,) = files
+    flags = [word for word in library.read_text().split() if "arch=" in word]
+    assert [flag.removeprefix("-gencode=arch=") for flag in flags] == [
+        "compute_90,code=sm_90",
+        "compute_86,code=sm_86",
+        "compute_90,code=compute_90",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, CXX)), reason="no C++ compiler is here")
 def test_cpu_library_is_built_and_needs_no_torch(tmp_path):
     done, files = _build(tmp_path, MEGASHEAR_CPU="1", MEGASHEAR_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,8 +72,9 @@ def test_cpu_library_is_built_and_needs_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, "_csrc", library], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_cuda_library_is_built_for_the_asked_architecture_and_loads_without_a_gpu(tmp_path):
+def test_cuda_library_is_built_for_one_architecture_and_loads_without_a_gpu(tmp_path):
     done, files = _build(tmp_path, MEGASHEAR_CPU="0", MEGASHEAR_CUDA="1", MEGASHEAR_CUDA_ARCH="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "code=sm_90" in done.stdout and "sm_80" not in done.stdout

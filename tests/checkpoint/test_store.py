@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from run_stages.tiny import Tiny, break_off
 
+from helpers.tiny import Tiny, break_off
 from megashear.checkpoint.store import list_checkpoints, newest_valid, read_masks, read_state, step_folder
 from megashear.errors import CheckpointError
 

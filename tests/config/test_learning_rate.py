@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from run_stages.conftest import tiny  # noqa: F401
-from run_stages.tiny import Tiny, records
 
+from helpers.tiny import Tiny, records
 from megashear.config.load import load_config
 from megashear.config.stages import peak_learning_rate
 from megashear.run.runner import run
@@ -26,7 +25,7 @@ def test_a_rate_that_is_set_stays() -> None:
     assert peak_learning_rate(config.prune.optimizer, 64) == 1e-4  # published, whatever the width
 
 
-def test_a_run_trains_at_the_default(tiny: Tiny, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_trains_at_the_default(tiny: Tiny, tmp_path: Path) -> None:
     """Both stages make a model of 24 hidden units; the pruning one of its 32 is still whole meanwhile."""
     keys = ("learning_rate=null", "warmup_steps=0")
     unset = [f"{stage}.optimizer.{key}" for stage in ("prune", "pretrain") for key in keys]

@@ -7,13 +7,10 @@ import pathlib
 import pydoc
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megashear.data.indexed import IndexedWriter, token_dtype
-from megashear.data.manifest import SPLITS, Dataset, prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
-from megashear.files.atomic import atomic_folder
+from helpers.inputs import make_random_dataset, make_tokenizer
+from megashear.data.manifest import Dataset
 
 TEXT = "\n".join(inspect.getsource(module) for module in (pathlib, pydoc, json, email, inspect))
 PIECES = [piece.strip("\n") + "\n" for piece in TEXT.split("\n\n") if len(piece.strip()) > 20]
@@ -49,54 +46,22 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_json(tmp_path_factory) -> Path:
     """A byte-level BPE tokenizer.json of 400 ids; its tokenizer_config.json names `<end>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     folder = tmp_path_factory.mktemp("huggingface")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    make_tokenizer(folder / "tokenizer.json", 400, [TEXT])
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     return folder / "tokenizer.json"
-
-
-def make_dataset(folder: Path, tokenizer_path: Path, tokens: dict[str, tuple[int, int]], seed: int = 0) -> Path:
-    """A dataset folder of random ids: {domain: (train tokens, held-out tokens)}, documents of up to 50 tokens."""
-    random = np.random.default_rng(seed)
-    tokenizer = load_tokenizer(tokenizer_path)
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    with atomic_folder(folder) as temporary:
-        for domain, wanted in tokens.items():
-            for split, total in zip(SPLITS, wanted, strict=True):
-                with IndexedWriter(prefix(temporary, domain, split), token_dtype(tokenizer.vocab_size)) as writer:
-                    while writer.tokens < total:
-                        length = min(int(random.integers(1, 50)), total - writer.tokens)
-                        ids = random.integers(0, tokenizer.vocab_size, length)
-                        ids[-1] = tokenizer.eos_id
-                        writer.add_document(ids)
-                counted = {"tokens": writer.tokens, "documents": writer.documents}
-                counts.setdefault(domain, {})[split] = counted
-        (temporary / "tokenizer").mkdir()
-        for file in tokenizer.files:
-            (temporary / "tokenizer" / file.name).write_bytes(file.read_bytes())
-        write_dataset_manifest(temporary, counts, tokenizer, {})
-    return folder
 
 
 @pytest.fixture
 def write_dataset():
     """The function that writes a dataset folder of random ids."""
-    return make_dataset
+    return make_random_dataset
 
 
 @pytest.fixture
 def dataset_folder(tmp_path, sentencepiece_model) -> Path:
     """Three domains, one of them with a name outside of ASCII."""
-    return make_dataset(
+    return make_random_dataset(
         tmp_path / "dataset", sentencepiece_model, {"web": (5000, 700), "книги 📚": (1200, 300), "code": (333, 90)}
     )
 

@@ -1,17 +1,14 @@
 """Pairs come from megatron-core's own builder."""
 
-import json
-
 import numpy as np
 import pytest
 
-from megashear.data.adopt import adopt, upgrade
+from megashear.data.adopt import adopt
 from megashear.data.heldout import HeldOutRule
 from megashear.data.manifest import SPLITS, Dataset
 from megashear.data.merge import Merging
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
-from megashear.files.manifest import write_manifest
 
 MERGING = Merging(HeldOutRule(0.05, 2, 64, 0.3))
 
@@ -120,33 +117,3 @@ def test_an_index_that_jumps_is_refused(tmp_path, tokenizer, build, at, value):
     (tmp_path / "w.idx").write_bytes(content)
     with pytest.raises(DataError, match=r"w\.(idx|bin)"):
         adopt(tmp_path / "d", {"web": prefix}, {}, tokenizer, MERGING)
-
-
-def test_a_folder_of_version_1_gets_digests(dataset_folder):
-    """Version 1 had no `.crc` files; the rest is the same."""
-    whole = Dataset.open(dataset_folder)
-    streams = {(d, s): whole.stream(d, s)[:].tolist() for d in whole.domains for s in SPLITS}
-    content = json.loads((dataset_folder / "manifest.json").read_text())
-    for path in dataset_folder.glob("*.crc"):
-        path.unlink()
-    del content["files"]
-    (dataset_folder / "manifest.json").unlink()
-    write_manifest(dataset_folder, {**content, "version": 1, "preprocessing": {"seed": 0}})
-    with pytest.raises(DataError, match=r"older megashear.*tools/adopt_data\.py"):
-        Dataset.open(dataset_folder)
-    upgrade(dataset_folder)
-    dataset = Dataset.open(dataset_folder)
-    dataset.verify()
-    assert {(d, s): dataset.stream(d, s)[:].tolist() for d in dataset.domains for s in SPLITS} == streams
-    assert dataset.manifest["preprocessing"] == {"seed": 0} and dataset.domains == whole.domains
-    with pytest.raises(DataError, match="only version 1 lacks digests"):
-        upgrade(dataset_folder)
-
-
-def test_a_damaged_folder_of_version_1_gets_none(dataset_folder):
-    content = json.loads((dataset_folder / "manifest.json").read_text())
-    (dataset_folder / "manifest.json").write_text(json.dumps({**content, "version": 1}))
-    path = dataset_folder / "web.train.bin"
-    path.write_bytes(b"\1" + path.read_bytes()[1:])
-    with pytest.raises(DataError, match=r"web\.train\.bin: its SHA-256"):
-        upgrade(dataset_folder)

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megashear.data.apportion import apportion
 from megashear.data.published import CONTINUED_WEIGHTS, PRUNING_WEIGHTS
@@ -19,21 +21,21 @@ def largest_backlog(history: list[np.ndarray], seats: int) -> float:
     return largest
 
 
-@pytest.mark.parametrize("seats", [1, 2, 7, 32, 256, 1000])
-@pytest.mark.parametrize("weights", [PRUNING_WEIGHTS, CONTINUED_WEIGHTS])
+@pytest.mark.parametrize("seats", [1, 32, 256])
+@pytest.mark.parametrize("weights", [PRUNING_WEIGHTS, CONTINUED_WEIGHTS], ids=["pruning", "continued"])
 def test_published_weights_stay_within_one_sequence(weights, seats):
     weight_K = np.array(list(weights.values()))
-    assert largest_backlog([weight_K / weight_K.sum()] * 5000, seats) < 1
+    assert largest_backlog([weight_K / weight_K.sum()] * 2000, seats) < 1
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_weight_histories_stay_within_one_sequence(seed):
-    """Weights that walk: an update each 20 batches, 5 000 samples or more in all."""
+@settings(max_examples=60)
+@given(domains=st.integers(2, 12), seats=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
+def test_weight_histories_stay_within_one_sequence(domains, seats, seed):
+    """Weights that walk: an update every 20 batches, as held-out evaluations make them."""
     random = np.random.default_rng(seed)
-    domains, seats = int(random.integers(2, 13)), int(random.choice([8, 32, 256]))
     weight_K = random.dirichlet(np.full(domains, 0.5))
     history = []
-    for _ in range(320 // seats + 10):
+    for _ in range(20):
         weight_K = weight_K * np.exp(random.normal(0, 0.2, domains))
         weight_K = 0.999 * weight_K / weight_K.sum() + 0.001 / domains
         history += [weight_K] * 20

@@ -3,28 +3,17 @@ import os
 import numpy as np
 import pytest
 
-from megashear.data.indexed import IndexedWriter
-from megashear.data.manifest import prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
+from helpers.inputs import write_dataset
+from megashear.data.manifest import SPLITS
 from megashear.data.verify import verify_dataset
 from megashear.errors import DataError
-from megashear.files.atomic import atomic_folder
 
 
 def make(folder, model, documents: dict[tuple[str, str], list[list[int]]]):
     """A folder with a whole manifest, whatever its documents are."""
-    tokenizer, counts = load_tokenizer(model), {}
-    with atomic_folder(folder) as temporary:
-        for (domain, split), given in documents.items():
-            with IndexedWriter(prefix(temporary, domain, split), np.dtype(np.uint16)) as writer:
-                for ids in given:
-                    writer.add_document(np.array(ids))
-            counted = {"tokens": writer.tokens, "documents": writer.documents}
-            counts.setdefault(domain, {})[split] = counted
-        (temporary / "tokenizer").mkdir()
-        for file in tokenizer.files:
-            (temporary / "tokenizer" / file.name).write_bytes(file.read_bytes())
-        write_dataset_manifest(temporary, counts, tokenizer, {})
+    domains = dict.fromkeys(domain for domain, _ in documents)
+    parts = {name: [map(np.array, documents[name, split]) for split in SPLITS] for name in domains}
+    write_dataset(folder, model, parts)
     return folder
 
 

@@ -8,6 +8,7 @@ scripts.
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from helpers.inputs import make_llama, make_tokenizer
+from helpers.ranks import LiveRanks
+from megashear import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,10 +60,6 @@ def commands() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A folder with what a reader has: HF_FOLDER, texts, my.yaml; and examples/, tools/ as in the checkout."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("readme")
     for name in ("examples", "tools", "megashear"):
         (folder / name).symlink_to(ROOT / name)
@@ -67,17 +68,8 @@ def workplace(tmp_path_factory) -> Path:
     for domain in ("web", "books"):
         lines = [json.dumps({"text": f"{domain} {number} {text}"}) for number, text in enumerate(paragraphs)]
         (folder / "texts" / f"{domain}_00000.jsonl").write_text("\n".join(lines) + "\n")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(paragraphs, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "HF_FOLDER")
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    make_llama(
+        folder / "HF_FOLDER",
         vocab_size=400,
         hidden_size=64,
         num_hidden_layers=3,
@@ -85,7 +77,7 @@ def workplace(tmp_path_factory) -> Path:
         intermediate_size=96,
         max_position_embeddings=64,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "HF_FOLDER")
+    make_tokenizer(folder / "HF_FOLDER" / "tokenizer.json", 400, paragraphs)
     (folder / "my.yaml").write_text(blocks("yaml")[0])
     return folder
 
@@ -102,7 +94,8 @@ def made_small(command: str) -> str:
     return " ".join(words).replace("--sequence-length 2048", "--sequence-length 32")
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line by bash, as a user does."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -110,16 +103,37 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "MEGASHEAR_DEVICE": "cpu",
     }
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_every_command_works_in_its_order(workplace: Path) -> None:
+def execute(command: str, ranks: LiveRanks, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Execute a command line in this process, or on live ranks in place of a launch script's; returns the exit code."""
+    words = shlex.split(command)
+    if words[0] == "megashear":
+        return cli.main(words[1:])
+    if words[0] == "python":
+        monkeypatch.setattr(sys, "argv", words[1:])
+        try:
+            runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+    assert words[:3] == ["GPUS=2", "bash", "examples/torchrun_one_node.sh"], f"{command}: nothing here runs it"
+    done = ranks(2).call("helpers.jobs:command", arguments=["run", *words[3:]], folder=str(Path.cwd()))
+    print(done["output"], done["errors"])
+    return int(done["code"])
+
+
+def test_every_command_works_in_its_order(
+    ranks: LiveRanks, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
     done = [command for command in commands() if command not in RUN_ELSEWHERE]
     assert len(done) >= 12
     for command in done:
-        result = run(made_small(command), workplace)
-        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+        code = execute(made_small(command), ranks, monkeypatch)
+        assert code == 0, f"{command}\n{capfd.readouterr()}"
     summary = json.loads((workplace / "runs" / "mine" / "summary.json").read_text())
     assert list(summary["losses"]) == ["source", "pruned", "final"]
     assert (workplace / "models" / "smaller" / "model.safetensors").is_file()
@@ -131,7 +145,7 @@ def test_commands_run_elsewhere_are_in_the_readme_and_parse() -> None:
     there = list(commands())
     for command in RUN_ELSEWHERE:
         assert command in there
-        assert run(f"bash -n -c {shlex.quote(command)}", ROOT).returncode == 0
+        assert run(f"bash -n -c {shlex.quote(command)}").returncode == 0
         script = next((word for word in command.split() if word.startswith(("examples/", "tests/"))), None)
         assert script is None or (ROOT / script).is_file()
 
@@ -140,7 +154,7 @@ def test_commands_run_elsewhere_are_in_the_readme_and_parse() -> None:
 def test_the_smollm2_example_with_a_few_steps(tmp_path: Path) -> None:
     steps = ["prune.batch.steps=2", "prune.batch.eval_interval=2", "prune.batch.eval_sequences=1"]
     steps += ["pretrain.batch.steps=2", "pretrain.batch.eval_interval=2", "pretrain.batch.eval_sequences=1"]
-    result = run(f"bash examples/smollm2.sh {shlex.quote(str(tmp_path / 'run'))} {' '.join(steps)}", ROOT)
+    result = run(f"bash examples/smollm2.sh {shlex.quote(str(tmp_path / 'run'))} {' '.join(steps)}")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     summary = json.loads((tmp_path / "run" / "sheared" / "summary.json").read_text())
     assert 0.45 < summary["parameters"]["final"] / summary["parameters"]["source"] < 0.55
@@ -148,9 +162,7 @@ def test_the_smollm2_example_with_a_few_steps(tmp_path: Path) -> None:
 
 
 def test_exit_codes_and_verbs_are_those_of_the_command_line() -> None:
-    help_text = subprocess.run(
-        [sys.executable, "-m", "megashear", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    help_text = cli._parser().format_help()
     codes = set(re.findall(r"^ +(\d+)  ", help_text, re.MULTILINE))
     assert codes == set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE))
     verbs = set(re.findall(r"^    (\w+) {2,}\w", help_text.split("exit codes:")[0], re.MULTILINE))

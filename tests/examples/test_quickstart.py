@@ -116,6 +116,7 @@ def test_run_files_pass_the_check_on_two_ranks(name: str, tmp_path: Path) -> Non
         assert 45 < float(row.split()[-1].rstrip("%")) < 55
 
 
+@pytest.mark.slow
 def test_the_whole_quick_start_with_a_few_steps(tmp_path: Path) -> None:
     """Everything but the results: installed, made, interrupted by nothing, and not made again the second time."""
     command = ["bash", str(ROOT / "examples" / "quickstart.sh"), "--tiny", str(tmp_path / "run")]

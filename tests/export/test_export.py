@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from export.llama_variants import VARIANTS
 
+from export.llama_variants import VARIANTS
 from megashear.errors import ModelError
 from megashear.export import folder as export_folder
 from megashear.export import verify
@@ -20,10 +20,10 @@ from megashear.weights.importer import import_model
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_way_round_keeps_bytes_and_logits(make_llama, tmp_path, variant, dtype):
+def test_the_way_round_keeps_bytes_and_logits(llama_folder, tmp_path, variant, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, out = make_llama(dtype=dtype, **VARIANTS[variant]), tmp_path / "out"
+    source, out = llama_folder(dtype=dtype, **VARIANTS[variant]), tmp_path / "out"
     import_model(source, tmp_path / "imported")
     export_model(tmp_path / "imported", out)
     for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -39,8 +39,8 @@ def test_the_way_round_keeps_bytes_and_logits(make_llama, tmp_path, variant, dty
     assert ModelFolder.open(out, digests=True).digest() == ModelFolder.open(source).digest()
 
 
-def test_shards_keep_their_bytes(make_llama, tmp_path):
-    source = make_llama(max_shard_size=20_000, **VARIANTS["grouped"])
+def test_shards_keep_their_bytes(llama_folder, tmp_path):
+    source = llama_folder(max_shard_size=20_000, **VARIANTS["grouped"])
     import_model(source, tmp_path / "imported")
     export_model(tmp_path / "imported", tmp_path / "out", max_shard_gb=20_000 / 1e9)
     files = sorted(path.name for path in source.glob("model*"))
@@ -51,10 +51,10 @@ def test_shards_keep_their_bytes(make_llama, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_dtypes(make_llama, tmp_path, dtype):
+def test_dtypes(llama_folder, tmp_path, dtype):
     from transformers import AutoModelForCausalLM
 
-    source = make_llama(**VARIANTS["tied"])
+    source = llama_folder(**VARIANTS["tied"])
     export_model(source, tmp_path / "out", dtype)
     kind = export_folder.DTYPES[dtype]
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -63,12 +63,12 @@ def test_dtypes(make_llama, tmp_path, dtype):
     assert all(torch.equal(network.state_dict()[name], original.read(name).to(kind)) for name in original.tensors)
 
 
-def test_a_run_folder_means_its_final_model(make_llama, tmp_path):
+def test_a_run_folder_means_its_final_model(llama_folder, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(ModelError, match="neither a model folder"):
         export_model(run, tmp_path / "out")
-    import_model(make_llama(**VARIANTS["grouped"]), run / "final")
+    import_model(llama_folder(**VARIANTS["grouped"]), run / "final")
     export_model(run, tmp_path / "out")
     assert ModelFolder.open(tmp_path / "out").digest() == ModelFolder.open(run / "final").digest()
     (run / "final/manifest.json").unlink()
@@ -76,8 +76,8 @@ def test_a_run_folder_means_its_final_model(make_llama, tmp_path):
         export_model(run, tmp_path / "other")
 
 
-def test_an_output_that_exists(make_llama, tmp_path, capsys):
-    source, out = make_llama(**VARIANTS["grouped"]), tmp_path / "out"
+def test_an_output_that_exists(llama_folder, tmp_path, capsys):
+    source, out = llama_folder(**VARIANTS["grouped"]), tmp_path / "out"
     export_model(source, out)
     export_model(source, out)
     assert "already exported" in capsys.readouterr().out
@@ -88,8 +88,8 @@ def test_an_output_that_exists(make_llama, tmp_path, capsys):
     assert ModelFolder.open(out, digests=True).dtype == torch.float32
 
 
-def test_generation_config_from_token_ids(make_llama, tmp_path):
-    source = make_llama(bos_token_id=5, eos_token_id=[6, 7], **VARIANTS["grouped"])
+def test_generation_config_from_token_ids(llama_folder, tmp_path):
+    source = llama_folder(bos_token_id=5, eos_token_id=[6, 7], **VARIANTS["grouped"])
     (source / "generation_config.json").unlink()
     export_model(source, tmp_path / "out")
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {
@@ -131,16 +131,16 @@ def wrong_config(folder, model, dtype):
         (wrong_config, "logits by transformers differ"),
     ],
 )
-def test_a_proof_that_fails_leaves_no_folder(make_llama, tmp_path, monkeypatch, fault, said):
-    source = make_llama(**VARIANTS["grouped"])
+def test_a_proof_that_fails_leaves_no_folder(llama_folder, tmp_path, monkeypatch, fault, said):
+    source = llama_folder(**VARIANTS["grouped"])
     monkeypatch.setattr(export_folder, "verify_export", fault)
     with pytest.raises(ModelError, match=said):
         export_model(source, tmp_path / "exports/out")
     assert list((tmp_path / "exports").iterdir()) == []
 
 
-def test_a_tokenizer_of_another_model_is_refused(make_llama, tmp_path):
-    source = make_llama(**VARIANTS["grouped"])
+def test_a_tokenizer_of_another_model_is_refused(llama_folder, tmp_path):
+    source = llama_folder(**VARIANTS["grouped"])
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["Once"] = 96
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -170,7 +170,7 @@ print("peak", status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
-def test_memory_of_the_writing(make_llama, tmp_path):
+def test_memory_of_the_writing(llama_folder, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 96}

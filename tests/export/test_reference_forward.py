@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from export.llama_variants import VARIANTS
 
+from export.llama_variants import VARIANTS
 from megashear.export.reference_forward import reference_logits
 from megashear.weights.folder import ModelFolder
 
@@ -18,8 +18,8 @@ def theirs(folder, ids):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_transformers(make_llama, variant, dtype):
-    folder = make_llama(dtype=dtype, **VARIANTS[variant])
+def test_logits_are_transformers(llama_folder, variant, dtype):
+    folder = llama_folder(dtype=dtype, **VARIANTS[variant])
     ids = torch.randint(96, (2, 100), generator=torch.Generator().manual_seed(1))
     expected = theirs(folder, ids)
     ours = reference_logits(ModelFolder.open(folder), ids)
@@ -27,9 +27,9 @@ def test_logits_are_transformers(make_llama, variant, dtype):
     assert (ours - expected).abs().max() <= 6e-6 * expected.abs().max()
 
 
-def test_rounding_of_weights(make_llama):
-    folder = make_llama(**VARIANTS["tied"])
-    rounded = make_llama("rounded", dtype=torch.bfloat16, **VARIANTS["tied"])
+def test_rounding_of_weights(llama_folder):
+    folder = llama_folder(**VARIANTS["tied"])
+    rounded = llama_folder("rounded", dtype=torch.bfloat16, **VARIANTS["tied"])
     ids = torch.arange(40)[None]
     exact = reference_logits(ModelFolder.open(folder), ids)
     ours = reference_logits(ModelFolder.open(folder), ids, torch.bfloat16)

@@ -1,12 +1,11 @@
-"""The tiny run of `run_stages`, and the command line within this process."""
+"""The command line within this process."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from run_stages.conftest import tiny, unbroken, unbroken_folder  # noqa: F401
-from run_stages.tiny import without_pictures
 
+from helpers.tiny import without_pictures
 from megashear import cli
 
 Refuse = Callable[..., str]

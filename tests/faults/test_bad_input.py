@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_stages.tiny import TEXTS, Tiny, make_dataset, make_tokenizer, torchrun
 
 from faults.conftest import Refuse
+from helpers.inputs import TEXTS, make_dataset, make_tokenizer
+from helpers.ranks import torchrun
+from helpers.tiny import Tiny
 from megashear.files.lock import run_lock
 
 
@@ -104,16 +106,20 @@ def test_a_stage_whose_turn_it_is_not(tiny: Tiny, tmp_path: Path, refused: Refus
     refused(5, [words, "first"], verb, tiny.file(tmp_path / "run"))
 
 
-def test_under_torchrun_a_message_is_printed_once(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.folder={folder}", "made with another tokenizer"),
+        pytest.param("target.num_layers=9", "num_layers", marks=pytest.mark.slow),
+    ],
+    ids=["dataset", "config"],
+)
+def test_under_torchrun_a_message_is_printed_once(tiny: Tiny, tmp_path: Path, override: str, words: str) -> None:
     """By rank 0 itself, unless torchrun ended it because another rank met the error first; torchrun then shows it."""
     make_tokenizer(tmp_path / "tokenizer.json", 390)
     make_dataset(tmp_path / "data", tmp_path / "tokenizer.json", TEXTS)
-    file = tiny.file(tmp_path / "run")
-    for override, words in [
-        ("target.num_layers=9", "num_layers"),
-        (f"data.folder={tmp_path / 'data'}", "made with another tokenizer"),
-    ]:
-        done = torchrun(2, "megashear", "run", file, override)
-        said = [line for line in done.stderr.splitlines() if "megashear: error: " in line]
-        assert len(said) <= 1 and words in done.stderr
-        assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1, "torchrun's own alone"
+    done = torchrun(2, "megashear", "run", tiny.file(tmp_path / "run"), override.format(folder=tmp_path / "data"))
+    errors = [line for line in done.stderr.splitlines() if "megashear: error: " in line]
+    assert len(errors) <= 1 and words in done.stderr
+    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1, "torchrun's own alone"

@@ -8,15 +8,16 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from run_stages.tiny import Tiny, break_off, die, differing, finish, results
 
 from faults.conftest import Refuse
 from faults.test_signals import start
+from helpers.tiny import Tiny, break_off, die, differing, finish, results
 from megashear.checkpoint.store import list_checkpoints, newest_valid
 from megashear.errors import CheckpointError, StorageError
 from megashear.files.manifest import write_manifest
@@ -187,7 +188,7 @@ def kill_while_saving(tiny: Tiny, folder: Path, kills: int, seed: int) -> int:
     for number in range(kills):
         process = start(file)
         while process.poll() is None and not list(folder.glob("*/.step-*")):
-            pass
+            time.sleep(0.005)
         try:
             process.wait(timeout=draw.random() * 0.3)
             return number

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import live_processes, processes_of
-from run_stages.test_layouts import losses
-from run_stages.tiny import Tiny, finish, torchrun_call
 
 from faults.test_signals import wait_for
+from helpers.processes import live_processes, processes_of
+from helpers.ranks import torchrun_command
+from helpers.tiny import Tiny, finish
+from run_stages.test_layouts import losses
 
 
 def children(process: int) -> list[int]:
@@ -21,7 +22,7 @@ def children(process: int) -> list[int]:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed(tiny: Tiny, tmp_path: Path, unbroken_folder: Path, victim: int) -> None:
     folder, output = tmp_path / "run", tmp_path / "output.txt"
-    call = torchrun_call(2, "megashear", "run", tiny.file(folder, checkpoint={"interval": 1}))
+    call = torchrun_command(2, "megashear", "run", tiny.file(folder, checkpoint={"interval": 1}))
     with output.open("w") as stream:
         process = subprocess.Popen(**call, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     wait_for((folder / "prune/step-00000002").exists, process)  # helpers of the checkpoint run by now

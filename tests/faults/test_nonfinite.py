@@ -1,12 +1,11 @@
 """Losses and gradients that are not finite: no rank updates, and too many of them in a row stop the run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from run_stages.tiny import Tiny, records, torchrun
-
 from faults.conftest import Refuse
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny, records
 from megashear.checkpoint.store import list_checkpoints
 
 
@@ -26,11 +25,10 @@ def test_too_many_in_a_row_stop_the_run(tiny: Tiny, tmp_path: Path, refused: Ref
     assert len(list_checkpoints(tmp_path / "run/prune")) <= 1
 
 
-def test_one_rank_with_a_nan(tiny: Tiny, tmp_path: Path) -> None:
+def test_one_rank_with_a_nan(ranks: LiveRanks, tiny: Tiny, tmp_path: Path) -> None:
     """In the loss or in one gradient of one of two data-parallel ranks: in that step nobody updates anything."""
-    done = torchrun(2, "faults.nonfinite_case", tiny.file(tmp_path / "run"), tmp_path / "seen.json")
-    assert done.returncode == 0, done.stderr[-4000:]
-    seen: dict[str, Any] = json.loads((tmp_path / "seen.json").read_text())
+    file = tiny.file(tmp_path / "run")
+    seen: dict[str, Any] = ranks(2).call("faults.nonfinite_case:poisoned_run", file=str(file))
     assert seen["ranks"][0] == seen["ranks"][1]
     for injected in (3, 5):
         assert seen["ranks"][0][injected - 1] == seen["ranks"][0][injected], "weights, masks, multipliers stand"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_stages.tiny import Tiny, differing, results
+
+from helpers.tiny import Tiny, differing, results
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from parallel.models import Drawn
 from torch import Tensor
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.models import Drawn
 from megashear.config.shape import ModelShape
 
 Values = dict[str, dict[str, np.ndarray]]

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from masks import masked_llama
-from parallel.importance_case import BATCHES, RUNS, drawn_shape, open_loader, score
-from parallel.models import Drawn
-from run_stages.tiny import Tiny
 
+from helpers.models import Drawn
+from helpers.tiny import Tiny
 from importance import oracle
+from masks import masked_llama
 from megashear.data.blend import BlendedStream, sources
 from megashear.data.manifest import Dataset
 from megashear.engine.layout import Layout
 from megashear.importance.magnitude import magnitudes
 from megashear.masks.masks import assemble
+from parallel.importance_case import BATCHES, RUNS, drawn_shape, open_loader, score
 
 TOLERANCE = 5e-6
 SHAPES = ["multi-head", "grouped"]

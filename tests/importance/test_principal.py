@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from parallel.importance_case import BATCHES, drawn_shape, open_loader, residual_moments
-from run_stages.tiny import Tiny
 
+from helpers.tiny import Tiny
 from importance.oracle import llama
 from megashear.importance.principal import massive_units, principal_basis, share_kept, turned_norm, unlike_units
+from parallel.importance_case import BATCHES, drawn_shape, open_loader, residual_moments
 
 
 def expected(data: Path, shape_name: str, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parallel.importance_case import BATCHES, drawn_shape, open_loader
-from parallel.models import Drawn
-from parallel.refit_case import drawn_scores, fitted, fitted_to, kept_masks, target_of
-from run_stages.tiny import Tiny
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from helpers.models import Drawn
+from helpers.tiny import Tiny
 from importance.oracle import llama
 from megashear.importance.least_squares import RIDGE, LeastSquares
 from megashear.masks.fold import Fold
 from megashear.masks.keep import keep_sets
 from megashear.masks.target import mask_specs
 from megashear.train.step import MicroBatch, document_starts
+from parallel.importance_case import BATCHES, drawn_shape, open_loader
+from parallel.refit_case import drawn_scores, fitted, fitted_to, kept_masks, target_of
 
 LAYERS, SEQUENCES = 3, 4
 

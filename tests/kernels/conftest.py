@@ -10,7 +10,7 @@ import torch
 from megashear.ops.kernels import library
 from megashear.ops.kernels.library import compiled_for
 
-from .cuda_emulation import Controls, build
+from .cuda_emulation import Controls, load_kernels
 
 CPU = torch.device("cpu")
 
@@ -29,10 +29,10 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def cuda_library(tmp_path_factory) -> ModuleType:
+def cuda_library() -> ModuleType:
     if shutil.which("g++") is None:
         pytest.skip("g++, which compiles the CUDA kernels for the CPU, is not here")
-    return build(tmp_path_factory.mktemp("cuda_emulation"))
+    return load_kernels()
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, rewritten
+from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, library, rewritten
 
 FAULTS = ["pass", "copy", "diverging", "ended", "rows", "misaligned", "greedy", "fragments", "matrices"]
 
@@ -16,19 +16,21 @@ GIVEN = torch.cat((torch.arange(256.0), torch.arange(128.0) % 7 - 3))
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory) -> Path:
+def faults() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("g++, which compiles the CUDA kernels for the CPU, is not here")
-    folder = tmp_path_factory.mktemp("faults")
-    source, library = folder / "faults.cu", folder / "faults.so"
-    source.write_text(rewritten((HERE / "faults.cu").read_text()))
-    compile_cuda([source], [CSRC], library)
-    return library
+
+    def build(folder: Path) -> None:
+        source = folder / "faults.cu"
+        source.write_text(rewritten((HERE / "faults.cu").read_text()))
+        compile_cuda([source], [CSRC], folder / "faults.so")
+
+    return library("faults", build)
 
 
-def _run(library: Path, name: str, right: bool) -> tuple[torch.Tensor, str]:
+def _run(kernels: Path, name: str, right: bool) -> tuple[torch.Tensor, str]:
     """What the kernel wrote, fp32 [256], and the problem that the launch had."""
-    run = ctypes.CDLL(str(library)).run_fault
+    run = ctypes.CDLL(str(kernels)).run_fault
     run.restype = ctypes.c_char_p
     run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
     given, out = GIVEN, torch.zeros(256)

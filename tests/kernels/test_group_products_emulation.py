@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, rewritten
+from .cuda_emulation import HERE, Controls, compile_cuda, rewrite_sources, rewritten
+from .cuda_emulation import library as cached_library
 
 MISTAKES = ["none", "not shown", "not waited", "not fenced", "stride", "leading", "not aligned", "warps differ"]
 MISTAKES += ["overwritten"]
@@ -19,20 +20,17 @@ WIDTHS = [48, 96, 128]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
+def library() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("g++, which compiles the CUDA kernels for the CPU, is not here")
-    folder = tmp_path_factory.mktemp("group_products")
-    for path in CSRC.rglob("*.*"):
-        target = folder / path.relative_to(CSRC)
-        target.parent.mkdir(exist_ok=True)
-        if path.suffix in (".h", ".cuh"):
-            own = path.name in ("mma.cuh", "wgmma.cuh")
-            target.write_text((HERE / path.name).read_text() if own else rewritten(path.read_text()))
-    source = folder / "group_products.cu"
-    source.write_text(rewritten((HERE / "group_products.cu").read_text()))
-    compile_cuda([source], [folder], folder / "group_products.so")
-    return folder / "group_products.so"
+
+    def build(folder: Path) -> None:
+        rewrite_sources(folder)
+        source = folder / "group_products.cu"
+        source.write_text(rewritten((HERE / "group_products.cu").read_text()))
+        compile_cuda([source], [folder], folder / "group_products.so")
+
+    return cached_library("group_products", build)
 
 
 def _run(library: Path, width: int, mistake: str) -> tuple[torch.Tensor, torch.Tensor, bool, str]:

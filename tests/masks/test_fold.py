@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from masks.masked_llama import forward, weights
 
+from masks.masked_llama import forward, weights
 from megashear.config.training_schema import PruneConfig
 from megashear.errors import ModelError
 from megashear.masks.fold import Fold, cut

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from importance.oracle import llama
-from parallel.models import SHAPES
 
+from helpers.models import SHAPES
+from importance.oracle import llama
 from megashear.masks.rotation import Rotation
 
 TOLERANCE = 1e-6

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from parallel.models import GROUPED, MULTI_HEAD
 
+from helpers.models import GROUPED, MULTI_HEAD
 from megashear.config.presets import preset
 from megashear.engine.layout import Layout
 from megashear.masks.masks import Masks

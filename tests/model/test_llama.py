@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from masks.masked_llama import forward
-from parallel.models import GROUPED, MULTI_HEAD, Drawn, build_model
 from torch import Tensor
 
+from helpers.models import GROUPED, MULTI_HEAD, Drawn, build_model
+from masks.masked_llama import forward
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape, RopeScaling
 from megashear.engine.layout import Layout

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parallel.models import GROUPED, MULTI_HEAD, Drawn, build_model
 
+from helpers.models import GROUPED, MULTI_HEAD, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout

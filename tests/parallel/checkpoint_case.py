@@ -8,6 +8,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from helpers.models import SHAPES, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.config.training_schema import OptimizerConfig
@@ -17,7 +18,6 @@ from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.model.load import RandomWeights, TensorSource
 from megashear.train.step import Stepper, local_rows, micro_batches
-from parallel.models import SHAPES, Drawn, build_model
 from parallel.step_case import whole
 
 BATCH, LENGTH = 4, 24

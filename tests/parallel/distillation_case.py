@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helpers.models import SHAPES, TARGETS, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.config.teaching import Teaching
@@ -18,7 +19,6 @@ from megashear.model.load import load_weights
 from megashear.ops.distillation import VocabularyPart, distillation_losses
 from megashear.train.step import Stepper, local_rows, micro_batches
 from megashear.train.teacher import Teacher
-from parallel.models import SHAPES, TARGETS, Drawn, build_model
 from parallel.step_case import LENGTH, PROPORTIONAL, SEED, STEP, some_masks, whole
 
 

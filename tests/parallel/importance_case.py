@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from helpers.models import SHAPES, Drawn, build_model
 from megashear.config.calibration import criteria_of
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
@@ -15,7 +16,6 @@ from megashear.data.manifest import Dataset
 from megashear.importance.calibrate import calibrate, calibration_loader
 from megashear.importance.principal import residual_stream
 from megashear.masks.scores import Scores
-from parallel.models import SHAPES, Drawn, build_model
 
 WEIGHTS = {"library": 0.5, "command": 0.3, "help": 0.2}
 LENGTH, BATCHES = 24, 3

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.models import SHAPES, Drawn, build_model
 from megashear import ops
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
@@ -16,7 +17,6 @@ from megashear.masks.masks import Masks
 from megashear.model.live import live_patterns
 from megashear.model.llama import Llama
 from megashear.train.step import MicroBatch, micro_batches
-from parallel.models import SHAPES, Drawn, build_model
 
 LAYERS, LENGTH, MICRO = 3, 24, 2
 SHUT, OPEN = -30.0, 30.0  # log-alpha of a mask that is 0, or 1, whatever the noise

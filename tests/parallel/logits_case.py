@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.models import build_model
 from megashear.config.schema import ParallelConfig
 from megashear.engine.collectives import broadcast_object
 from megashear.engine.layout import Layout
@@ -13,7 +14,6 @@ from megashear.engine.parallel import gather_logits
 from megashear.engine.pipeline import run_micro_batches
 from megashear.model.llama import Llama
 from megashear.weights.folder import ModelFolder
-from parallel.models import build_model
 
 LENGTH_STEP = 12  # divisible by tensor-parallel sizes up to 4, as sequence parallelism needs
 

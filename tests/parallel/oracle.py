@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from helpers.inputs import make_llama
 
 
 def transformers_greedy(folder: Path, prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -23,11 +25,4 @@ def transformers_greedy(folder: Path, prompt: list[int], new_tokens: int) -> dic
 def save_random_llama(folder: Path, **changes: Any) -> None:
     """A tiny random LLaMA written by transformers, its weights large enough that logits and attention differ."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96} | changes
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=131, max_position_embeddings=512, initializer_range=0.2, **sizes)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
-                weight.normal_(1.0, 0.1)
-    model.save_pretrained(folder)
+    make_llama(folder, seed=0, norms=True, vocab_size=131, max_position_embeddings=512, **sizes)

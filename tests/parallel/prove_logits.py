@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from helpers.ranks import Ranks
 from megashear.config.legality import shape_problems
 from megashear.config.schema import ParallelConfig
 from megashear.weights.folder import ModelFolder
-from parallel.launch import Ranks
 from parallel.oracle import transformers_greedy
 
 LAYOUTS = ("1x1", "2x1", "2x1+SP", "1x2", "2x2", "2x2+SP", "3x1", "3x1+SP")
@@ -44,7 +44,7 @@ def main() -> int:
             continue
         start, ranks = time.monotonic(), Ranks(tensor * pipeline)
         arguments = {"folder": str(options.folder.resolve()), "prompt": prompt, "new_tokens": NEW_TOKENS}
-        found = ranks.call("parallel.logits_case", "greedy", timeout=1800, parallel=parallel, **arguments)
+        found = ranks.call("parallel.logits_case:greedy", timeout=1800, parallel=parallel, **arguments)
         ranks.stop()
         apart = float((found["logits"] - wanted["logits"]).abs().max())
         pairs = zip(found["tokens"], wanted["tokens"], strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.models import TARGETS, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.engine.collectives import gather_objects
@@ -21,7 +22,6 @@ from megashear.model.build import filled_chunks
 from megashear.model.save import gather_tensors
 from megashear.train.step import MicroBatch, local_rows, micro_batches
 from parallel.importance_case import BATCHES, drawn_shape, open_loader
-from parallel.models import TARGETS, Drawn, build_model
 
 
 def target_of(shape: str, layers: int) -> ModelShape:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.models import SHAPES, TARGETS, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.config.shape import ModelShape
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
@@ -15,7 +16,6 @@ from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.masks.state import MaskState
 from megashear.model.save import gather_tensors
 from megashear.train.step import MicroBatch, Stepper, local_rows, micro_batches
-from parallel.models import SHAPES, TARGETS, Drawn, build_model
 
 # Divisible by data- and tensor-parallel sizes up to 4 (12 micro-batches also by 3).
 MICRO_BATCHES, LENGTH, STEP, SEED = 4, 24, 3, 11

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.launch import Ranks
+from helpers.ranks import Ranks
 
 ONE = {"world": 1}
 TP2, PP2, DP2 = {"world": 2, "tensor": 2}, {"world": 2, "pipeline": 2}, {"world": 2}
@@ -61,7 +61,7 @@ def saved(ranks: Callable[[int], Ranks], tmp_path_factory: pytest.TempPathFactor
         folder = tmp_path_factory.mktemp("saved") / "checkpoint"
         sizes = LAYOUTS[layout]
         arguments = {"folder": str(folder), "shape": shape, "parallel": parallel(sizes), "dtype": dtype, "layers": 5}
-        return folder, ranks(sizes["world"]).call("parallel.checkpoint_case", "train_and_save", **arguments)
+        return folder, ranks(sizes["world"]).call("parallel.checkpoint_case:train_and_save", **arguments)
 
     return save
 
@@ -70,7 +70,7 @@ def load(
     ranks: Callable[[int], Ranks], folder: Path, shape: str, layout: dict[str, Any], dtype: str, again: Path
 ) -> dict[str, Any]:
     arguments = {"folder": str(folder), "shape": shape, "parallel": parallel(layout), "dtype": dtype, "layers": 5}
-    return ranks(layout["world"]).call("parallel.checkpoint_case", "load_and_train", again=str(again), **arguments)
+    return ranks(layout["world"]).call("parallel.checkpoint_case:load_and_train", again=str(again), **arguments)
 
 
 def check_pair(ranks, saved: Saved, tmp_path: Path, shape: str, first: Any, second: Any, dtype: str) -> None:
@@ -95,9 +95,7 @@ def check_pair(ranks, saved: Saved, tmp_path: Path, shape: str, first: Any, seco
 
 def same_tensors(ranks, first: Path, second: Path) -> None:
     """Weights, masters and moments of two checkpoints have the same bits, but for the vocabulary's padding."""
-    one, two = (
-        ranks(1).call("parallel.checkpoint_case", "saved_tensors", folder=str(path)) for path in (first, second)
-    )
+    one, two = (ranks(1).call("parallel.checkpoint_case:saved_tensors", folder=str(path)) for path in (first, second))
     assert one.keys() == two.keys()
     assert any("exp_avg_sq" in name for name in one)
     for name, tensor in one.items():

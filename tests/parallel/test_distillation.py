@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.launch import Ranks
+from helpers.ranks import Ranks
 from parallel.test_step import ROUNDING, SCALAR, close_all
 
 HOW = {"weight": 0.6, "temperature": 1.5, "chunk": 10}
@@ -59,7 +59,7 @@ def taught(
     sizes = dict(sizes)
     world = sizes.pop("data", 1) * sizes.get("tensor", 1) * sizes.get("pipeline", 1)
     arguments = {"shape": shape, "parallel": sizes, "prunes": prunes, "how": how}
-    return ranks(world).call("parallel.distillation_case", "taught_step", **arguments)
+    return ranks(world).call("parallel.distillation_case:taught_step", **arguments)
 
 
 def names(case: tuple[str, bool, dict[str, Any]]) -> str:
@@ -97,7 +97,7 @@ def test_the_chunk_is_no_part_of_the_result(ranks, single) -> None:
 def test_a_vocabulary_in_parts(ranks, world: int, temperature: float) -> None:
     """Of which some are padding alone; every rank has the same losses, bit for bit."""
     how = {"weight": 0.4, "temperature": temperature, "chunk": 8}
-    found = ranks(world).call("parallel.distillation_case", "parts_of_a_vocabulary", how=how)
+    found = ranks(world).call("parallel.distillation_case:parts_of_a_vocabulary", how=how)
     torch.testing.assert_close(found["losses"], found["losses alone"], rtol=1e-6, atol=1e-6 * temperature**2)
     torch.testing.assert_close(found["gradient"][:, :101], found["gradient alone"][:, :101], rtol=1e-6, atol=1e-6)
     assert not found["gradient"][:, 101:].any()

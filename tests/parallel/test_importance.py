@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from run_stages.conftest import tiny  # noqa: F401
-from run_stages.tiny import Tiny
 
-from parallel.launch import Ranks
+from helpers.ranks import Ranks
+from helpers.tiny import Tiny
 from parallel.test_step import GQA, MHA, Case
 
 SCORE, ERROR = 1e-5, 1e-4
@@ -39,30 +38,30 @@ SLOW_CASES = [
 
 
 @pytest.fixture(scope="module")
-def single(ranks: Callable[[int], Ranks], tiny: Tiny) -> Callable[[str, int, int], dict[str, Any]]:  # noqa: F811
+def single(ranks: Callable[[int], Ranks], tiny: Tiny) -> Callable[[str, int, int], dict[str, Any]]:
     """The single process's scores for (shape, layers, sequences of a batch)."""
 
     @cache
     def scores(shape: str, layers: int, sequences: int) -> dict[str, Any]:
         arguments = {"data": str(tiny.data), "shape": shape, "layers": layers, "sequences": sequences}
-        return ranks(1).call("parallel.importance_case", "score", parallel={}, **arguments)
+        return ranks(1).call("parallel.importance_case:score", parallel={}, **arguments)
 
     return scores
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_scores_equal_the_single_process_s(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+def test_scores_equal_the_single_process_s(ranks, single, tiny: Tiny, case: Case) -> None:
     check(ranks, single, tiny, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW_CASES, ids=str)
-def test_scores_equal_the_single_process_s_on_more_layouts(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+def test_scores_equal_the_single_process_s_on_more_layouts(ranks, single, tiny: Tiny, case: Case) -> None:
     check(ranks, single, tiny, case)
 
 
 @pytest.mark.parametrize("case", [Case(GQA)], ids=str)
-def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: Case) -> None:
     found = score(ranks, tiny, case, recompute=True)
     for run, wanted in single(case.shape, case.layers, case.micro).items():
         for name, value in wanted["units"].items():
@@ -79,22 +78,22 @@ def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: C
     ],
     ids=str,
 )
-def test_the_residual_stream_s_moments_equal_the_single_process_s(ranks, tiny: Tiny, case: Case) -> None:  # noqa: F811
+def test_the_residual_stream_s_moments_equal_the_single_process_s(ranks, tiny: Tiny, case: Case) -> None:
     arguments = {"data": str(tiny.data), "shape": case.shape, "layers": case.layers, "sequences": case.micro}
-    called = "parallel.importance_case", "residual_moments"
-    found = ranks(case.world).call(*called, parallel=case.parallel(), **arguments)
-    wanted = ranks(1).call(*called, parallel={}, **arguments)
+    called = "parallel.importance_case:residual_moments"
+    found = ranks(case.world).call(called, parallel=case.parallel(), **arguments)
+    wanted = ranks(1).call(called, parallel={}, **arguments)
     for name, value in wanted.items():
         close(found[name], value, 1e-6, name)
 
 
-def score(ranks, tiny: Tiny, case: Case, **options: Any) -> dict[str, Any]:  # noqa: F811
+def score(ranks, tiny: Tiny, case: Case, **options: Any) -> dict[str, Any]:
     arguments = {"data": str(tiny.data), "shape": case.shape, "layers": case.layers, "sequences": case.micro}
     arguments["parallel"] = case.parallel()
-    return ranks(case.world).call("parallel.importance_case", "score", **arguments, **options)
+    return ranks(case.world).call("parallel.importance_case:score", **arguments, **options)
 
 
-def check(ranks, single, tiny: Tiny, case: Case) -> None:  # noqa: F811
+def check(ranks, single, tiny: Tiny, case: Case) -> None:
     found, wanted = score(ranks, tiny, case), single(case.shape, case.layers, case.micro)
     assert found.keys() == wanted.keys()
     for run, one in wanted.items():

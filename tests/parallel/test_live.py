@@ -31,20 +31,20 @@ def world(layout: dict[str, Any]) -> int:
 def test_live_units_change_rounding_alone(ranks, layout: dict[str, Any], shape: str) -> None:
     for seed, pattern in enumerate(PATTERNS):
         call = {"shape": shape, "parallel": layout, "pattern": pattern, "seed": seed}
-        check(ranks(world(layout)).call("parallel.live_case", "on_against_off", **call), pattern)
+        check(ranks(world(layout)).call("parallel.live_case:on_against_off", **call), pattern)
 
 
 def test_more_tensor_parallel_ranks_than_groups(ranks) -> None:
     for seed, pattern in enumerate(PATTERNS):
         call = {"shape": "grouped", "parallel": {"tensor": 4}, "pattern": pattern, "seed": seed}
-        check(ranks(4).call("parallel.live_case", "on_against_off", **call), pattern)
+        check(ranks(4).call("parallel.live_case:on_against_off", **call), pattern)
 
 
 @pytest.mark.parametrize("option", ["published", "recompute"])
 def test_with_an_unmasked_embedding_and_with_recomputation(ranks, option: str) -> None:
     for pattern in ("random", "dead layer"):
         call = {"shape": "multi-head", "parallel": {"pipeline": 2}, "pattern": pattern, "seed": 9, option: True}
-        check(ranks(2).call("parallel.live_case", "on_against_off", **call), pattern)
+        check(ranks(2).call("parallel.live_case:on_against_off", **call), pattern)
 
 
 @pytest.mark.slow
@@ -53,4 +53,4 @@ def test_with_an_unmasked_embedding_and_with_recomputation(ranks, option: str) -
 def test_random_patterns(ranks, layout: dict[str, Any], shape: str) -> None:
     for seed in range(20):
         call = {"shape": shape, "parallel": layout, "pattern": "random", "seed": 100 + seed}
-        check(ranks(world(layout)).call("parallel.live_case", "on_against_off", **call), "random")
+        check(ranks(world(layout)).call("parallel.live_case:on_against_off", **call), "random")

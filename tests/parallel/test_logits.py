@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from parallel.launch import Ranks
+from helpers.ranks import Ranks
 from parallel.oracle import save_random_llama, transformers_greedy
 
 PROMPT = [1, 77, 30, 128, 5, 64, 64, 9, 101, 2, 13]
@@ -44,8 +44,7 @@ def test_logits_and_greedy_tokens(
 ) -> None:
     folder, wanted = model
     found = ranks(tensor * pipeline).call(
-        "parallel.logits_case",
-        "greedy",
+        "parallel.logits_case:greedy",
         folder=str(folder),
         parallel={"tensor": tensor, "pipeline": pipeline, "sequence": sequence},
         prompt=PROMPT,
@@ -62,8 +61,7 @@ def test_virtual_stages(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     save_random_llama(tmp_path, num_key_value_heads=2, num_hidden_layers=5)
     wanted = transformers_greedy(tmp_path, PROMPT, 4)
     found = ranks(2).call(
-        "parallel.logits_case",
-        "greedy",
+        "parallel.logits_case:greedy",
         folder=str(tmp_path),
         parallel={"pipeline": 2, "virtual_pipeline": 2},
         prompt=PROMPT,

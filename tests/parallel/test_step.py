@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.launch import Ranks
+from helpers.ranks import Ranks
 
 SCALAR, TENSOR = 1e-6, 1e-5
 ROUNDING = torch.finfo(torch.float32).eps
@@ -99,7 +99,7 @@ def single(ranks: Callable[[int], Ranks]) -> Callable[[str, int, int], dict[str,
     @cache
     def step(shape: str, layers: int, micro: int) -> dict[str, Any]:
         return ranks(1).call(
-            "parallel.step_case", "pruning_step", shape=shape, layers=layers, micro=micro, parallel={}, sharded=False
+            "parallel.step_case:pruning_step", shape=shape, layers=layers, micro=micro, parallel={}, sharded=False
         )
 
     return step
@@ -107,7 +107,7 @@ def single(ranks: Callable[[int], Ranks]) -> Callable[[str, int, int], dict[str,
 
 def run(ranks: Callable[[int], Ranks], case: Case, **options: Any) -> dict[str, Any]:
     arguments = {"shape": case.shape, "layers": case.layers, "micro": case.micro, "parallel": case.parallel()}
-    return ranks(case.world).call("parallel.step_case", "pruning_step", sharded=case.sharded, **arguments, **options)
+    return ranks(case.world).call("parallel.step_case:pruning_step", sharded=case.sharded, **arguments, **options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from helpers.models import SHAPES, Drawn
+from helpers.ranks import Ranks
 from megashear.model.load import RandomWeights
 from megashear.weights.names import tensor_shapes
-from parallel.launch import Ranks
-from parallel.models import SHAPES, Drawn
 
 LAYOUTS = [
     (2, {"tensor": 2}),
@@ -24,7 +24,7 @@ LAYOUTS = [
 def test_ranks_hold_the_whole_model_bit_for_bit(
     ranks: Callable[[int], Ranks], world: int, parallel: dict[str, int], shape: str, random: bool
 ) -> None:
-    found = ranks(world).call("parallel.weights_case", "gathered", shape=shape, parallel=parallel, random=random)
+    found = ranks(world).call("parallel.weights_case:gathered", shape=shape, parallel=parallel, random=random)
     whole = tensor_shapes(SHAPES[shape])
     assert found.keys() == whole.keys()
     drawn, random_weights = Drawn(SHAPES[shape]), RandomWeights(SHAPES[shape], seed=3)
@@ -38,8 +38,8 @@ def test_padding_columns_are_never_predicted(
     ranks: Callable[[int], Ranks], vocabulary: int, world: int, columns: int
 ) -> None:
     """With 5 tokens on 4 ranks the last rank holds nothing but padding."""
-    found = ranks(world).call("parallel.weights_case", "padded", vocabulary=vocabulary, tensor=world)
-    wanted = ranks(1).call("parallel.weights_case", "padded", vocabulary=vocabulary, tensor=1)
+    found = ranks(world).call("parallel.weights_case:padded", vocabulary=vocabulary, tensor=world)
+    wanted = ranks(1).call("parallel.weights_case:padded", vocabulary=vocabulary, tensor=1)
     assert found["logits"].shape[-1] == columns
     assert (found["logits"][..., vocabulary:] == torch.finfo(torch.float32).min).all()
     assert torch.allclose(found["logits"][..., :vocabulary], wanted["logits"], atol=1e-5)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helpers.models import SHAPES, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.engine.collectives import gather_objects
 from megashear.engine.parallel import gather_logits
 from megashear.model.load import RandomWeights
 from megashear.model.save import gather_tensors
-from parallel.models import SHAPES, Drawn, build_model
 
 
 def gathered(shape: str, parallel: dict[str, Any], random: bool) -> dict[str, Tensor]:

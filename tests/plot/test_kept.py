@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plot.conftest import Page, make_run, stage_done
 
 from megashear.plot.report import write_report
 from megashear.plot.run import read_masks
+from plot.conftest import Page, make_run, stage_done
 
 pytestmark = pytest.mark.usefixtures("small_pictures")
 

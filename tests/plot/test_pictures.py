@@ -5,7 +5,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from plot.conftest import DOMAINS, TARGETS
 
 from megashear.plot.losses import draw_losses
 from megashear.plot.masks import draw_maps, draw_masks
@@ -16,6 +15,7 @@ from megashear.plot.style import STYLE
 from megashear.plot.training import draw_training
 from megashear.plot.weights import draw_weights
 from megashear.train.metrics import read_metrics
+from plot.conftest import DOMAINS, TARGETS
 
 DRAWINGS = (draw_weights, draw_losses, draw_sparsity, draw_multipliers, draw_training)
 

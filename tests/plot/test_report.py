@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plot.conftest import DOMAINS, Page, make_run, stage_done
 
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
@@ -21,6 +20,7 @@ from megashear.plot.report import write_report
 from megashear.plot.series import Stage
 from megashear.train.metrics import SCORES_NAME
 from megashear.train.sequences import save_sequences
+from plot.conftest import DOMAINS, Page, make_run, stage_done
 
 pytestmark = pytest.mark.usefixtures("small_pictures")
 

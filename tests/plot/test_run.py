@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plot.conftest import SyntheticRun
 
 from megashear.errors import DataError
 from megashear.plot.run import plot_run, read_masks
 from megashear.train.metrics import Metrics
+from plot.conftest import SyntheticRun
 
 ALL = [
     "epochs.png",

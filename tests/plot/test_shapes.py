@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from plot.conftest import Page, make_run
 
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import preset
@@ -16,6 +15,7 @@ from megashear.plot.cost import costs
 from megashear.plot.record import read_run
 from megashear.plot.report import write_report
 from megashear.weights.hf_config import config_of_shape
+from plot.conftest import Page, make_run
 
 pytestmark = pytest.mark.usefixtures("small_pictures")
 

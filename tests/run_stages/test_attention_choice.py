@@ -4,8 +4,6 @@ On CPUs, whose clock decides here too; the times are made up, and each rank's fa
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +11,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from helpers.jobs import world_kept
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny
 from megashear import ops
 from megashear.config.load import load_config
 from megashear.config.schema import ParallelConfig
@@ -23,7 +24,6 @@ from megashear.ops.kernels import attention_choice
 from megashear.run.attention import CHOICES, settle_attention
 from megashear.run.context import open_context
 from megashear.train.signals import StopRequest
-from run_stages.tiny import Tiny, torchrun
 
 
 def settled(file: Path, fastest: str) -> list[str]:
@@ -44,12 +44,17 @@ def settled(file: Path, fastest: str) -> list[str]:
             return gather_objects(attention_choice.serving(q, q, None, None))
 
 
-def test_ranks_follow_the_first_and_a_resumed_run_the_record(tiny: Tiny, tmp_path: Path) -> None:
+def settled_on_ranks(file: str, fastest: str) -> list[str]:
+    """The same, called on live ranks."""
+    with world_kept():
+        return settled(Path(file), fastest)
+
+
+def test_ranks_follow_the_first_and_a_resumed_run_the_record(ranks: LiveRanks, tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     file = tiny.file(folder)
-    done = torchrun(2, "run_stages.test_attention_choice", file, "wgmma", tmp_path / "first.json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "first.json").read_text()) == ["wgmma", "wgmma"]
+    served = ranks(2).call("run_stages.test_attention_choice:settled_on_ranks", file=str(file), fastest="wgmma")
+    assert served == ["wgmma", "wgmma"]
     (key,) = json.loads((folder / CHOICES).read_text())
     assert "float32" in key and "head size" in key
     assert settled(file, "reference") == ["wgmma"]  # the clock has changed its mind, the run has not
@@ -69,9 +74,3 @@ def test_a_damaged_record_is_named(tiny: Tiny, tmp_path: Path) -> None:
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), 7)))
     with pytest.raises(CheckpointError, match=r"attention\.json"):
         settled(file, "wgmma")
-
-
-if __name__ == "__main__":
-    found = settled(Path(sys.argv[1]), sys.argv[2])
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[3]).write_text(json.dumps(found))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers.tiny import Tiny, break_off, die, differing, finish, results
 from megashear.masks.rotation import Rotation
 from megashear.run import basis, source_losses, training
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Tiny, break_off, die, differing, finish, results
 
 
 @pytest.fixture(scope="module")

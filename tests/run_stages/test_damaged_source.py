@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.tiny import Tiny, finish
 from megashear.errors import TrainingError
 from megashear.run import proof
-from run_stages.tiny import Tiny, finish
 
 CUT = ("prune.method=one_shot", "run.stages=[prune,finalize]", "prune.importance.batches=2")
 

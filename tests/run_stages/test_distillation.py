@@ -11,6 +11,8 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 
+from helpers.ranks import LiveRanks
+from helpers.tiny import RUN, Tiny, break_off, differing, finish, records, results
 from megashear.config.teaching import Teaching, tokens_seen
 from megashear.config.training_schema import BatchConfig
 from megashear.errors import CheckpointError, ConfigError
@@ -21,7 +23,6 @@ from megashear.run.teacher import build_teacher
 from megashear.train.stage import Counters
 from megashear.train.step import StepResult
 from megashear.train.teacher import dismiss_teacher
-from run_stages.tiny import RUN, Tiny, break_off, differing, finish, records, results, run_jobs
 
 TAUGHT = [
     *("prune.distillation.weight=0.5", "prune.distillation.temperature=2", "prune.distillation.chunk=23"),
@@ -124,7 +125,7 @@ def test_a_teacher_goes_when_its_student_is_no_worse(
     the same bits.
     """
     source = {"folder": str(trained)}
-    with patch.object(summary, "plot_run", lambda _: []):
+    with patch.object(summary, "draw_pictures", lambda _: []):
         run(tiny.config(tmp_path / "whole", *OUTGROWN, source=source))
     found = records(tmp_path / "whole")
     train = [one for one in found if one["stage"] == "pretrain" and one["kind"] == "train"]
@@ -177,7 +178,7 @@ def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("the teacher goes" in capsys.readouterr().out) == bool(goes)
 
 
-def test_under_pipelines_it_goes_at_the_same_step(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+def test_under_pipelines_it_goes_at_the_same_step(ranks: LiveRanks, tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     """On every rank, whichever holds the losses; stopped after it went, the run goes on without it."""
     source = {"folder": str(trained)}
     jobs = [
@@ -189,7 +190,7 @@ def test_under_pipelines_it_goes_at_the_same_step(tiny: Tiny, trained: Path, tmp
         }
         for name, stop in (("whole", []), ("broken", [["pretrain", 18]]))
     ]
-    run_jobs(2, tmp_path, jobs)
+    ranks(2).call("helpers.jobs:run_all", jobs=jobs)
     assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
     finish(tiny.config(tmp_path / "alone", *OUTGROWN, source=source))
     steps = [

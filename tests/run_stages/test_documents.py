@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tiny import Tiny, break_off, differing, finish, results
 from megashear import cli
 from megashear.data.loader import HeldOut
 from megashear.data.manifest import Dataset
-from run_stages.tiny import Tiny, break_off, differing, finish, results
 
 LENGTH, SEQUENCES = 64, 6
 

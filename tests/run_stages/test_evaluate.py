@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.inputs import TEXTS, make_dataset, make_tokenizer
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny
 from megashear import cli
 from megashear.data.loader import HeldOut
 from megashear.data.manifest import Dataset
 from megashear.plot.record import read_run
 from megashear.train.sequences import read_sequences
-from run_stages.tiny import TEXTS, Tiny, make_dataset, make_tokenizer, torchrun
 
 LENGTH, SEQUENCES = 32, 7
 
@@ -78,13 +80,15 @@ def test_a_finished_run_keeps_the_losses_of_its_sequences(unbroken_folder: Path)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_on_two_ranks(tiny: Tiny, unbroken_folder: Path, oracle: dict, tmp_path: Path, tensor: int) -> None:
+def test_on_two_ranks(
+    ranks: LiveRanks, tiny: Tiny, unbroken_folder: Path, oracle: dict, tmp_path: Path, tensor: int
+) -> None:
     """Data parallel, where the last wave of sequences is not full; tensor parallel."""
     ours = arguments(unbroken_folder, tiny.data, tmp_path / "out.json")
-    done = torchrun(2, "megashear", *ours, "--tensor", tensor)
-    assert done.returncode == 0, done.stderr
+    done = ranks(2).call("helpers.jobs:command", arguments=[*ours, "--tensor", str(tensor)])
+    assert done["code"] == 0, done["errors"]
     check(json.loads((tmp_path / "out.json").read_text()), oracle)
-    assert done.stdout.count("Held-out loss") == 1
+    assert done["output"].count("Held-out loss") == 1
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, *words: str) -> None:

@@ -8,8 +8,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from helpers.jobs import job
+from helpers.ranks import LiveRanks
+from helpers.tiny import Killed, Tiny, differing, finish, records, results
 from megashear.data.mixture import Mixture
-from run_stages.tiny import Killed, Tiny, differing, finish, job, records, results, run_jobs
 
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
@@ -28,29 +30,33 @@ def data(found: dict[str, Any]) -> list[Any]:
     ]
 
 
-def test_tensor_parallel_runs_resume_with_the_same_bits(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]) -> None:
+def test_tensor_parallel_runs_resume_with_the_same_bits(
+    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]
+) -> None:
     files = [tiny.file(tmp_path / name) for name in ("whole", "stopped")]
-    run_jobs(2, tmp_path, [job(files[0], *TENSOR), job(files[1], *TENSOR, stop=STOPS)])
+    ranks(2).call("helpers.jobs:run_all", jobs=[job(files[0], *TENSOR), job(files[1], *TENSOR, stop=STOPS)])
     whole = results(tmp_path / "whole")
     assert differing(results(tmp_path / "stopped"), whole) == []
     assert data(whole) == data(unbroken)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_interleaved_pipelines_resume_with_the_same_bits(tiny: Tiny, tmp_path: Path, precision: str) -> None:
+def test_interleaved_pipelines_resume_with_the_same_bits(
+    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, precision: str
+) -> None:
     overrides = [*PIPELINE, f"precision={precision}"]
     files = [tiny.file(tmp_path / name) for name in ("whole", "stopped")]
-    run_jobs(2, tmp_path, [job(files[0], *overrides), job(files[1], *overrides, stop=STOPS)])
+    ranks(2).call("helpers.jobs:run_all", jobs=[job(files[0], *overrides), job(files[1], *overrides, stop=STOPS)])
     assert differing(results(tmp_path / "stopped"), results(tmp_path / "whole")) == []
 
 
 def test_a_run_goes_on_under_other_layouts(
-    tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
+    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
 ) -> None:
     """Tensor parallel, then data parallel, then one process: the same data in the same order, losses to rounding."""
     file = tiny.file(tmp_path / "run")
-    run_jobs(2, tmp_path, [job(file, *TENSOR, stop=[("prune", 3)], finish=False)])
-    run_jobs(2, tmp_path, [job(file, stop=[("prune", 6), ("pretrain", 2)], finish=False)])
+    ranks(2).call("helpers.jobs:run_all", jobs=[job(file, *TENSOR, stop=[("prune", 3)], finish=False)])
+    ranks(2).call("helpers.jobs:run_all", jobs=[job(file, stop=[("prune", 6), ("pretrain", 2)], finish=False)])
     finish(tiny.config(tmp_path / "run"))
     found = results(tmp_path / "run")
     assert data(found) == data(unbroken)
@@ -58,7 +64,7 @@ def test_a_run_goes_on_under_other_layouts(
 
 
 def test_killed_within_an_update_of_the_weights_and_resumed_on_two_ranks(
-    tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
+    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
 ) -> None:
     """The weights have moved and nothing is saved yet; two data-parallel ranks then see the unbroken run's stream."""
     file, original = tiny.file(tmp_path / "run"), Mixture.update
@@ -71,7 +77,7 @@ def test_killed_within_an_update_of_the_weights_and_resumed_on_two_ranks(
 
     with patch.object(Mixture, "update", update), pytest.raises(Killed):
         finish(tiny.config(tmp_path / "run"))
-    run_jobs(2, tmp_path, [job(file)])
+    ranks(2).call("helpers.jobs:run_all", jobs=[job(file)])
     assert data(results(tmp_path / "run")) == data(unbroken)
     ours, theirs = (
         [one["weights"] for one in records(f) if one["kind"] == "eval"] for f in (file.with_suffix(""), unbroken_folder)

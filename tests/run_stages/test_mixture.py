@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.inputs import TEXTS, make_dataset
+from helpers.tiny import Tiny, break_off, finish, records
 from megashear import cli
 from megashear.config.load import load_config
 from megashear.data.blend import BatchPlan
 from megashear.data.loader import Loader
 from megashear.data.manifest import Dataset
 from megashear.data.rules import update_weights
-from run_stages.tiny import TEXTS, Tiny, break_off, finish, make_dataset, records
 
 
 def evaluations(folder: Path, stage: str) -> list[dict]:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tiny import Killed, Tiny, break_off, die, finish, records
 from megashear.engine.moments import MOMENTS
 from megashear.run import moments, training
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Killed, Tiny, break_off, die, finish, records
 
 STEADY = {"learning_rate": 1e-3, "warmup_steps": 0, "min_ratio": 1.0}
 SETTLING = {

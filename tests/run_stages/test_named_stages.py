@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from helpers.tiny import Tiny, finish
 from megashear.errors import CheckpointError, ModelError
 from megashear.plot.record import read_run
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Tiny, finish
 
 ONE_SHOT = ["prune.method=one_shot", "prune.importance.criterion=magnitude", "prune.refit=0"]
 

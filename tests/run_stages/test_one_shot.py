@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.jobs import job
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny, finish, run, without_pictures
 from megashear.config.schema import Config
 from megashear.errors import CheckpointError, Interrupted
 from megashear.importance import calibrate
@@ -21,7 +24,6 @@ from megashear.plot.run import read_masks
 from megashear.run import importance
 from megashear.train.signals import StopRequest
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Tiny, finish, job, run, run_jobs, without_pictures
 
 KEPT = {"hidden": 24, "layer": 2, "group": 2, "query": 4, "head": 4, "intermediate": 64}
 """Units of the tiny target, over its layers."""
@@ -124,7 +126,7 @@ def same(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_several_ranks_prune_as_one(tiny: Tiny, tmp_path: Path) -> None:
+def test_several_ranks_prune_as_one(ranks: LiveRanks, tiny: Tiny, tmp_path: Path) -> None:
     finish(one_shot(tiny, tmp_path / "whole"))
     config = ["prune.method=one_shot", "prune.importance.criterion=taylor_mask", "prune.importance.batches=2"]
     config.append("prune.refit=0")
@@ -134,7 +136,7 @@ def test_several_ranks_prune_as_one(tiny: Tiny, tmp_path: Path) -> None:
         ("pipeline", ["parallel.pipeline=2"]),
     ):
         jobs.append(job(tiny.file(tmp_path / name), *config, "run.stages=[prune,finalize]", *layout))
-    run_jobs(2, tmp_path, jobs)
+    ranks(2).call("helpers.jobs:run_all", jobs=jobs)
     wanted = load_file(tmp_path / "whole/importance.safetensors")
     for name in ("tensor", "pipeline"):
         for part, value in load_file(tmp_path / name / "importance.safetensors").items():

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from helpers.tiny import Tiny, differing, results, without_pictures
 from megashear.cli import main
-from run_stages.tiny import Tiny, differing, results, without_pictures
 
 
 def test_a_profiled_run_has_traces_times_and_the_same_bits(

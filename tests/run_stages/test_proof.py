@@ -9,13 +9,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers.jobs import job
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny, finish
 from megashear.config.schema import Config
 from megashear.errors import ModelError
 from megashear.masks.fold import Fold
 from megashear.masks.rotation import Rotation
 from megashear.run.finalize import report
 from megashear.run.proof import EXACT_TOLERANCE, TOLERANCE
-from run_stages.tiny import Tiny, finish, job, run_jobs
 
 MASSIVE = 1e4
 
@@ -62,10 +64,15 @@ def test_rounding_that_a_model_amplifies_is_told_from_a_fault(tiny: Tiny, amplif
     assert "amplifies rounding" in report(found)
 
 
-def test_every_layout_tells_rounding_from_a_fault(tiny: Tiny, amplifying: Path, tmp_path: Path) -> None:
+def test_every_layout_tells_rounding_from_a_fault(
+    ranks: LiveRanks, tiny: Tiny, amplifying: Path, tmp_path: Path
+) -> None:
     keys = ["prune.method=one_shot", "prune.basis=source", "run.stages=[prune,finalize]", f"source.folder={amplifying}"]
     layouts = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
-    run_jobs(2, tmp_path, [job(tiny.file(tmp_path / name), *keys, *layout) for name, layout in layouts.items()])
+    ranks(2).call(
+        "helpers.jobs:run_all",
+        jobs=[job(tiny.file(tmp_path / name), *keys, *layout) for name, layout in layouts.items()],
+    )
     for name in layouts:
         assert proof(tmp_path / name)["exact_difference"] <= EXACT_TOLERANCE
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.jobs import job
+from helpers.ranks import LiveRanks
+from helpers.tiny import Tiny, finish, run, without_pictures
 from megashear.config.schema import Config
 from megashear.errors import Interrupted, TrainingError
 from megashear.importance.refit import ChunkFit
@@ -17,7 +20,6 @@ from megashear.run import one_shot as stage
 from megashear.run import refit as fit
 from megashear.train.signals import StopRequest
 from megashear.weights.folder import ModelFolder
-from run_stages.tiny import Tiny, finish, job, run, run_jobs, without_pictures
 
 KEYS = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
 
@@ -108,9 +110,12 @@ def test_bf16_fits_what_fp32_does(tiny: Tiny, tmp_path: Path) -> None:
             assert (half[name] - exact[name]).norm() < 0.05 * (exact[name] - plain[name]).norm(), name
 
 
-def test_several_ranks_fit_as_one(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+def test_several_ranks_fit_as_one(ranks: LiveRanks, tiny: Tiny, whole: Path, tmp_path: Path) -> None:
     layouts = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
-    run_jobs(2, tmp_path, [job(tiny.file(tmp_path / name), *KEYS, *layout) for name, layout in layouts.items()])
+    ranks(2).call(
+        "helpers.jobs:run_all",
+        jobs=[job(tiny.file(tmp_path / name), *KEYS, *layout) for name, layout in layouts.items()],
+    )
     wanted = pruned(whole)
     for layout in layouts:
         for name, value in pruned(tmp_path / layout).items():

@@ -1,18 +1,17 @@
 """A run that was stopped or killed anywhere, and started again, has the bits and the records of the unbroken one."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.tiny import RUN, Killed, Tiny, break_off, die, differing, finish, records, results, without_pictures
 from megashear.config.load import load_config
 from megashear.errors import CheckpointError, Interrupted
-from megashear.run.context import differences, former_identity, identity
+from megashear.run.context import differences, identity
 from megashear.run.runner import run
 from megashear.train.signals import StopRequest
-from run_stages.tiny import RUN, Killed, Tiny, break_off, die, differing, finish, records, results, without_pictures
 
 
 def stopped_at_every_step(config: Any) -> int:
@@ -123,33 +122,16 @@ def test_records_that_are_damaged_or_gone(tiny: Tiny, tmp_path: Path, name: str)
             finish(config)
 
 
-def test_a_run_of_an_older_version_goes_on(tiny: Tiny, tmp_path: Path) -> None:
-    """Its record lacks a key that is younger, which has its default; another value than the default is refused."""
+@pytest.mark.parametrize("version", [None, 0, 2])
+def test_a_run_folder_of_another_format_is_refused(tiny: Tiny, tmp_path: Path, version: int | None) -> None:
     config = tiny.config(tmp_path / "run")
-    assert break_off(config, ("prune", 3))
+    assert break_off(config, ("prune", 1))
     path = tmp_path / "run/identity.json"
     record = json.loads(path.read_text())
-    del record["data"]["separate_documents"]
-    record["data"]["a_key_of_then"] = 1
-    path.write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"data\.separate_documents: False -> True"):
-        finish(tiny.config(tmp_path / "run", "data.separate_documents=true"))
-    assert break_off(config, ("prune", 6))
-
-
-def test_an_older_run_keeps_what_it_computed_where_a_default_is_another_by_now(tiny: Tiny, tmp_path: Path) -> None:
-    """Runs older than `prune.constraint` were lagrangian, and go on as such alone."""
-    then = ("prune.constraint=lagrangian", "prune.settle_steps=0", "prune.sharpening=1.0")
-    config = tiny.config(tmp_path / "run", *then)
-    assert break_off(config, ("prune", 3))
-    path = tmp_path / "run/identity.json"
-    record = json.loads(path.read_text())
-    for name in ("constraint", "settle_steps", "sharpening"):
-        del record["prune"][name]
-    path.write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match=r"prune\.constraint: lagrangian -> projected"):
-        finish(tiny.config(tmp_path / "run"))
-    assert break_off(config, ("prune", 6))
+    assert record.pop("format_version") == 1
+    path.write_text(json.dumps(record if version is None else record | {"format_version": version}))
+    with pytest.raises(CheckpointError, match=f"{path}: run folder format {version}, .* reads format 1; finish"):
+        finish(config)
 
 
 @pytest.mark.slow
@@ -167,23 +149,18 @@ def test_every_one_of_forty_steps_of_both_stages(tiny: Tiny, tmp_path: Path, pre
 
 
 @pytest.mark.parametrize(
-    ("then", "lacks", "now", "changed"),
+    ("then", "now", "changed"),
     [
-        (["weight=0"], "prune.distillation", ["weight=0"], []),  # there was no such section, and nobody taught
-        (["weight=0"], "prune.distillation", ["until=end"], ["weight: 0.0 -> None"]),
-        (["weight=0.5"], "prune.distillation.until", ["weight=0.5"], ["until: end -> outgrown"]),
-        (["weight=0.5"], "prune.distillation.until", ["weight=0.5", "until=end"], []),
-        (["weight=0"], "", ["weight=0", "until=end", "temperature=3"], []),  # without a teacher they change nothing
-        (["weight=0"], "", [], ["until: end -> outgrown", "weight: 0.0 -> None"]),
+        (["weight=0"], ["until=end"], ["temperature: unset -> 1.0", "until: unset -> end", "weight: 0.0 -> None"]),
+        (["weight=0.5"], ["weight=0.5", "until=end"], ["until: outgrown -> end"]),
+        (["weight=0"], ["weight=0", "until=end", "temperature=3"], []),  # without a teacher they change nothing
     ],
+    ids=["a teacher is added", "it stays longer", "no teacher"],
 )
-def test_what_a_teacher_was_in_older_runs(
-    tiny: Tiny, tmp_path: Path, then: list[str], lacks: str, now: list[str], changed: list[str]
+def test_keys_of_a_teacher_on_resume(
+    tiny: Tiny, tmp_path: Path, then: list[str], now: list[str], changed: list[str]
 ) -> None:
     record, later = (
         identity(tiny.config(tmp_path / "run", *(f"prune.distillation.{key}" for key in keys))) for keys in (then, now)
     )
-    if lacks:
-        *sections, last = lacks.split(".")
-        del functools.reduce(dict.__getitem__, sections, record)[last]
-    assert differences(record, later, former_identity(), "") == [f"prune.distillation.{text}" for text in changed]
+    assert differences(record, later, "") == [f"prune.distillation.{text}" for text in changed]

@@ -59,20 +59,23 @@ def test_held_out_pairs(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "given, code, message",
     [
-        (["web=x"], 2, "--tokenizer and --output are needed"),
-        (["web", "T"], 2, "give NAME=PREFIX"),
-        (["a/b=x", "T"], 2, "the domain name 'a/b'"),
-        (["web=x", "web=y", "T"], 2, "named twice"),
-        (["web=x", "--heldout", "code=y", "T"], 2, "name all of them or none"),
-        (["web=x", "--heldout-fraction", "2", "T"], 2, "are shares"),
-        (["web=nowhere", "T"], 3, "nowhere.bin: cannot be read"),
-        (["FOLDER"], 3, "manifest.json: not found"),
+        (["web"], 2, "give NAME=PREFIX"),
+        (["a/b=x"], 2, "the domain name 'a/b'"),
+        (["web=x", "web=y"], 2, "named twice"),
+        (["web=x", "--heldout", "code=y"], 2, "name all of them or none"),
+        (["web=x", "--heldout-fraction", "2"], 2, "are shares"),
+        (["web=nowhere"], 3, "nowhere.bin: cannot be read"),
     ],
 )
 def test_errors_are_one_message(tmp_path, tokenizer, capsys, given, code, message):
-    words = [str(tmp_path) if word == "FOLDER" else word for word in given if word != "T"]
-    if "T" in given:
-        words += ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "d")]
+    words = [*given, "--tokenizer", str(tokenizer), "--output", str(tmp_path / "d")]
     assert main(words) == code
     error = capsys.readouterr().err
     assert message in error and error.startswith("adopt_data: ") and not (tmp_path / "d").exists()
+
+
+def test_tokenizer_and_output_are_required(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["web=x"])
+    assert ended.value.code == 2
+    assert "--tokenizer, --output" in capsys.readouterr().err

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from run_stages.tiny import TEXTS, make_dataset, make_tokenizer
+
+from helpers.inputs import TEXTS, make_dataset, make_tokenizer
 
 EXACT = ["--precision", "fp32"]
 PATH = Path(__file__).parents[2] / "tools" / "bench" / "claim.py"

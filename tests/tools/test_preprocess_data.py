@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import processes_of
 
+from helpers.processes import processes_of
 from megashear.data.manifest import Dataset
 
 ROOT = Path(__file__).parents[2]

@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import pytest
-from run_stages.conftest import tiny, unbroken_folder  # noqa: F401
-from run_stages.tiny import SEQUENCE, records
 
+from helpers.tiny import SEQUENCE, records
 from megashear.config.load import load_config
 from megashear.config.stages import peak_learning_rate
 from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
 
 
-def test_records_stand_in_order(unbroken_folder: Path) -> None:  # noqa: F811
+def test_records_stand_in_order(unbroken_folder: Path) -> None:
     """The start's evaluation, then for each step its records, then its evaluation; one at the end in any case."""
     expected = [("prune", 0, "eval")]
     for step in range(1, 9):
@@ -25,7 +24,7 @@ def test_records_stand_in_order(unbroken_folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize(("stage", "share"), [("prune", PRUNE_WARMUP_SHARE), ("pretrain", PRETRAIN_WARMUP_SHARE)])
-def test_numbers_of_the_records(unbroken_folder: Path, stage: str, share: float) -> None:  # noqa: F811
+def test_numbers_of_the_records(unbroken_folder: Path, stage: str, share: float) -> None:
     config = load_config(unbroken_folder / "config.yaml")
     section = getattr(config, stage)
     for one in records(unbroken_folder):
@@ -38,7 +37,7 @@ def test_numbers_of_the_records(unbroken_folder: Path, stage: str, share: float)
         assert one["skipped"] == 0 and one["loss"] > 0 and one["grad_norm"] > 0
 
 
-def test_sparsity_grows_to_its_target(unbroken_folder: Path) -> None:  # noqa: F811
+def test_sparsity_grows_to_its_target(unbroken_folder: Path) -> None:
     """The target grows over half of the steps, here four, and stays; what is expected is on it, settled at the end."""
     masks = [one for one in records(unbroken_folder) if one["kind"] == "mask"]
     final = {"hidden": 1 - 24 / 32, "layer": 1 - 2 / 5, "intermediate": 1 - 32 / 48}

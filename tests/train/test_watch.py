@@ -7,9 +7,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from run_stages.conftest import tiny  # noqa: F401
-from run_stages.tiny import Tiny
 
+from helpers.tiny import Tiny
 from megashear.config.training_schema import ImportanceConfig, PruneConfig
 from megashear.run.runner import run
 from megashear.train.watch import ahead, confirmed, limit, smoothed, verdict
@@ -54,14 +53,14 @@ def test_masks_ahead_of_their_schedule_are_named() -> None:
     assert text is not None and "hidden 43% closed, 20% asked for" in text and "layer" not in text
 
 
-def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:  # noqa: F811
+def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:
     with caplog.at_level(logging.WARNING):
         run(tiny.config(folder, "run.stages=[prune]", *overrides))
     return [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
 
 
 def test_a_run_that_is_destroyed_says_so_once(
-    tiny: Tiny,  # noqa: F811
+    tiny: Tiny,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -71,7 +70,7 @@ def test_a_run_that_is_destroyed_says_so_once(
     assert len(said) == 1 and "hidden" in said[0] and "the weights' training is destroying" in said[0]
 
 
-def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = ["prune.constraint=lagrangian", "prune.lambda_learning_rate=50", "prune.mask_learning_rate=5"]
     with caplog.at_level(logging.WARNING):
         run(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
@@ -79,7 +78,7 @@ def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: 
 
 
 def test_harder_text_is_not_taken_for_destruction(
-    tiny: Tiny,  # noqa: F811
+    tiny: Tiny,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -94,12 +93,12 @@ def test_harder_text_is_not_taken_for_destruction(
     assert asked.call_count == 4
 
 
-def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+def test_a_sound_run_says_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert warnings_of(tiny, tmp_path / "sound", caplog, "prune.optimizer.learning_rate=1e-4") == []
 
 
 @pytest.fixture(scope="module")
-def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source that has something to lose: far below ln V."""
     folder = tmp_path_factory.mktemp("learned") / "run"
     keys = ["target=null", "mixture.rule=static", "pretrain.batch.eval_interval=100"]
@@ -116,7 +115,7 @@ def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
 
 
 def test_masks_that_destroy_a_model_are_named_as_soon_as_they_have_closed(
-    tiny: Tiny,  # noqa: F811
+    tiny: Tiny,
     learned: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from weights.random_llama import CONFIG, llama_tensors
 
 

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weights.random_llama import CONFIG, llama_tensors
 
 from megashear.errors import ModelError, StorageError
 from megashear.weights import writer as writer_module
 from megashear.weights.writer import ShardedWriter
+from weights.random_llama import CONFIG, llama_tensors
 
 LIMIT = 3000
 

@@ -9,12 +9,15 @@ import ctypes
 import re
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
+
+from helpers.compiled import compiled
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -31,29 +34,48 @@ def rewritten(source: str) -> str:
     return STATIC.sub(r"static \1 \2\3; emulation::machine.shared(&\2, sizeof \2);", source)
 
 
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
+
+
 def compile_cuda(sources: list[Path], includes: list[Path], library: Path) -> None:
-    """Compile `sources`, rewritten before, into a shared library; an AssertionError where g++ refuses them."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
+    """Compile `sources`, already rewritten, into a shared library. Raises AssertionError if g++ refuses them."""
     named = [*(f"-I{path}" for path in (HERE, *includes)), "-x", "c++", *map(str, sources), str(HERE / "controls.cpp")]
-    done = subprocess.run(["g++", *flags, "-DMEGASHEAR_CUDA", *named, "-o", library], capture_output=True, text=True)
+    done = subprocess.run(["g++", *FLAGS, "-DMEGASHEAR_CUDA", *named, "-o", library], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def build(folder: Path, csrc: Path = CSRC) -> ModuleType:
-    """The module `_csrc_cuda` of `csrc`, for addresses of the CPU's memory."""
-    for path in [*csrc.rglob("*.h"), *csrc.rglob("*.cu*"), csrc / "bindings.cpp"]:
-        target = folder / path.relative_to(csrc)
+def library(name: str, build: Callable[[Path], None]) -> Path:
+    """The shared library `name` that `build` compiles into a folder, from the cache if no source has changed."""
+    inputs = [path for path in (*CSRC.rglob("*.*"), *HERE.glob("*.*")) if path.is_file()]
+    return compiled(f"emulated-{name}", "g++", FLAGS, inputs, build) / f"{name}.so"
+
+
+def rewrite_sources(folder: Path) -> None:
+    """Write csrc's sources and headers to a folder as this machine compiles them."""
+    for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cu*"), CSRC / "bindings.cpp"]:
+        target = folder / path.relative_to(CSRC)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.name in ("mma.cuh", "wgmma.cuh"):
             target.write_text((HERE / path.name).read_text())
         else:
             text = path.read_text()
             target.write_text(rewritten(text) if path.suffix in (".cu", ".cuh") else text)
-    library = folder / "_csrc_cuda.so"
+
+
+def compile_kernels(folder: Path) -> None:
+    """Compile the module `_csrc_cuda` for addresses of the CPU's memory."""
+    rewrite_sources(folder)
     sources = [folder / "bindings.cpp", *sorted(folder.glob("*.cu")), *sorted(folder.glob("*/cuda.cu"))]
     includes = [folder, Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
-    compile_cuda(sources, includes, library)
-    spec = spec_from_file_location("_csrc_cuda", library, loader=ExtensionFileLoader("_csrc_cuda", str(library)))
+    compile_cuda(sources, includes, folder / "_csrc_cuda.so")
+
+
+def load_kernels() -> ModuleType:
+    """Import the module `_csrc_cuda`, compiled for the CPU."""
+    library_path = library("_csrc_cuda", compile_kernels)
+    spec = spec_from_file_location(
+        "_csrc_cuda", library_path, loader=ExtensionFileLoader("_csrc_cuda", str(library_path))
+    )
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)

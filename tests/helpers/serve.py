@@ -1,9 +1,9 @@
-"""What every rank of `launch.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
+"""What every rank of `ranks.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
-Key property: ranks that wait leave the cores to others. A group's thread polls a hundred times a second for as long as
-anything refers to the group, cycles that no one has collected included; a rank comes to fifty of them.
+Ranks that wait leave the cores to others: a group's thread polls a hundred times a second for as long as anything
+refers to the group, uncollected cycles included, and a rank comes to fifty of them.
 
-An exception on any rank is left to end it, upon which torchrun ends the others. torch is imported inside: saving a
+An exception on any rank ends it, upon which torchrun ends the others. torch is imported inside `main`: saving a
 checkpoint spawns a process that imports this module again and needs none of it.
 """
 
@@ -12,6 +12,15 @@ import importlib
 import json
 import os
 import sys
+from typing import Any
+
+
+def call(function: str, arguments: dict[str, Any]) -> Any:
+    """Call `module:function`; `ping` does nothing."""
+    if function == "ping":
+        return None
+    module, name = function.split(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 def main() -> None:
@@ -24,7 +33,7 @@ def main() -> None:
     with distributed(ParallelConfig()) as layout:
         while line := broadcast_object(sys.stdin.readline() if layout.is_main else None):
             job = json.loads(line)
-            result = getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
+            result = call(job["function"], job["arguments"])
             if layout.is_main:
                 torch.save(result, job["answer"] + ".part")
                 os.replace(job["answer"] + ".part", job["answer"])

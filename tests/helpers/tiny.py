@@ -3,47 +3,43 @@
 A whole run of a few steps takes about a second of computing, so a test can make dozens.
 """
 
-import argparse
 import contextlib
-import inspect
 import io
 import json
 import os
-import pathlib
-import pydoc
 import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import yaml
 
+from helpers.inputs import TEXTS, make_dataset, make_llama, make_tokenizer
 from megashear.checkpoint.store import list_checkpoints
 from megashear.config.load import load_config
 from megashear.config.schema import Config
-from megashear.data.indexed import IndexedWriter, token_dtype
-from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import CheckpointError, Interrupted
-from megashear.files.atomic import atomic_folder
 from megashear.files.manifest import read_manifest
 from megashear.run import summary
 from megashear.run.runner import run
-from megashear.train import loop
 from megashear.train.signals import stop_on_signals
-from megashear.train.stage import Stage
+from megashear.train.stage import OnStep, Stage
 
-TEXTS = {
-    "library": inspect.getsource(pathlib),
-    "command": inspect.getsource(argparse),
-    "help": inspect.getsource(pydoc),
-}
 SEQUENCE = 32
+SOURCE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 400,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
 RUN: dict[str, Any] = {
     "run": {"seed": 3, "stages": ["prune", "finalize", "pretrain"]},
     "target": {
@@ -81,7 +77,7 @@ class Tiny:
         self.folder, self.source, self.data = folder, folder / "source", folder / "data"
         self.source.mkdir(parents=True)
         make_tokenizer(self.source / "tokenizer.json", 400)
-        make_model(self.source)
+        make_llama(self.source, **SOURCE)
         make_dataset(self.data, self.source / "tokenizer.json", TEXTS)
 
     def file(self, folder: Path, **sections: Any) -> Path:
@@ -98,78 +94,18 @@ class Tiny:
         return load_config(self.file(folder, **sections), list(overrides))
 
 
-def make_tokenizer(path: Path, size: int) -> None:
-    """A byte-level BPE tokenizer.json of `size` ids with the end token `<end>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(TEXTS.values(), trainer)
-    tokenizer.save(str(path))
-    config = {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.with_name("tokenizer_config.json").write_text(json.dumps(config))
-
-
-def make_model(folder: Path) -> None:
-    """A random LLaMA with grouped queries and a tied embedding, by transformers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=400,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def make_dataset(folder: Path, tokenizer_path: Path, texts: dict[str, str], heldout: int = 2000) -> None:
-    """A dataset folder; documents are paragraphs, the first `heldout` characters of a text are held out."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    with atomic_folder(folder) as temporary:
-        for domain, text in texts.items():
-            for split, part in zip(SPLITS, (text[heldout:], text[:heldout]), strict=True):
-                with IndexedWriter(prefix(temporary, domain, split), token_dtype(tokenizer.vocab_size)) as writer:
-                    for paragraph in part.split("\n\n") if part else []:
-                        writer.add_document(np.array([*tokenizer.encode(paragraph), tokenizer.eos_id]))
-                counted = {"tokens": writer.tokens, "documents": writer.documents}
-                counts.setdefault(domain, {})[split] = counted
-        (temporary / "tokenizer").mkdir()
-        for file in tokenizer.files:
-            (temporary / "tokenizer" / file.name).write_bytes(file.read_bytes())
-        write_dataset_manifest(temporary, counts, tokenizer, {})
-
-
 class Killed(BaseException):
     """The process is gone at this point: nothing of ours handles this."""
 
 
-@contextlib.contextmanager
-def after_step(where: tuple[str, int] | None, action: Callable[[], None]) -> Iterator[None]:
-    """Do something after a step's records are written, before its evaluation and checkpoint; None: every step."""
-    original = loop.report_step
+def after_step(where: tuple[str, int] | None, action: Callable[[], None]) -> OnStep:
+    """A callback that acts after one (phase, step), before its evaluation and checkpoint; None: after every step."""
 
-    def report_step(running: Stage, result: Any) -> None:
-        original(running, result)
+    def act(running: Stage) -> None:
         if where in (None, (running.name, running.counters.step)):
             action()
 
-    with patch.object(loop, "report_step", report_step):
-        yield
+    return act
 
 
 def send_signal(number: int = signal.SIGUSR1) -> None:
@@ -183,9 +119,9 @@ def die() -> None:
 
 def break_off(config: Config, where: tuple[str, int] | None, action: Callable[[], None] = send_signal) -> bool:
     """Run until a signal, or the death, after a step (None: the next one); whether there was one before the end."""
-    with without_pictures(), after_step(where, action), stop_on_signals() as request:
+    with without_pictures(), stop_on_signals() as request:
         try:
-            run(config, stop=request)
+            run(config, stop=request, on_step=after_step(where, action))
         except (Interrupted, Killed):
             return True
     return False
@@ -200,7 +136,7 @@ def finish(config: Config) -> None:
 @contextlib.contextmanager
 def without_pictures() -> Iterator[None]:
     """Leave out the pictures at a run's end, which take longer than a tiny run, and what is printed."""
-    with patch.object(summary, "plot_run", lambda _: []), contextlib.redirect_stdout(io.StringIO()):
+    with patch.object(summary, "draw_pictures", lambda _: []), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
@@ -236,34 +172,3 @@ def without_times(value: Any) -> Any:
         kept = {name for name in value if not name.endswith(("seconds", "tokens_per_second"))}
         return {name: without_times(inner) for name, inner in value.items() if name in kept}
     return value
-
-
-def torchrun_call(ranks: int, *arguments: Any) -> dict[str, Any]:
-    """What `subprocess` takes for `torchrun -m ARGUMENTS` on this machine's CPU."""
-    tests = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "MEGASHEAR_DEVICE": "cpu",
-    }
-    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
-
-
-def torchrun(ranks: int, *arguments: Any, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m ARGUMENTS`, to its end; its output is checked by the caller."""
-    return subprocess.run(**torchrun_call(ranks, *arguments), capture_output=True, timeout=timeout, check=False)
-
-
-def run_jobs(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Have `ranks_case.py` do these jobs."""
-    path = folder / f"jobs-{ranks}-{uuid.uuid4().hex[:6]}.json"
-    path.write_text(json.dumps(jobs))
-    done = torchrun(ranks, "run_stages.ranks_case", path)
-    assert done.returncode == 0, done.stderr[-6000:]
-
-
-def job(file: Path, *overrides: str, stop: list[tuple[str, int]] | None = None, finish: bool = True) -> dict[str, Any]:
-    """One job of `run_jobs`."""
-    return {"file": str(file), "overrides": list(overrides), "stop": stop or [], "finish": finish}
