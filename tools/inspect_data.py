@@ -54,7 +54,8 @@ def chosen(dataset: Dataset, options: argparse.Namespace) -> np.ndarray:
         count = sample_count(len(pair.tokens), options.sequence_length)
         check_number("--sample", options.sample, count)
         start = options.sample * options.sequence_length
-        return pair.tokens[start : start + options.sequence_length + 1]
+        ids: np.ndarray = pair.tokens[start : start + options.sequence_length + 1]
+        return ids
     number = options.document or 0
     check_number("--document", number, pair.documents)
     return pair.document(number)

@@ -9,7 +9,7 @@ done by megashear/data/preprocess.py.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megashear.data.domains import DEFAULT_KEY, DomainRule, parse_domain_map
@@ -86,16 +86,17 @@ def parser() -> argparse.ArgumentParser:
 
 def job_of(options: argparse.Namespace) -> Preprocessing:
     """The run that the options ask for; raises ConfigError with all that is wrong, DataError for a domain map."""
+    limits: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+        ("workers", "at least 1", lambda v: v >= 1),
+        ("heldout_fraction", "from 0 to below 1", lambda v: 0 <= v < 1),
+        ("heldout_sequences", "at least 0", lambda v: v >= 0),
+        ("heldout_limit", "from 0 to 1", lambda v: 0 <= v <= 1),
+        ("sequence_length", "at least 1", lambda v: v >= 1),
+        ("max_bad_fraction", "from 0 to 1", lambda v: 0 <= v <= 1),
+    )
     problems = [
         f"--{name.replace('_', '-')} {value}: {wanted}"
-        for name, wanted, fine in (
-            ("workers", "at least 1", lambda v: v >= 1),
-            ("heldout_fraction", "from 0 to below 1", lambda v: 0 <= v < 1),
-            ("heldout_sequences", "at least 0", lambda v: v >= 0),
-            ("heldout_limit", "from 0 to 1", lambda v: 0 <= v <= 1),
-            ("sequence_length", "at least 1", lambda v: v >= 1),
-            ("max_bad_fraction", "from 0 to 1", lambda v: 0 <= v <= 1),
-        )
+        for name, wanted, fine in limits
         if not fine(value := getattr(options, name))
     ]
     if options.domain is not None and (problem := check_domain_name(options.domain)) is not None:

@@ -167,7 +167,8 @@ def newest_valid(folder: Path) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of a checkpoint."""
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def read_masks(path: Path) -> dict[str, torch.Tensor]:

@@ -72,9 +72,8 @@ def _value(tree: Any, key: keys.Key) -> Any:
 
 def _flow(value: Any) -> str:
     """A value as YAML on one line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=1_000_000, sort_keys=False).removesuffix("\n...\n").strip()
-    )
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, sort_keys=False)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _kind(key: keys.Key) -> str:

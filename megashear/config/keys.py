@@ -64,5 +64,5 @@ def _sections(cls: type, prefix: Path) -> list[tuple[Path, str]]:
         if is_dataclass(hints[item.name]):
             assert item.default is not MISSING
             path = (*prefix, item.name)
-            found += [(path, item.metadata["help"]), *_sections(hints[item.name], path)]  # type: ignore[arg-type]
+            found += [(path, item.metadata["help"]), *_sections(hints[item.name], path)]
     return found

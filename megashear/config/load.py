@@ -44,7 +44,8 @@ def load_config(path: Path | str | None, overrides: list[str] | None = None) -> 
             problems.append(f"{places.get(at, path)}: {'.'.join(at)} {wrong}")
     if problems:
         raise ConfigError(problems)
-    return _build(Config, resolved, ())
+    config: Config = _build(Config, resolved, ())
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Key properties: free of torch; all problems of a shape come in one ConfigError. 
 
 import difflib
 from dataclasses import fields
+from typing import Any
 
 from megashear.config.legality import self_problems
 from megashear.config.schema import ShapeConfig
@@ -68,7 +69,7 @@ def resolve_shape(
     return _cut_from(source, given, base, section)
 
 
-def _cut_from(source: ModelShape, given: dict, base: ModelShape | None, section: str) -> ModelShape:
+def _cut_from(source: ModelShape, given: dict[str, Any], base: ModelShape | None, section: str) -> ModelShape:
     """A target: pruned sizes by keys, preset or source, the rest by keys or source."""
     sizes = {f.name: getattr(source, f.name) for f in fields(source)}
     if base is not None:
@@ -96,7 +97,7 @@ def _groups(source: ModelShape, heads: int, section: str, problems: list[str]) -
     return groups
 
 
-def _standing_alone(given: dict, base: ModelShape | None, vocab_size: int | None, section: str) -> ModelShape:
+def _standing_alone(given: dict[str, Any], base: ModelShape | None, vocab_size: int | None, section: str) -> ModelShape:
     """A shape without a source: keys, then what follows from them, then the preset."""
     sizes = {} if base is None else {f.name: getattr(base, f.name) for f in fields(base)}
     if vocab_size is not None:
@@ -120,7 +121,7 @@ def _standing_alone(given: dict, base: ModelShape | None, vocab_size: int | None
     return _checked(sizes, section, problems)
 
 
-def _checked(sizes: dict, section: str, problems: list[str]) -> ModelShape:
+def _checked(sizes: dict[str, Any], section: str, problems: list[str]) -> ModelShape:
     """The shape, or ConfigError with the problems so far and those of its sizes."""
     shape = ModelShape(**sizes)
     problems = problems + self_problems(shape, section)

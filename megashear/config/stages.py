@@ -49,7 +49,8 @@ def peak_learning_rate(optimizer: OptimizerConfig, hidden_size: int) -> float:
     """
     if optimizer.learning_rate is not None:
         return optimizer.learning_rate
-    return PAPER["optimizer"]["learning_rate"] * PRESETS["sheared-2.7b"].hidden_size / hidden_size
+    published: float = PAPER["optimizer"]["learning_rate"]
+    return published * PRESETS["sheared-2.7b"].hidden_size / hidden_size
 
 
 def training_stages(config: Config) -> dict[str, PruneConfig | PretrainConfig]:

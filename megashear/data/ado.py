@@ -71,7 +71,8 @@ class LearningSpeed:
         if not np.isfinite(total) or total <= 0:
             return self.prior_K.copy()
         raised_K = np.maximum(wanted_K / total, min(LEAST_PREFERENCE, 1.0 / self.count))
-        return raised_K / raised_K.sum()
+        rho_K: np.ndarray = raised_K / raised_K.sum()
+        return rho_K
 
     def _speed(self, index: int, step: int) -> float:
         """-dL/dn of a domain at `step`, 0 where its law does not fall or too few losses are known."""

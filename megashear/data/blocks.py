@@ -14,7 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -151,6 +151,12 @@ class CheckedArray:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @overload
+    def __getitem__(self, key: slice) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, key: Any) -> Any: ...
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):

@@ -62,7 +62,10 @@ def compile_rules(rules: BpeRules) -> CompiledEncoder:
     except (ImportError, AttributeError) as error:
         raise NotServed(f"the kernels cannot be loaded ({error})") from error
     merges = np.array(rules.merges, dtype=np.int32).reshape(-1, 4)
-    return made(rules.texts, rules.ranks, merges, rules.wholes, rules.bytes, rules.unknown, rules.prefix)
+    encoder: CompiledEncoder = made(
+        rules.texts, rules.ranks, merges, rules.wholes, rules.bytes, rules.unknown, rules.prefix
+    )
+    return encoder
 
 
 # ---- SentencePiece ----

@@ -38,7 +38,8 @@ def chunk_places(opened: IndexedTokens, chunk: int) -> np.ndarray:
         raise DataError(f"{opened.idx_path}: sequences do not lie back to back; make the pair again")
     if edge_S[-1] > len(opened.tokens):
         raise DataError(f"{opened.idx_path}: documents end behind the last token; the file is damaged")
-    return edge_S[bound_N - first]
+    edge_N: np.ndarray = edge_S[bound_N - first]
+    return edge_N
 
 
 def check_documents(opened: IndexedTokens, eos_id: int, vocab_size: int, chunks: Sequence[int] | None = None) -> None:

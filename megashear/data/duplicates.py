@@ -52,4 +52,5 @@ def later_copies(hash_N: np.ndarray, check_N: np.ndarray) -> np.ndarray:
     hash_M, check_M = hash_N[twins_N], check_N[twins_N]
     order_M = np.lexsort((check_M, hash_M))  # stable: the first in the input comes first
     equal_M = (hash_M[order_M][1:] == hash_M[order_M][:-1]) & (check_M[order_M][1:] == check_M[order_M][:-1])
-    return twins_N[order_M[1:][equal_M]]
+    later: np.ndarray = twins_N[order_M[1:][equal_M]]
+    return later

@@ -34,7 +34,8 @@ def scaled_into(weight_K: np.ndarray, low_K: np.ndarray, high_K: np.ndarray) -> 
     log_K = np.log(weight_K)
 
     def clipped(shift: float) -> np.ndarray:
-        return np.clip(np.exp(np.minimum(log_K + shift, 1.0)), low_K, high_K)
+        clipped_K: np.ndarray = np.clip(np.exp(np.minimum(log_K + shift, 1.0)), low_K, high_K)
+        return clipped_K
 
     for _ in range(200):
         middle = 0.5 * (low + high)

@@ -84,7 +84,7 @@ class IndexedTokens:
                 "can be read"
             )
         self.dtype = dtypes[code].newbyteorder("<")
-        self.documents = max(bounds - 1, 0)
+        self.documents: int = max(bounds - 1, 0)
         expected = HEADER.size + 12 * self.sequences + 8 * bounds
         if self._idx.size != expected:
             raise DataError(

@@ -35,7 +35,8 @@ def initial_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndar
 def starting_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndarray:
     """Weights of a mixture that has not moved yet, float64 [K]: a schedule's first, else `initial_weights`."""
     if config.rule == "schedule":
-        return schedule_points(config, list(tokens))[0]
+        first_K: np.ndarray = schedule_points(config, list(tokens))[0]
+        return first_K
     return initial_weights(config, tokens)
 
 

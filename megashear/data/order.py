@@ -160,4 +160,5 @@ def pairs_of(chunk: Chunk, held_U: np.ndarray) -> np.ndarray:
     hash_N = chunk.table["hash"]
     found_N = np.searchsorted(held_U, hash_N)
     held_N = np.append(held_U, np.uint64(0))[found_N] == hash_N
-    return 2 * chunk.domain_N + (held_N & (found_N < len(held_U)))
+    pair_N: np.ndarray = 2 * chunk.domain_N + (held_N & (found_N < len(held_U)))
+    return pair_N

@@ -123,7 +123,8 @@ def binary(column: "pyarrow.Array") -> "pyarrow.Array":
 def column_values(column: "pyarrow.Array") -> list[Any]:
     """Values as Python objects; the UnicodeDecodeError in place of one that cannot be decoded."""
     try:
-        return column.to_pylist()
+        values: list[Any] = column.to_pylist()
+        return values
     except UnicodeDecodeError:
         return [one_value(value) for value in column]
 

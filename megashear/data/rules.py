@@ -80,7 +80,8 @@ class Schedule(Stateless):
         place = min(step / self.steps, 1.0) * last
         before = min(int(place), max(last - 1, 0))
         after, share = min(before + 1, last), place - before
-        return (1.0 - share) * self.points_PK[before] + share * self.points_PK[after]
+        due_K: np.ndarray = (1.0 - share) * self.points_PK[before] + share * self.points_PK[after]
+        return due_K
 
 
 def make_rule(config: MixtureConfig, names: list[str], steps: int) -> Rule:

@@ -22,14 +22,16 @@ def sample_count(tokens: int, sequence_length: int) -> int:
 
 def read_sample(stream: np.ndarray, sample: int, sequence_length: int) -> np.ndarray:
     """Tokens [S+1] of one sample, a view of the stream."""
-    return stream[sample * sequence_length : (sample + 1) * sequence_length + 1]
+    tokens: np.ndarray = stream[sample * sequence_length : (sample + 1) * sequence_length + 1]
+    return tokens
 
 
 def mix(value: np.ndarray) -> np.ndarray:
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014): uint64 -> uint64, every bit depends on every bit."""
     value = (value ^ (value >> np.uint64(30))) * MIX_1
     value = (value ^ (value >> np.uint64(27))) * MIX_2
-    return value ^ (value >> np.uint64(31))
+    mixed: np.ndarray = value ^ (value >> np.uint64(31))
+    return mixed
 
 
 class Permutation:

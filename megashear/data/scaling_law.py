@@ -29,7 +29,8 @@ class ScalingLaw:
 
     def loss(self, parameters: float) -> float:
         """The loss of a model of that many parameters, embeddings included."""
-        return self.amplitude * parameters**-self.exponent + self.limit
+        nats: float = self.amplitude * parameters**-self.exponent + self.limit
+        return nats
 
     def problems(self) -> list[str]:
         """Why the fit is not to be trusted; empty where nothing speaks against it."""

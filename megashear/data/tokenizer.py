@@ -61,11 +61,13 @@ class SentencePieceEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
-        return self._model.encode(text)
+        ids: list[int] = self._model.encode(text)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
-        return self._model.decode(ids)
+        text: str = self._model.decode(ids)
+        return text
 
     def rules(self) -> bpe.BpeRules:
         """The rules of its file; raises NotServed."""

@@ -18,7 +18,7 @@ from typing import Any
 from megashear.data.parts import PartSettings, write_part
 from megashear.data.progress import Progress
 from megashear.data.shards import ShardPiece
-from megashear.data.tokenizer import load_tokenizer
+from megashear.data.tokenizer import Tokenizer, load_tokenizer
 from megashear.errors import DataError
 from megashear.processes import end_with_parent
 
@@ -32,7 +32,7 @@ class Worker:
 
     def __init__(self, tokenizer: Path, settings: PartSettings, counters: Any, stop: Any) -> None:
         self.path, self.settings, self.counters, self.stop = tokenizer, settings, counters, stop
-        self.tokenizer: Any = None
+        self.tokenizer: Tokenizer | None = None
         self.reported = (0, 0)
         self.last = 0.0
 

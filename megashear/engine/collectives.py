@@ -3,7 +3,7 @@ objects.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 
 from megashear.engine.layout import Layout
 from megashear.errors import MegashearError
+
+T = TypeVar("T")
 
 
 def sum_over_world(flat: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: Any, source: int = 0) -> Any:
+def broadcast_object(value: T, source: int = 0) -> T:
     """Give every rank the source rank's object (trusted: it comes from our own ranks)."""
     if dist.get_world_size() == 1:
         return value
@@ -50,7 +52,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """Every rank's object, on every rank, in the order of ranks."""
     if dist.get_world_size() == 1:
         return [value]
@@ -69,7 +71,7 @@ def gather_rows(part: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def on_main(layout: Layout, function: Callable[[], Any]) -> Any:
+def on_main(layout: Layout, function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone and give its value to every rank; a user's error is raised on every rank."""
     outcome: tuple[Any, MegashearError | None] = (None, None)
     if layout.is_main:
@@ -77,6 +79,7 @@ def on_main(layout: Layout, function: Callable[[], Any]) -> Any:
             outcome = (function(), None)
         except MegashearError as error:
             outcome = (None, error)
+    value: T
     value, failure = broadcast_object(outcome)
     if failure is not None:
         raise failure

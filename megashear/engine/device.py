@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ def present_cpu() -> None:
         logger.info("no GPU in use: megatron-core computes on the CPU, ranks talk through gloo")
 
 
-def _on_cpu(factory: Any) -> Any:
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A tensor factory that takes "cuda" for the CPU."""
 
     @functools.wraps(factory)

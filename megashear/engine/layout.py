@@ -96,7 +96,8 @@ def _start(timeout_minutes: float) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend(), timeout=timeout)
     else:
-        dist.init_process_group(backend(), rank=0, world_size=1, store=dist.HashStore(), timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch.distributed does not list it
+        dist.init_process_group(backend(), rank=0, world_size=1, store=store, timeout=timeout)
 
 
 def build_layout(parallel: ParallelConfig) -> Layout:

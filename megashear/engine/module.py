@@ -6,7 +6,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
-class StageModule(MegatronModule):
+class StageModule(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
     """A module that runs as part of a pipeline; its first and last chunk may hold copies of one tied embedding."""
 
     model_type = ModelType.encoder_or_decoder

@@ -5,7 +5,8 @@ layers are made empty here, and the marks that megatron-core's initialisation wo
 """
 
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,7 @@ def parallel_product(linear: torch.nn.Module, x: torch.Tensor, weight: torch.Ten
     fused: let a kernel, where there is one, add the gradient into the weight's own buffer (`weight.main_grad`).
     """
     column = isinstance(linear, tensor_parallel.ColumnParallelLinear)
-    out = tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce(
+    out: torch.Tensor = tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce(
         x,
         weight,
         None,
@@ -107,8 +108,10 @@ def parallel_product(linear: torch.nn.Module, x: torch.Tensor, weight: torch.Ten
     if column:
         return out
     if linear.sequence_parallel:
-        return mappings.reduce_scatter_to_sequence_parallel_region(out, group=linear.tp_group)
-    return mappings.reduce_from_tensor_model_parallel_region(out, group=linear.tp_group)
+        out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=linear.tp_group)
+    else:
+        out = mappings.reduce_from_tensor_model_parallel_region(out, group=linear.tp_group)
+    return out
 
 
 def vocab_embedding(rows: int, width: int, config: TransformerConfig) -> tensor_parallel.VocabParallelEmbedding:
@@ -161,6 +164,8 @@ def cross_entropy(log_sum: torch.Tensor, label_logit: torch.Tensor) -> torch.Ten
 class _CrossEntropyOverRanks(torch.autograd.Function):
     """ln of the sum over ranks of exp(log_sum), less the sum over ranks of label_logit."""
 
+    apply: ClassVar[Callable[..., torch.Tensor]]  # untyped in torch
+
     @staticmethod
     def forward(ctx: Any, log_sum: torch.Tensor, label_logit: torch.Tensor, group: Any) -> torch.Tensor:
         peak = log_sum.clone()
@@ -179,18 +184,21 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
 
 def gather_features(x: torch.Tensor) -> torch.Tensor:
     """All tensor-parallel ranks' last dimensions side by side; the gradient is summed over ranks and scattered back."""
-    return mappings.all_gather_last_dim_from_tensor_parallel_region(x)
+    gathered: torch.Tensor = mappings.all_gather_last_dim_from_tensor_parallel_region(x)
+    return gathered
 
 
 def gather_logits(logits: torch.Tensor) -> torch.Tensor:
     """All columns of vocabulary-parallel logits on every tensor-parallel rank."""
-    return mappings.gather_from_tensor_model_parallel_region(logits)
+    gathered: torch.Tensor = mappings.gather_from_tensor_model_parallel_region(logits)
+    return gathered
 
 
 @torch.no_grad()
 def gather_sequence(x: torch.Tensor) -> torch.Tensor:
     """Activations split by sequence, [S / TP, ..], whole on every tensor-parallel rank, [S, ..]; without gradients."""
-    return mappings.gather_from_sequence_parallel_region(x)
+    gathered: torch.Tensor = mappings.gather_from_sequence_parallel_region(x)
+    return gathered
 
 
 def tensor_group() -> Any:

@@ -51,7 +51,7 @@ def run_micro_batches(
     def step(iterator: Iterator[Any], chunk: torch.nn.Module, *_: Any) -> Any:
         return forward_step(next(iterator), chunk)
 
-    return get_forward_backward_func()(
+    collected: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -60,6 +60,7 @@ def run_micro_batches(
         micro_batch_size=micro_batch,
         forward_only=forward_only,
     )
+    return collected
 
 
 def to_next_stage(tensor: torch.Tensor) -> None:

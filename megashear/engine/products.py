@@ -33,7 +33,8 @@ def _through_fp32(plain: Any) -> Any:
 
     def product(keys: Any, one: Tensor, other: Tensor) -> Tensor:
         if one.dtype is not torch.bfloat16:
-            return plain.call_boxed(keys, one, other)
+            same: Tensor = plain.call_boxed(keys, one, other)
+            return same
         wide: Tensor = plain.call_boxed(keys, one.float(), other.float())
         return wide.bfloat16()
 

@@ -29,7 +29,7 @@ def leave_out_compiler() -> None:
     """Import megatron-core with plain fused functions, and stop torch from importing the compiler at run time."""
     with _plain_decorator(), _no_tensorboard():
         import megatron.core  # noqa: F401
-    torch._disable_dynamo = _unchanged  # type: ignore[assignment]  # custom ops ask for it when they are registered
+    torch._disable_dynamo = _unchanged  # type: ignore[assignment,attr-defined]  # custom ops ask for it when registered
     for function in HIDDEN_FROM_COMPILER:
         plain = function.__wrapped__  # type: ignore[attr-defined]
         # The wrapper calls this attribute if it is set, and imports torch._dynamo to set it if it is not.

@@ -45,4 +45,5 @@ def reference_logits(model: ModelFolder, ids_BS: Tensor, dtype: torch.dtype | No
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
     """[B, S, heads * head_dim] -> [B, heads, S, head_dim]."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return heads

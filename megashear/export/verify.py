@@ -60,7 +60,8 @@ def _transformers_logits(folder: Path, ids_BS: Tensor) -> Tensor:
     if problems:
         raise ModelError(f"{folder}: not kept, for transformers reports:\n  " + "\n  ".join(problems))
     with torch.no_grad():
-        return network.eval()(ids_BS).logits.float()
+        logits: Tensor = network.eval()(ids_BS).logits.float()
+        return logits
 
 
 def _check_tokenizer(folder: Path, model: ModelFolder) -> None:

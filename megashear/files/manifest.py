@@ -42,7 +42,7 @@ def read_manifest(folder: Path, error: type[MegashearError]) -> dict[str, Any]:
     """The manifest of a folder, not yet compared with its files; raises `error` where it is missing or unreadable."""
     path = Path(folder) / NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         files = content["files"]
         sizes = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError as missing:

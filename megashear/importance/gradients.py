@@ -20,7 +20,7 @@ from megashear.importance.activations import wide
 from megashear.importance.units import add_matrix, empty_units, matrix_part
 from megashear.masks.masks import Masks
 from megashear.model.llama import Llama
-from megashear.model.placement import chunk_pieces
+from megashear.model.placement import Piece, chunk_pieces
 from megashear.train.step import MicroBatch
 
 
@@ -79,7 +79,7 @@ def _watch_weights(chunk: Llama, found: dict[str, Tensor], count: int, stack: Ex
             continue
         rows = iter(range(count))
 
-        def use(weight: Tensor, own: list = pieces[name], rows: Iterator[int] = rows) -> None:
+        def use(weight: Tensor, own: list[Piece] = pieces[name], rows: Iterator[int] = rows) -> None:
             at = next(rows)
             assert weight.grad is not None
             product = (wide(weight.detach()) * wide(weight.grad)).abs()

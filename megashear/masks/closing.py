@@ -79,7 +79,8 @@ class Closing:
 
     def growth(self) -> float:
         """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
-        return self.config.sharpening ** (1.0 / max(1, self.settle_step))
+        factor: float = self.config.sharpening ** (1.0 / max(1, self.settle_step))
+        return factor
 
     def rates(self) -> tuple[float, float]:
         """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means.

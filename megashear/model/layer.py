@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
     def _own_rows(self, qkv_SBR: Tensor, live: LiveLayer) -> Tensor:
         """Where several ranks share a group: of all rows those of this rank's query heads and its group's k and v."""
-        x_SBGrd = gather_features(qkv_SBR).unflatten(2, (-1, self.queries + 2, self.head_dim))
+        x_SBGrd: Tensor = gather_features(qkv_SBR).unflatten(2, (-1, self.queries + 2, self.head_dim))
         group = self.tensor_rank // self.ranks_per_group
         first = (self.tensor_rank % self.ranks_per_group) * self.heads
         heads_H = torch.arange(self.heads, device=qkv_SBR.device) if live.heads is None else live.heads

@@ -118,7 +118,8 @@ def kept_heads(live_GQ: np.ndarray) -> np.ndarray | None:
         return None
     # Live heads first, in their order, then as many dead ones as the fullest group needs.
     order = np.argsort(~live_GQ[groups], axis=1, kind="stable")[:, :queries]
-    return groups[:, None] * live_GQ.shape[1] + np.sort(order, axis=1)
+    kept: np.ndarray = groups[:, None] * live_GQ.shape[1] + np.sort(order, axis=1)
+    return kept
 
 
 class LivePlanner:

@@ -4,6 +4,9 @@ The live part is gathered before the product and again before its backward pass,
 a copy. Its gradient goes straight into the weight's fp32 gradient buffer where there is one. Read next: `live.py`.
 """
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -14,13 +17,15 @@ from megashear.engine.parallel import parallel_product
 class _LiveWeight(torch.autograd.Function):
     """weight[rows][:, columns]; the gradient is added where it belongs."""
 
+    apply: ClassVar[Callable[..., Tensor]]  # untyped in torch
+
     @staticmethod
-    def forward(ctx, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
         ctx.weight, ctx.rows, ctx.columns = weight, rows, columns
         return ops.live_gather(weight.detach(), rows, columns)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         # The buffer of megatron-core's DistributedDataParallel, which adds what autograd brings: here nothing.
         total = getattr(ctx.weight, "main_grad", None)
         if total is not None:

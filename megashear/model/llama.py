@@ -73,9 +73,12 @@ class Llama(StageModule):
 
     def embedding_weight(self) -> Tensor | None:
         """The tied weight of this chunk, if it holds a copy."""
+        weight: Tensor | None = None
         if self.pre_process:
-            return self.embedding.weight
-        return self.output.weight if self.post_process and self.tied else None
+            weight = self.embedding.weight
+        elif self.post_process and self.tied:
+            weight = self.output.weight
+        return weight
 
     def forward(
         self,
@@ -126,7 +129,8 @@ class Llama(StageModule):
                 stream = layer(stream, rope, layer_masks, first_BS)
         if not self.post_process:
             return self.leave(stream.total(), stage)
-        return self.norm(stream, stage.norm, stage.live_hidden)[1]
+        states: Tensor = self.norm(stream, stage.norm, stage.live_hidden)[1]
+        return states
 
     def enter(self, tokens_BS: Tensor, stage: StageMasks) -> Tensor:
         """The residual stream [S, B, live D] at the chunk's start: masked embeddings, or the last stage's activations.
@@ -136,7 +140,7 @@ class Llama(StageModule):
         if not self.pre_process:
             assert self.input_tensor is not None
             return self.input_tensor if stage.live_hidden is None else self.input_tensor[..., stage.live_hidden]
-        x = self.embedding(tokens_BS)
+        x: Tensor = self.embedding(tokens_BS)
         x_SBD = x if self.config.sequence_parallel else x.transpose(0, 1).contiguous()
         if stage.live_hidden is not None:
             x_SBD = x_SBD.index_select(-1, stage.live_hidden)
@@ -167,7 +171,8 @@ class Llama(StageModule):
 
     def output_weight(self) -> Tensor:
         """The output layer's rows on this rank [V / TP, D]: the embedding's where they are one tensor."""
-        return self.embedding.weight if self.tied and self.pre_process else self.output.weight
+        weight: Tensor = self.embedding.weight if self.tied and self.pre_process else self.output.weight
+        return weight
 
     def real_columns(self, width: int) -> int:
         """How many of this rank's `width` columns of the vocabulary are not padding."""

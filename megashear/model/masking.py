@@ -7,7 +7,9 @@ one plain sum over tensor- and pipeline-parallel ranks completes every mask's gr
 parallelism). Read next: `live.py`, `layer.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,13 +45,15 @@ class StageMasks:
 class _ScaleGradient(torch.autograd.Function):
     """Identity whose gradient is multiplied by a constant."""
 
+    apply: ClassVar[Callable[..., Tensor]]  # untyped in torch
+
     @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
 
 

@@ -106,7 +106,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = No
     """Root mean square norm, of the live dimensions alone where there is a mask; see `reference.rms_norm`."""
     if not serves(x):
         return reference.rms_norm(x, weight_D, eps, mask_D)
-    return rms_norm_kernel.masked_rms_norm(x, weight_D.float(), _fp32(mask_D), eps)[0]
+    out: Tensor = rms_norm_kernel.masked_rms_norm(x, weight_D.float(), _fp32(mask_D), eps)[0]
+    return out
 
 
 def add_rms_norm(
@@ -121,14 +122,16 @@ def add_rms_norm(
     if not serves(x):
         return reference.add_rms_norm(x, branch, branch_mask_D, weight_D, eps, mask_D)
     vectors = _fp32(branch_mask_D), weight_D.float(), _fp32(mask_D)
-    return rms_norm_kernel.add_rms_norm(x, branch, *vectors, eps)[:2]
+    out: tuple[Tensor, Tensor] = rms_norm_kernel.add_rms_norm(x, branch, *vectors, eps)[:2]
+    return out
 
 
 def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
     """silu(gate) * up * mask of one [.., 2F] tensor; see `reference.swiglu`."""
     if not serves(gate_up):
         return reference.swiglu(gate_up, mask_F)
-    return swiglu_kernel.masked_swiglu(gate_up, _fp32(mask_F))
+    out: Tensor = swiglu_kernel.masked_swiglu(gate_up, _fp32(mask_F))
+    return out
 
 
 def rope_qkv(
@@ -156,7 +159,8 @@ def cross_entropy_terms(
     if not serves(logits):
         return reference.cross_entropy_terms(logits, labels, first, columns)
     columns = logits.shape[-1] if columns is None else columns
-    return cross_entropy_kernel.cross_entropy_terms(logits, labels, first, columns, overwrite)
+    terms: tuple[Tensor, Tensor] = cross_entropy_kernel.cross_entropy_terms(logits, labels, first, columns, overwrite)
+    return terms
 
 
 def attention(
@@ -184,7 +188,7 @@ def attention(
     if narrow:
         q_BHSd, k_BGSd, v_BGSd = q_BHSd.float(), k_BGSd.float(), v_BGSd.float()
     tiles = "" if form == "compiled" else form
-    out = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS, tiles)[0]
+    out: Tensor = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS, tiles)[0]
     return out.half() if narrow else out
 
 
@@ -196,14 +200,16 @@ def mask_noise(
     if not compiled_for(device):
         return reference.mask_noise(seed, step, micro_batch, granularity, units, device)
     reference.check_counter(step, micro_batch, granularity)
-    return hard_concrete_kernel.mask_noise(seed, step, micro_batch, granularity, units, device)
+    uniform: Tensor = hard_concrete_kernel.mask_noise(seed, step, micro_batch, granularity, units, device)
+    return uniform
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     """A hard concrete sample for given noise; see `reference.hard_concrete`."""
     if log_alpha.dtype != torch.float32 or not serves(log_alpha):
         return reference.hard_concrete(log_alpha, uniform)
-    return hard_concrete_kernel.hard_concrete(log_alpha, uniform.float())[0]
+    z: Tensor = hard_concrete_kernel.hard_concrete(log_alpha, uniform.float())[0]
+    return z
 
 
 def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int) -> Tensor:
@@ -212,14 +218,16 @@ def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: i
         return reference.sample_hard_concrete(log_alpha, seed, step, micro_batch, granularity)
     reference.check_counter(step, micro_batch, granularity)
     signed = (seed + 2**63) % 2**64 - 2**63  # as a 64-bit argument of the custom op
-    return hard_concrete_kernel.sample_hard_concrete(log_alpha, signed, step, micro_batch, granularity)[0]
+    z: Tensor = hard_concrete_kernel.sample_hard_concrete(log_alpha, signed, step, micro_batch, granularity)[0]
+    return z
 
 
 def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
     """The live rows and columns of a weight; see `reference.live_gather`."""
     if not serves(weight):
         return reference.live_gather(weight, rows, columns)
-    return live_weight_kernel.live_gather(weight, rows, columns)
+    live: Tensor = live_weight_kernel.live_gather(weight, rows, columns)
+    return live
 
 
 def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:

@@ -10,7 +10,7 @@ chunk, V this rank's columns of the vocabulary that are not padding. Read next: 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,8 @@ def distillation_losses(
 
 
 class _Distillation(torch.autograd.Function):
+    apply: ClassVar[Callable[..., Tensor]]  # untyped in torch
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: Teaching, part: VocabularyPart

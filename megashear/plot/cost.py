@@ -114,7 +114,8 @@ def taught_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
     at, taught = stage.steps("train")[known], stage.values("train", "taught")[known]
     if not len(at):
         return np.asarray(steps, dtype=np.float64)
-    return np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))
+    found: np.ndarray = np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))
+    return found
 
 
 def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
@@ -133,7 +134,8 @@ def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
     for recorded, evenly in zip(counted, np.diff(edges) * (share[1:] + share[:-1]) / 2, strict=True):
         sums.append(float(recorded if np.isfinite(recorded) else sums[-1] + evenly))
     beyond = np.maximum(np.asarray(steps) - edges[-1], 0.0) * share[-1]
-    return np.interp(steps, edges, sums) + beyond
+    found: np.ndarray = np.interp(steps, edges, sums) + beyond
+    return found
 
 
 def trained_tokens(spent: list[StageCost]) -> float:

@@ -88,7 +88,8 @@ def draw_importance(scores: Scores) -> Figure:
 def of_rows(score: np.ndarray) -> np.ndarray:
     """Scores [.., n] as shares of their row's largest; rows of zeros stay zeros."""
     largest = score.max(axis=-1, keepdims=True)
-    return np.divide(score, largest, out=np.zeros_like(score), where=largest > 0)
+    share: np.ndarray = np.divide(score, largest, out=np.zeros_like(score), where=largest > 0)
+    return share
 
 
 def draw_layers(axes: Axes, score: np.ndarray, error: np.ndarray) -> None:

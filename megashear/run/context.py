@@ -187,7 +187,7 @@ def claim(context: Context) -> None:
 def identity(config: Config) -> dict[str, Any]:
     """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
     values = to_dict(config)
-    own = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
+    own: dict[str, Any] = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": values["run"]["seed"]}
     own = json.loads(json.dumps(own))
     for *sections, free in FREE_KEYS:

@@ -97,7 +97,8 @@ def made_by(context: Context) -> dict[str, Any]:
         "data_digest": context.dataset.digest(),
         "source_digest": None if context.source is None else context.source.digest(),
     }
-    return json.loads(json.dumps(known))
+    record: dict[str, Any] = json.loads(json.dumps(known))
+    return record
 
 
 def calibration_record(context: Context) -> dict[str, Any]:

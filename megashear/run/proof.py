@@ -141,4 +141,5 @@ def _apart(context: Context, expected: list[torch.Tensor], found: list[torch.Ten
         return math.nan
     if largest == 0.0:
         return 0.0 if difference == 0.0 else math.inf
-    return difference / largest
+    share: float = difference / largest
+    return share

@@ -42,7 +42,12 @@ class ModelFolder:
     """An opened LLaMA folder; make one with `ModelFolder.open`."""
 
     def __init__(
-        self, path: Path, config: dict[str, Any], shape: ModelShape, tensors: dict[str, TensorEntry], manifest: dict
+        self,
+        path: Path,
+        config: dict[str, Any],
+        shape: ModelShape,
+        tensors: dict[str, TensorEntry],
+        manifest: dict[str, Any],
     ) -> None:
         self.path = path
         self.config = config
@@ -96,7 +101,8 @@ class ModelFolder:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the model comes from, as its maker wrote it in the manifest; empty for a foreign folder."""
-        return self.manifest.get("provenance", {})
+        found: dict[str, Any] = self.manifest.get("provenance", {})
+        return found
 
     def bytes(self) -> int:
         """Bytes of all tensors."""
@@ -123,7 +129,8 @@ class ModelFolder:
         entry = self.tensors[name]
         try:
             with safe_open(entry.file, framework="pt") as file:
-                return file.get_slice(name)[part]
+                tensor: Tensor = file.get_slice(name)[part]
+                return tensor
         except Exception as error:  # safetensors raises errors of its own and the file system's
             raise ModelError(f"{entry.file}: tensor {name} cannot be read ({error}); restore the file") from error
 

@@ -145,11 +145,11 @@ def _rope(config: dict[str, Any], problems: list[str]) -> tuple[float, RopeScali
     return theta, RopeScaling(factors[0], factors[1], factors[2], original)
 
 
-def _head_dim(config: dict[str, Any], sizes: dict[str, Any], problems: list[str]) -> int:
+def _head_dim(config: dict[str, Any], sizes: dict[str, int], problems: list[str]) -> int:
     hidden, heads, groups = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if heads % groups:
         problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    head_dim = config.get("head_dim")
+    head_dim: int | None = config.get("head_dim")
     if head_dim is None:
         head_dim = hidden // heads
         if hidden % heads:

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,9 @@ def read_places(folder: Path) -> dict[str, Place]:
     return places
 
 
-def index_of(shards: dict[str, list[str]], shapes: dict[str, tuple[int, ...]], places: dict[str, Place]) -> dict:
+def index_of(
+    shards: dict[str, list[str]], shapes: dict[str, tuple[int, ...]], places: dict[str, Place]
+) -> dict[str, Any]:
     """Content of `model.safetensors.index.json`: sizes and name -> file, as transformers writes it."""
     metadata = {
         "total_parameters": sum(math.prod(shape) for shape in shapes.values()),

@@ -234,7 +234,8 @@ def train(name: str, content: dict[str, Any], output: Path, threads: int) -> Non
 
 def record(run: Path, stage: str) -> dict[str, float]:
     """Held-out losses by domain at the end of a stage."""
-    return json.loads((run / stage / "done.json").read_text(encoding="utf-8"))["losses"]
+    losses: dict[str, float] = json.loads((run / stage / "done.json").read_text(encoding="utf-8"))["losses"]
+    return losses
 
 
 def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, threads: int) -> dict[str, float]:
@@ -242,7 +243,8 @@ def source_losses(folder: Path, trial: Trial, dataset: str, output: Path, thread
     found = output / "source.json"
     sizes = ["--sequence-length", str(trial.sequence_length), "--sequences", str(trial.eval_sequences)]
     launch(["eval", str(folder), dataset, *sizes, "--json", str(found)], output / "source.log", threads)
-    return json.loads(found.read_text(encoding="utf-8"))["losses"]
+    losses: dict[str, float] = json.loads(found.read_text(encoding="utf-8"))["losses"]
+    return losses
 
 
 def mean(values: dict[str, float]) -> float:

@@ -30,7 +30,8 @@ class Clock:
         work()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        taken: float = begin.elapsed_time(end)
+        return taken
 
     def race(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
         """Median milliseconds of everyone and half the distance between the quartiles, as a share of the median."""
@@ -49,4 +50,5 @@ class Clock:
 
 def distance(ours: torch.Tensor, right: torch.Tensor) -> float:
     """Relative distance in the 2-norm, in float64."""
-    return ((ours.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30)).item()
+    relative: float = ((ours.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30)).item()
+    return relative

@@ -141,7 +141,8 @@ def attention_peers(device: torch.device, grouped: bool, small: bool) -> dict[st
     flex = optional("torch.nn.attention.flex_attention", "flex_attention")
     blocks = optional("torch.nn.attention.flex_attention", "create_block_mask")
     if flex is not None and not small:
-        compiled, made = torch.compile(flex), {}
+        compiled: Callable[..., Tensor] = torch.compile(flex)
+        made: dict[int, Any] = {}
 
         def flexible(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             size = q.shape[2]

@@ -4,6 +4,8 @@ Tensors are read at any strides; results lie in memory as [S, B, heads, d], whic
 without a copy. Read next: `attention_choice.py` (kernel or torch's), csrc/masked_attention/masked_attention.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -199,13 +201,15 @@ def _bound(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, str], output: tuple) -> None:
+def _save(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, str], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.mark_non_differentiable(output[1])
     *tensors, ctx.tiles = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
     q, k, v, mask_H, first_BS, out, lse = ctx.saved_tensors
     dq, dk, dv, dmask = masked_attention_backward(dout, q, k, v, mask_H, first_BS, out, lse, ctx.tiles)
     return dq, dk, dv, None if mask_H is None else dmask, None, None

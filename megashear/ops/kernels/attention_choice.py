@@ -227,4 +227,5 @@ def _milliseconds(form: Form, device: torch.device) -> float:
     form()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    taken: float = begin.elapsed_time(end)
+    return taken

@@ -4,6 +4,8 @@ The gradient is written over the logits where the caller says that nobody needs 
 Read next: `../reference.py` (`cross_entropy_terms`), csrc/cross_entropy/cross_entropy.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,12 +79,12 @@ def _sizes(logits: Tensor, labels: Tensor, columns: int) -> tuple[int, int, int]
     return labels.numel(), logits.shape[-1], columns
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, int, int, bool], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, int, int, bool], output: tuple[Tensor, Tensor]) -> None:
     logits, labels, ctx.first, ctx.columns, ctx.overwrite = inputs
     ctx.save_for_backward(logits, labels, output[0])
 
 
-def _backward(ctx, dlog_sum: Tensor, dlabel_logit: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, dlog_sum: Tensor, dlabel_logit: Tensor) -> tuple[Tensor, None, None, None, None]:
     logits, labels, log_sum = ctx.saved_tensors
     dlogits = logits.detach()
     if not (ctx.overwrite and logits.is_contiguous()):

@@ -4,6 +4,8 @@ The slope dz/d log-alpha is made with the sample, so the backward pass is one pr
 Read next: `../reference.py` (`mask_noise`, `hard_concrete`), csrc/hard_concrete/hard_concrete.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,18 +69,18 @@ def _(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: in
     return log_alpha.new_empty(log_alpha.shape), log_alpha.new_empty(log_alpha.shape)
 
 
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the slope
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, dz: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+def _backward(ctx: Any, dz: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
     (slope,) = ctx.saved_tensors
     return dz * slope, None
 
 
-def _backward_of_sample(ctx, dz: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+def _backward_of_sample(ctx: Any, dz: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None, None]:
     (slope,) = ctx.saved_tensors
     return dz * slope, None, None, None, None
 

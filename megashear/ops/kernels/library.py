@@ -73,7 +73,8 @@ def serves(x: Tensor) -> bool:
 
 def dtype_code(x: Tensor) -> int:
     """The number that stands for x's dtype in the kernels."""
-    return getattr(_LIBRARIES[x.device.type], _DTYPES[x.dtype])
+    code: int = getattr(_LIBRARIES[x.device.type], _DTYPES[x.dtype])
+    return code
 
 
 def address(x: Tensor | None) -> int:

@@ -5,6 +5,8 @@ order, give the gradients of weight and masks.
 Read next: `../reference.py` (`rms_norm`, `add_rms_norm`), csrc/masked_rms_norm/masked_rms_norm.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -160,21 +162,21 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
     x, weight_D, mask_D, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for 1 / rms
     ctx.save_for_backward(x, weight_D, mask_D, output[1])
 
 
-def _backward(ctx, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, None]:
+def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, None]:
     x, weight_D, mask_D, r = ctx.saved_tensors
     dx, _, dweight_D, dmask_D, _ = masked_rms_norm_backward(dout, None, x, None, None, weight_D, mask_D, r)
     return dx, dweight_D, None if mask_D is None else dmask_D, None
 
 
 def _save_sum(
-    ctx,
+    ctx: Any,
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -187,7 +189,7 @@ def _save_sum(
 
 
 def _backward_of_sum(
-    ctx, dtotal: Tensor | None, dout: Tensor | None, _: Tensor | None
+    ctx: Any, dtotal: Tensor | None, dout: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
     total, branch, branch_mask_D, weight_D, mask_D, r = ctx.saved_tensors
     if dout is None and dtotal is None:

@@ -5,6 +5,8 @@ a view would keep all of it alive for the third of it that attention saves.
 Read next: `../reference.py` (`rope_qkv`), csrc/rope/rope.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -94,11 +96,11 @@ def _rows(x_SBHd: Tensor) -> tuple[int, int, int, int]:
     return x_SBHd.data_ptr(), x_SBHd.stride(0), x_SBHd.stride(1), x_SBHd.stride(2)
 
 
-def _save(ctx, inputs: tuple[Tensor, int, int, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, int, int, Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[3:])
 
 
-def _backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
     return rope_qkv_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None
 
 

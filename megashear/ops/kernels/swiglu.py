@@ -4,6 +4,8 @@ The mask's gradient is summed over tokens in a fixed order, so equal inputs give
 Read next: `../reference.py` (`swiglu`), csrc/masked_swiglu/masked_swiglu.h.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,11 +74,11 @@ def _contiguous(mask_F: Tensor | None) -> Tensor | None:
     return None if mask_F is None else mask_F.contiguous()
 
 
-def _save(ctx, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None]:
     gate_up, mask_F = ctx.saved_tensors
     dgate_up, dmask_F = masked_swiglu_backward(dout, gate_up, mask_F)
     return dgate_up, None if mask_F is None else dmask_F
