@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 settings.register_profile("megashear", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("megashear")
 
-MEDIUM_FIXTURES = {"ranks", "unbroken", "unbroken_folder", "cuda_library", "compiled"}
-"""Fixtures that start ranks, train, or compile: their tests are left out of the quick tier."""
+MEDIUM_FIXTURES = {"ranks", "tiny", "emulated", "cuda_device", "cuda_library", "compiled"}
+"""Fixtures that start ranks, train, or compile: their tests are left out of the quick tier unless marked quick."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,11 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(budget.Accounting())
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what the quick tier leaves out, and group tests for `--dist loadgroup`."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & MEDIUM_FIXTURES:
+        if fixtures & MEDIUM_FIXTURES and item.get_closest_marker("quick") is None:
             item.add_marker(pytest.mark.medium)
         group = "ranks" if "ranks" in fixtures else str(item.path.relative_to(item.config.rootpath))
         item.add_marker(pytest.mark.xdist_group(group))

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny import Tiny, records
+from helpers.tiny import Tiny, finish, records
 from megashear.config.load import load_config
 from megashear.config.stages import peak_learning_rate
-from megashear.run.runner import run
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(2560, 1e-4), (2048, 1.25e-4), (5120, 5e-5), (256, 1e-3)])
@@ -30,6 +29,6 @@ def test_a_run_trains_at_the_default(tiny: Tiny, tmp_path: Path) -> None:
     keys = ("learning_rate=null", "warmup_steps=0")
     unset = [f"{stage}.optimizer.{key}" for stage in ("prune", "pretrain") for key in keys]
     config = tiny.config(tmp_path / "run", *unset)
-    run(config)
+    finish(config)
     found = {one["stage"]: one["lr"] for one in records(tmp_path / "run") if (one["kind"], one["step"]) == ("train", 1)}
     assert found == pytest.approx({"prune": 1e-4 * 2560 / 24, "pretrain": 1e-4 * 2560 / 24}, rel=1e-12)

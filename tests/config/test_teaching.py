@@ -93,7 +93,6 @@ def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unaske
         (None, 0),  # has not started: by the source's tokens
         ('{"open_distillation_weight": 0.5}', WEIGHT),
         ('{"open_distillation_weight": 0.0}', 0),
-        ('{"prune": {}}', WEIGHT),  # of a run from before that was settled, which had a teacher
         ("[]", 0),  # `run` refuses these two
         ("{", 0),
     ],

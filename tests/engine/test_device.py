@@ -25,7 +25,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_torch_outside_megatron_core_is_untouched() -> None:
+def test_megatron_core_sees_the_cpu_and_torch_is_untouched() -> None:
     run(
         BEFORE
         + PRESENT
@@ -40,15 +40,6 @@ else:
     raise SystemExit("a CUDA tensor on a machine without CUDA")
 assert torch.zeros(2).type(torch.float64).dtype == torch.float64
 assert torch.zeros(2, dtype=torch.int64).type() == "torch.LongTensor"
-"""
-    )
-
-
-def test_megatron_core_sees_the_cpu() -> None:
-    run(
-        PRESENT
-        + """
-import torch
 from megatron.core.tensor_parallel import layers
 assert layers.torch is not torch
 assert layers.torch.cuda.current_device() == torch.device("cpu")

@@ -57,6 +57,7 @@ def test_a_training_rank_imports_neither_compiler_nor_plotting(tmp_path: Path) -
     assert python(str(script)) == "[]"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_run_calls_no_fused_function_and_no_compiler(
     tiny: Tiny,

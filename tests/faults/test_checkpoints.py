@@ -17,6 +17,7 @@ import pytest
 
 from faults.conftest import Refuse
 from faults.test_signals import start
+from helpers.budget import slow
 from helpers.tiny import Tiny, break_off, die, differing, finish, results
 from megashear.checkpoint.store import list_checkpoints, newest_valid
 from megashear.errors import CheckpointError, StorageError
@@ -201,7 +202,8 @@ def kill_while_saving(tiny: Tiny, folder: Path, kills: int, seed: int) -> int:
     return kills
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.medium
+@pytest.mark.parametrize("kills", [2, *slow(60)])
 def test_killed_while_saving(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], kills: int) -> None:
     """kill -9 of the whole group while a checkpoint is written: it is whole or absent, and the run goes on."""
     assert kill_while_saving(tiny, tmp_path / "run", kills, seed=kills) > 0

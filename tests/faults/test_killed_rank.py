@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from faults.test_signals import wait_for
+from helpers.budget import slow
 from helpers.processes import live_processes, processes_of
 from helpers.ranks import torchrun_command
 from helpers.tiny import Tiny, finish
@@ -19,7 +20,8 @@ def children(process: int) -> list[int]:
     return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.medium
+@pytest.mark.parametrize("victim", [1, *slow(0)])
 def test_a_rank_that_is_killed(tiny: Tiny, tmp_path: Path, unbroken_folder: Path, victim: int) -> None:
     folder, output = tmp_path / "run", tmp_path / "output.txt"
     call = torchrun_command(2, "megashear", "run", tiny.file(folder, checkpoint={"interval": 1}))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.tiny import Tiny, differing, results
+from helpers.tiny import Tiny, differing, finish, results
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,23 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
         time.sleep(0.002)
 
 
+@pytest.mark.medium
+def test_a_signal_to_the_process_group(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]) -> None:
+    """While it prunes, as `timeout` and schedulers send it: to the helpers of a checkpoint too."""
+    folder = tmp_path / "run"
+    process = start(tiny.file(folder))
+    wait_for((folder / "prune/step-00000004").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 75, errors
+    assert len([line for line in errors.splitlines() if line.startswith("megashear: error: stopped by")]) == 1
+    assert re.search("after step [4-8] of prune|before finalize", errors), errors
+    assert "Traceback" not in errors
+    finish(tiny.config(folder))
+    assert differing(results(folder), unbroken) == []
+
+
+@pytest.mark.slow
 def test_signals_at_several_moments(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]) -> None:
     """While it starts, while it prunes (to the whole group, as `timeout` and schedulers do), while it pre-trains."""
     folder = tmp_path / "run"

@@ -23,6 +23,11 @@ STARTED: dict[int, Ranks] = {}
 """The live ranks of this process, by world size."""
 
 
+def slow(*cases: Any) -> list[Any]:
+    """Parametrised cases for `--slow` only."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 class Meter:
     """CPU-seconds of this process, its ended children and its live ranks, without what is charged to nobody."""
 

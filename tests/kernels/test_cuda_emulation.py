@@ -10,6 +10,8 @@ import torch
 
 from .cuda_emulation import CSRC, HERE, Controls, compile_cuda, library, rewritten
 
+pytestmark = pytest.mark.medium  # compiles
+
 FAULTS = ["pass", "copy", "diverging", "ended", "rows", "misaligned", "greedy", "fragments", "matrices"]
 
 GIVEN = torch.cat((torch.arange(256.0), torch.arange(128.0) % 7 - 3))

@@ -13,6 +13,8 @@ import torch
 from .cuda_emulation import HERE, Controls, compile_cuda, rewrite_sources, rewritten
 from .cuda_emulation import library as cached_library
 
+pytestmark = pytest.mark.medium  # compiles
+
 MISTAKES = ["none", "not shown", "not waited", "not fenced", "stride", "leading", "not aligned", "warps differ"]
 MISTAKES += ["overwritten"]
 WIDTHS = [48, 96, 128]

@@ -113,6 +113,7 @@ def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, requ
         assert count == {"Warps": 3 * kernels, "Groups": 5 * kernels if ".target sm_90a" in ptx else 0}
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")
 @pytest.mark.parametrize("source", CPU_SOURCES, ids=_name)
 def test_cpu_compiles_without_a_warning(source):

@@ -60,15 +60,25 @@ def sampled(leaves: dict[str, Tensor], micro_batch: int) -> Masks:
 
 
 def on_against_off(
-    shape: str, parallel: dict[str, Any], pattern: str, seed: int, published: bool = False, recompute: bool = False
-) -> dict[str, Any]:
-    """The largest deviations over all ranks, relative to the largest element of a tensor, and how much was left out."""
+    shape: str,
+    parallel: dict[str, Any],
+    patterns: list[tuple[str, int]],
+    published: bool = False,
+    recompute: bool = False,
+) -> list[dict[str, Any]]:
+    """For each (pattern, seed): the largest deviations over all ranks, relative to the largest element of a tensor,
+    and whether anything was left out.
+    """
     source = replace(SHAPES[shape], num_layers=LAYERS)
     layout, chunks = build_model(
         source, ParallelConfig(**parallel), Drawn(source), dtype=torch.float64, recompute=recompute
     )
     for chunk in chunks:
         chunk.mask_embedding = not published
+    return [_compare(layout, chunks, source, pattern, seed) for pattern, seed in patterns]
+
+
+def _compare(layout: Layout, chunks: list[Llama], source: ModelShape, pattern: str, seed: int) -> dict[str, Any]:
     results = [_pass(layout, chunks, log_alphas(source, pattern, seed), live) for live in (False, True)]
     off, on = results
     worst = {}

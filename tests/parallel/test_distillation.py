@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.budget import slow
 from helpers.ranks import Ranks
 from parallel.test_step import ROUNDING, SCALAR, close_all
 
@@ -20,11 +21,14 @@ LAYOUTS = [
     ("multi-head", PRUNE, {"tensor": 2, "sequence": True}),
     ("multi-head tied", PRETRAIN, {"pipeline": 2, "virtual_pipeline": 2}),
     ("multi-head", PRUNE, {"data": 2}),
-    ("multi-head", PRETRAIN, {"tensor": 4, "sequence": True}),
-    ("multi-head", PRETRAIN, {"pipeline": 4}),
-    ("multi-head", PRUNE, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}),
-    ("multi-head", PRUNE, {"tensor": 2, "data": 2}),
-    ("multi-head tied", PRETRAIN, {"pipeline": 2, "data": 2}),
+    ("multi-head", PRETRAIN, {"tensor": 2, "pipeline": 2}),
+    *slow(
+        ("multi-head", PRETRAIN, {"tensor": 4, "sequence": True}),
+        ("multi-head", PRETRAIN, {"pipeline": 4}),
+        ("multi-head", PRUNE, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}),
+        ("multi-head", PRUNE, {"tensor": 2, "data": 2}),
+        ("multi-head tied", PRETRAIN, {"pipeline": 2, "data": 2}),
+    ),
 ]
 SLOW_LAYOUTS = [
     (shape, prunes, sizes)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.budget import slow
 from helpers.ranks import Ranks
 from helpers.tiny import Tiny
 from parallel.test_step import GQA, MHA, Case
@@ -18,12 +19,15 @@ from parallel.test_step import GQA, MHA, Case
 SCORE, ERROR = 1e-5, 1e-4
 
 CASES = [
-    Case(MHA, tensor=2),
     Case(GQA, tensor=2, sequence=True),
     Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
-    Case(GQA, tensor=4),  # more ranks than groups
-    Case(GQA, tensor=2, pipeline=2, sequence=True),
-    Case(MHA, pipeline=2, data=2),
+    Case(MHA, data=2),
+    *slow(
+        Case(MHA, tensor=2),
+        Case(GQA, tensor=4),  # more ranks than groups
+        Case(GQA, tensor=2, pipeline=2, sequence=True),
+        Case(MHA, pipeline=2, data=2),
+    ),
 ]
 PRODUCTS = [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 PRODUCTS += [(3, 1, 1), (1, 3, 1), (1, 1, 3)]
@@ -71,10 +75,9 @@ def test_recomputed_activations_change_no_bit(ranks, single, tiny: Tiny, case: C
 @pytest.mark.parametrize(
     "case",
     [
-        Case(GQA, tensor=2),
         Case(GQA, tensor=2, sequence=True),
         Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
-        Case(MHA, pipeline=2, data=2),
+        *slow(Case(GQA, tensor=2), Case(MHA, pipeline=2, data=2)),
     ],
     ids=str,
 )

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from helpers.ranks import LiveRanks
+
 PATTERNS = ["random", "all alive", "dead layer", "dead stack", "one head", "half of each group", "dead branches"]
 LAYOUTS: list[dict[str, Any]] = [
     {},
@@ -26,31 +28,43 @@ def world(layout: dict[str, Any]) -> int:
     return layout.get("tensor", 1) * layout.get("pipeline", 1)
 
 
+CASES = [  # one for each mechanism
+    ("multi-head", {}),
+    ("grouped", {"tensor": 2, "sequence": True}),
+    ("multi-head", {"pipeline": 2}),
+    ("grouped", {"tensor": 4}),  # more ranks than groups
+]
+
+
+def compare(
+    ranks: LiveRanks, shape: str, layout: dict[str, Any], patterns: list[tuple[str, int]], **options: Any
+) -> None:
+    call = {"shape": shape, "parallel": layout, "patterns": patterns, **options}
+    found = ranks(world(layout)).call("parallel.live_case:on_against_off", **call)
+    assert len(found) == len(patterns)
+    for one, (pattern, _) in zip(found, patterns, strict=True):
+        check(one, pattern)
+
+
+@pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
+def test_live_units_change_rounding_alone(ranks: LiveRanks, shape: str, layout: dict[str, Any]) -> None:
+    compare(ranks, shape, layout, [(pattern, seed) for seed, pattern in enumerate(PATTERNS)])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["multi-head", "grouped"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_live_units_change_rounding_alone(ranks, layout: dict[str, Any], shape: str) -> None:
-    for seed, pattern in enumerate(PATTERNS):
-        call = {"shape": shape, "parallel": layout, "pattern": pattern, "seed": seed}
-        check(ranks(world(layout)).call("parallel.live_case:on_against_off", **call), pattern)
-
-
-def test_more_tensor_parallel_ranks_than_groups(ranks) -> None:
-    for seed, pattern in enumerate(PATTERNS):
-        call = {"shape": "grouped", "parallel": {"tensor": 4}, "pattern": pattern, "seed": seed}
-        check(ranks(4).call("parallel.live_case:on_against_off", **call), pattern)
+def test_live_units_change_rounding_alone_on_more_layouts(ranks: LiveRanks, layout: dict[str, Any], shape: str) -> None:
+    compare(ranks, shape, layout, [(pattern, seed) for seed, pattern in enumerate(PATTERNS)])
 
 
 @pytest.mark.parametrize("option", ["published", "recompute"])
-def test_with_an_unmasked_embedding_and_with_recomputation(ranks, option: str) -> None:
-    for pattern in ("random", "dead layer"):
-        call = {"shape": "multi-head", "parallel": {"pipeline": 2}, "pattern": pattern, "seed": 9, option: True}
-        check(ranks(2).call("parallel.live_case:on_against_off", **call), pattern)
+def test_with_an_unmasked_embedding_and_with_recomputation(ranks: LiveRanks, option: str) -> None:
+    compare(ranks, "multi-head", {"pipeline": 2}, [("random", 9), ("dead layer", 9)], **{option: True})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["multi-head tied", "grouped untied", "grouped by 2"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, {"pipeline": 2, "virtual_pipeline": 2}], ids=str)
-def test_random_patterns(ranks, layout: dict[str, Any], shape: str) -> None:
-    for seed in range(20):
-        call = {"shape": shape, "parallel": layout, "pattern": "random", "seed": 100 + seed}
-        check(ranks(world(layout)).call("parallel.live_case:on_against_off", **call), "random")
+def test_random_patterns(ranks: LiveRanks, layout: dict[str, Any], shape: str) -> None:
+    compare(ranks, shape, layout, [("random", 100 + seed) for seed in range(20)])

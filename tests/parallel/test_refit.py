@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.budget import slow
 from helpers.models import Drawn
 from helpers.tiny import Tiny
 from parallel.importance_case import drawn_shape
@@ -12,9 +13,12 @@ from parallel.test_step import GQA, MHA, Case
 CASES = [
     Case(MHA, tensor=2),
     Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
-    Case(GQA, tensor=4),  # more ranks than groups
-    Case(MHA, pipeline=2, data=2),
-    Case(GQA, tensor=2, data=2),
+    Case(GQA, data=2),
+    *slow(
+        Case(GQA, tensor=4),  # more ranks than groups
+        Case(MHA, pipeline=2, data=2),
+        Case(GQA, tensor=2, data=2),
+    ),
 ]
 FITTED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 

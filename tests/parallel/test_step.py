@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.budget import slow
 from helpers.ranks import Ranks
 
 SCALAR, TENSOR = 1e-6, 1e-5
@@ -57,17 +58,20 @@ CASES = [
     Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
     Case(MHA, data=2, sharded=True),
     Case(GQA, data=2),
-    Case(MHA, tensor=4, sequence=True),
     Case(GQA, tensor=4),  # more ranks than groups
-    Case(GQA, tensor=4, sequence=True),
-    Case(GQA, pipeline=4, layers=5),
-    Case(GQA, data=4, sharded=True),
-    Case(GQA, tensor=2, pipeline=2, sequence=True),
-    Case(MHA, tensor=2, pipeline=2, virtual_pipeline=2, layers=5),
-    Case(GQA, tensor=2, data=2, sequence=True, sharded=True),
-    Case(MHA, tensor=2, data=2),
+    Case(MHA, tensor=2, pipeline=2, sequence=True),
     Case(GQA, pipeline=2, data=2, sharded=True),
-    Case("multi-head tied", pipeline=2, data=2, virtual_pipeline=2, layers=5),
+    *slow(
+        Case(MHA, tensor=4, sequence=True),
+        Case(GQA, tensor=4, sequence=True),
+        Case(GQA, pipeline=4, layers=5),
+        Case(GQA, data=4, sharded=True),
+        Case(GQA, tensor=2, pipeline=2, sequence=True),
+        Case(MHA, tensor=2, pipeline=2, virtual_pipeline=2, layers=5),
+        Case(GQA, tensor=2, data=2, sequence=True, sharded=True),
+        Case(MHA, tensor=2, data=2),
+        Case("multi-head tied", pipeline=2, data=2, virtual_pipeline=2, layers=5),
+    ),
 ]
 SLOW_LAYOUTS = [
     {"tensor": 3, "sequence": True},

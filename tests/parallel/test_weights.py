@@ -19,8 +19,16 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
-@pytest.mark.parametrize(("shape", "random"), [("grouped", False), ("multi-head", True)])
+@pytest.mark.parametrize(
+    ("world", "parallel", "shape", "random"),
+    [
+        (2, {"tensor": 2}, "grouped", False),
+        (2, {"pipeline": 2}, "multi-head", True),
+        (4, {"tensor": 2, "pipeline": 2}, "multi-head", True),
+        *(pytest.param(*layout, "grouped", False, marks=pytest.mark.slow) for layout in LAYOUTS),
+        *(pytest.param(*layout, "multi-head", True, marks=pytest.mark.slow) for layout in LAYOUTS),
+    ],
+)
 def test_ranks_hold_the_whole_model_bit_for_bit(
     ranks: Callable[[int], Ranks], world: int, parallel: dict[str, int], shape: str, random: bool
 ) -> None:

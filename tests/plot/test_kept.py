@@ -1,6 +1,5 @@
 """What a report says was kept: by what criteria, of what stays alone, for both methods of pruning."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +37,6 @@ def test_units_of_dropped_layers_are_neither_counted_nor_listed(tmp_path: Path) 
     assert all(one[1:] == ["5 of 8", "40 of 64"] for row, one in enumerate(listed) if row != gone)
     shown = read_masks(run / "masks.npz")
     assert not shown["head"][gone].any() and not shown["intermediate"][gone].any()
-
-
-def test_older_records_of_the_cut_tell_what_every_layer_kept(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "mine")
-    path = run / "finalize" / "done.json"
-    record = json.loads(path.read_text())
-    del record["kept"]
-    path.write_text(json.dumps(record))
-    assert rows(run)["head"] == ["15 of 32", "20", "3", "0.125"] and rows(run)["hidden"][1] == "-"
 
 
 def test_one_shot_pruning_tells_what_the_cut_kept(tmp_path: Path) -> None:

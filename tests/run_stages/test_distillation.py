@@ -184,7 +184,7 @@ def test_under_pipelines_it_goes_at_the_same_step(ranks: LiveRanks, tiny: Tiny, 
     jobs = [
         {
             "file": str(tiny.file(tmp_path / name, source=source)),
-            "overrides": [*OUTGROWN, "parallel.pipeline=2", "checkpoint.interval=1"],
+            "overrides": [*OUTGROWN, "parallel.pipeline=2", "checkpoint.interval=100"],
             "stop": stop,
             "finish": True,
         }

@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from helpers.budget import slow
 from helpers.jobs import job
 from helpers.ranks import LiveRanks
 from helpers.tiny import Killed, Tiny, differing, finish, records, results
@@ -15,7 +16,10 @@ from megashear.data.mixture import Mixture
 
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
-STOPS = [("prune", 3), ("pretrain", 3)]
+SHORT = [
+    *("prune.batch.steps=4", "prune.batch.eval_interval=4", "prune.importance.batches=1"),
+    *("pretrain.batch.steps=3", "pretrain.batch.eval_interval=3", "checkpoint.interval=100"),
+]
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -30,26 +34,26 @@ def data(found: dict[str, Any]) -> list[Any]:
     ]
 
 
-def test_tensor_parallel_runs_resume_with_the_same_bits(
-    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*TENSOR, *SHORT],
+        [*PIPELINE, *SHORT, "precision=bf16"],
+        *slow(TENSOR, PIPELINE, [*PIPELINE, "precision=bf16"]),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_runs_of_two_ranks_resume_with_the_same_bits(
+    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, overrides: list[str]
 ) -> None:
+    """Tensor parallel, and an interleaved pipeline; stopped in both stages."""
     files = [tiny.file(tmp_path / name) for name in ("whole", "stopped")]
-    ranks(2).call("helpers.jobs:run_all", jobs=[job(files[0], *TENSOR), job(files[1], *TENSOR, stop=STOPS)])
-    whole = results(tmp_path / "whole")
-    assert differing(results(tmp_path / "stopped"), whole) == []
-    assert data(whole) == data(unbroken)
-
-
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_interleaved_pipelines_resume_with_the_same_bits(
-    ranks: LiveRanks, tiny: Tiny, tmp_path: Path, precision: str
-) -> None:
-    overrides = [*PIPELINE, f"precision={precision}"]
-    files = [tiny.file(tmp_path / name) for name in ("whole", "stopped")]
-    ranks(2).call("helpers.jobs:run_all", jobs=[job(files[0], *overrides), job(files[1], *overrides, stop=STOPS)])
+    jobs = [job(files[0], *overrides), job(files[1], *overrides, stop=[("prune", 2), ("pretrain", 2)])]
+    ranks(2).call("helpers.jobs:run_all", jobs=jobs)
     assert differing(results(tmp_path / "stopped"), results(tmp_path / "whole")) == []
 
 
+@pytest.mark.expensive("three starts of one run, two of them on two ranks, that must take the same data")
 def test_a_run_goes_on_under_other_layouts(
     ranks: LiveRanks, tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any], unbroken_folder: Path
 ) -> None:

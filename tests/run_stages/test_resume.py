@@ -22,6 +22,7 @@ def stopped_at_every_step(config: Any) -> int:
     return starts
 
 
+@pytest.mark.quick
 def test_the_same_run_twice_gives_the_same_bits(tiny: Tiny, unbroken: dict[str, Any], tmp_path: Path) -> None:
     finish(tiny.config(tmp_path / "run"))
     assert differing(results(tmp_path / "run"), unbroken) == []

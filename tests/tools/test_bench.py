@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 BLOCKED = """
 import runpy, sys
@@ -26,6 +28,7 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_rows(tmp_path: Path) -> None:
     """Every row but G7, which needs a GPU's memory; results are compared with the reference on the way."""
     small = ["--device", "cpu", "--small", "--no-build"]
@@ -52,6 +55,7 @@ def test_a_gpu_is_asked_for() -> None:
     assert done.returncode == 2 and "--rows: give some of G1" in done.stderr
 
 
+@pytest.mark.slow
 def test_overheads(tmp_path: Path) -> None:
     run(BENCH / "overheads.py", "--rounds", "2", "--json", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.budget import slow
 from helpers.processes import processes_of
 from megashear.data.manifest import Dataset
 
@@ -86,7 +87,7 @@ def test_the_dataset(unbroken):
         assert sum(dataset.pair(domain, split).documents for split in ("train", "heldout")) == 1200
 
 
-@pytest.mark.parametrize("finished", [0, 3, 6])
+@pytest.mark.parametrize("finished", [3, *slow(0, 6)])
 def test_killed_and_started_again_it_ends_in_the_same_bytes(tmp_path, shards, model, unbroken, finished):
     """SIGKILL when so many shards are done: nothing that looks finished is left, and no process."""
     output = tmp_path / "dataset"

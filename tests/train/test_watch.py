@@ -8,9 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
-from helpers.tiny import Tiny
+from helpers.tiny import Tiny, finish
 from megashear.config.training_schema import ImportanceConfig, PruneConfig
-from megashear.run.runner import run
 from megashear.train.watch import ahead, confirmed, limit, smoothed, verdict
 
 
@@ -55,7 +54,7 @@ def test_masks_ahead_of_their_schedule_are_named() -> None:
 
 def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:
     with caplog.at_level(logging.WARNING):
-        run(tiny.config(folder, "run.stages=[prune]", *overrides))
+        finish(tiny.config(folder, "run.stages=[prune]", *overrides))
     return [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
 
 
@@ -73,7 +72,7 @@ def test_a_run_that_is_destroyed_says_so_once(
 def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = ["prune.constraint=lagrangian", "prune.lambda_learning_rate=50", "prune.mask_learning_rate=5"]
     with caplog.at_level(logging.WARNING):
-        run(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
+        finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
     assert len([record for record in caplog.records if "ahead of their schedule" in record.getMessage()]) == 1
 
 
@@ -102,7 +101,7 @@ def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source that has something to lose: far below ln V."""
     folder = tmp_path_factory.mktemp("learned") / "run"
     keys = ["target=null", "mixture.rule=static", "pretrain.batch.eval_interval=100"]
-    run(
+    finish(
         tiny.config(
             folder,
             *keys,
@@ -125,7 +124,7 @@ def test_masks_that_destroy_a_model_are_named_as_soon_as_they_have_closed(
     keys = ["prune.optimizer.learning_rate=1e-7", "prune.batch.steps=40", "prune.sparsity_warmup_steps=20"]
     sections = {"source": {"folder": str(learned)}, "target": target}
     with caplog.at_level(logging.WARNING):
-        run(tiny.config(tmp_path / "run", "run.stages=[prune]", *keys, **sections))
+        finish(tiny.config(tmp_path / "run", "run.stages=[prune]", *keys, **sections))
     (said,) = [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
     assert "the masks are destroying" in said and "Most of it is layer:" in said
     assert int(re.findall(r"step (\d+):", said)[0]) < 20 + 8 < 36, "closed at 20, fixed from 36 of 40 on"
