@@ -125,6 +125,7 @@ def execute(command: str, ranks: LiveRanks, monkeypatch: pytest.MonkeyPatch) -> 
     return int(done["code"])
 
 
+@pytest.mark.expensive("all commands of README, a run on two ranks among them")
 def test_every_command_works_in_its_order(
     ranks: LiveRanks, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

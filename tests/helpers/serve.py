@@ -26,6 +26,7 @@ def call(function: str, arguments: dict[str, Any]) -> Any:
 def main() -> None:
     import torch
 
+    import helpers.jobs  # noqa: F401  # most calls need what it imports: part of the start, not of the first call
     from megashear.config.schema import ParallelConfig
     from megashear.engine.collectives import broadcast_object
     from megashear.engine.layout import distributed, end_groups

@@ -27,6 +27,8 @@ from megashear.train.signals import stop_on_signals
 from megashear.train.stage import OnStep, Stage
 
 SEQUENCE = 32
+LAYOUTS = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
+"""Overrides for two ranks."""
 SOURCE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 5,

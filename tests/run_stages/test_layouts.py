@@ -17,9 +17,11 @@ from megashear.data.mixture import Mixture
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
 SHORT = [
-    *("prune.batch.steps=4", "prune.batch.eval_interval=4", "prune.importance.batches=1"),
-    *("pretrain.batch.steps=3", "pretrain.batch.eval_interval=3", "checkpoint.interval=100"),
+    *(f"{stage}.batch.{key}" for stage in ("prune", "pretrain") for key in ("micro_batch=4", "eval_sequences=2")),
+    *("prune.batch.steps=4", "prune.batch.eval_interval=4", "pretrain.batch.steps=3", "pretrain.batch.eval_interval=3"),
+    "checkpoint.interval=100",
 ]
+"""Few steps, and few collectives in each: what takes the time of a tiny run on two ranks."""
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -41,7 +43,7 @@ def data(found: dict[str, Any]) -> list[Any]:
         [*PIPELINE, *SHORT, "precision=bf16"],
         *slow(TENSOR, PIPELINE, [*PIPELINE, "precision=bf16"]),
     ],
-    ids=lambda overrides: " ".join(overrides),
+    ids=["tensor", "pipeline-bf16", "tensor-whole", "pipeline-whole", "pipeline-bf16-whole"],
 )
 def test_runs_of_two_ranks_resume_with_the_same_bits(
     ranks: LiveRanks, tiny: Tiny, tmp_path: Path, overrides: list[str]
