@@ -9,11 +9,14 @@ it did, and so does `megashear env`. Environment:
 The rest of the package's description stands in pyproject.toml.
 """
 
+import fcntl
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,43 +24,48 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / "kernels"
+"""Object files, kept between builds, each with `log.txt`, what the compiler printed, and for CUDA with its PTX."""
+KEPT = 3
+"""Objects of one source that are kept, of other flags or contents."""
 CUDA_ARCHITECTURES = "80;90a"
 CPU, CUDA = "megashear._csrc", "megashear._csrc_cuda"
 SWITCHES = {CPU: "MEGASHEAR_CPU", CUDA: "MEGASHEAR_CUDA"}
+PATTERNS = {CPU: "cpu.cpp", CUDA: "cuda.cu"}
 
 
 class CannotBuild(Exception):
     """Why one of the two libraries is left out."""
 
 
-def sources(pattern: str) -> list[str]:
-    """The binding file and the kernel sources of one device, relative to the root."""
+def sources(library: str) -> list[Path]:
+    """The binding file and the kernel sources of one library."""
+    pattern = PATTERNS[library]
     found = [*ROOT.glob(f"csrc/device_{pattern}"), *ROOT.glob(f"csrc/*/{pattern}")]
-    return ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in found)]
+    return [ROOT / "csrc/bindings.cpp", *sorted(found)]
 
 
 def headers() -> list[str]:
-    """Compiler flags that find Python's and pybind11's headers; CannotBuild where pybind11 is not installed."""
+    """Compiler flags that find Python's and pybind11's headers; CannotBuild if pybind11 is not installed."""
     try:
         import pybind11
     except ImportError as error:
         raise CannotBuild("pybind11 is not installed") from error
-    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    return ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
 
 
-def cpu_command(target: Path) -> list[str]:
-    """The command that compiles and links the CPU kernels; CannotBuild where there is no C++ compiler."""
+def cpu_commands() -> tuple[list[str], list[str]]:
+    """The commands, without files, that compile and link the CPU kernels; CannotBuild if there is no C++ compiler."""
     named = shlex.split(os.environ.get("CXX", ""))
     configured = shlex.split(sysconfig.get_config_var("CXX") or "")[:1]
     candidates = [named] if named else [configured, ["c++"], ["g++"], ["clang++"]]
     compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
     if compiler is None:
         raise CannotBuild("no C++ compiler was found (set CXX or install g++)")
-    flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion"]
     flags += ["-fno-trapping-math", "-fno-math-errno"]  # no result changes, but loops with selections are vectorised
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    linking = shlex.split(os.environ.get("LDFLAGS", ""))
-    return [*compiler, *flags, *headers(), *sources("cpu.cpp"), "-o", str(target), *linking]
+    return [*compiler, *flags], [*compiler, "-shared", "-fopenmp"]
 
 
 def find_nvcc() -> str:
@@ -80,14 +88,63 @@ def cuda_architecture_flags() -> list[str]:
     return [*flags, f"-gencode=arch=compute_{names[0]},code=compute_{names[0]}"]
 
 
-def cuda_command(target: Path) -> list[str]:
-    """The command that compiles and links the CUDA kernels, with the CUDA runtime inside; CannotBuild without nvcc."""
-    flags = ["-std=c++17", "-O3", "-shared", "-cudart=static", "--threads=0", "-DMEGASHEAR_CUDA"]
-    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architecture_flags()]
-    return [find_nvcc(), *flags, *headers(), *sources("cuda.cu"), "-o", str(target)]
+def cuda_commands() -> tuple[list[str], list[str]]:
+    """The commands that compile and link the CUDA kernels, with the CUDA runtime inside; CannotBuild without nvcc."""
+    flags = ["-std=c++17", "-O3", "--threads=0", "-DMEGASHEAR_CUDA", "-Xptxas=-v"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *cuda_architecture_flags()]
+    return [find_nvcc(), *flags], [find_nvcc(), "-shared", "-cudart=static"]
 
 
-COMMANDS = {CPU: cpu_command, CUDA: cuda_command}
+COMMANDS = {CPU: cpu_commands, CUDA: cuda_commands}
+
+
+def compile_source(library: str, command: list[str], source: Path) -> Path:
+    """Compile one source unless that was done before; returns the folder of its `object.o` and `log.txt`."""
+    name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+    if source.name == "bindings.cpp":  # no kernel includes headers of Python
+        command = [*command, *headers()]
+    place = OBJECTS / library.rpartition(".")[2] / f"{name}-{digest(command, source)}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with (place.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.exists():
+            return place
+        fresh = place.with_name(f".{place.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        kept = ["--keep", f"--keep-dir={fresh}"] if source.suffix == ".cu" else []
+        whole = [*command, *kept, "-c", str(source), "-o", str(fresh / "object.o")]
+        print("megashear:", shlex.join(whole), flush=True)
+        done = subprocess.run(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            shutil.rmtree(fresh)
+            print(done.stdout, end="", flush=True)
+            raise CannotBuild(f"{command[0]} ended with status {done.returncode}, see above")
+        for path in fresh.iterdir():
+            if path.suffix not in (".ptx", ".o") or path.name.endswith("dlink.o"):
+                path.unlink()
+        (fresh / "log.txt").write_text(done.stdout)
+        fresh.rename(place)
+        others = sorted(place.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
+        for old in others[:-KEPT]:
+            shutil.rmtree(old)
+    return place
+
+
+def digest(command: list[str], source: Path) -> str:
+    """What an object depends on: the command, the compiler's file, the source and all headers."""
+    compiler = Path(shutil.which(command[0]) or command[0]).resolve().stat()
+    found = hashlib.sha256(shlex.join([*command, str(compiler.st_mtime_ns), str(compiler.st_size)]).encode())
+    for path in [source, *sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh"))]:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:20]
+
+
+def compile_library(library: str) -> list[Path]:
+    """Compile the sources of a library, as many at a time as there are cores; returns the folder of each object."""
+    command, _ = COMMANDS[library]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: compile_source(library, command, source), sources(library)))
 
 
 class BuildKernels(build_ext):
@@ -111,8 +168,11 @@ class BuildKernels(build_ext):
             raise CannotBuild(f"{switch}=0")
         target = Path(self.get_ext_fullpath(extension.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
+        objects = [str(place / "object.o") for place in compile_library(extension.name)]
         fresh = target.with_name(f"{target.name}.new")
-        command = COMMANDS[extension.name](fresh)
+        command = [*COMMANDS[extension.name]()[1], *objects, "-o", str(fresh)]
+        if extension.name == CPU:  # linkers take flags of libraries after the objects
+            command += shlex.split(os.environ.get("LDFLAGS", ""))
         print("megashear:", shlex.join(command), flush=True)
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout, end="", flush=True)
@@ -152,6 +212,6 @@ def check_switches() -> None:
 if __name__ == "__main__":
     check_switches()
     setup(
-        ext_modules=[Extension(CPU, sources("cpu.cpp")), Extension(CUDA, sources("cuda.cu"))],
+        ext_modules=[Extension(name, [str(path.relative_to(ROOT)) for path in sources(name)]) for name in (CPU, CUDA)],
         cmdclass={"build_ext": BuildKernels},
     )

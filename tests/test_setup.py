@@ -21,11 +21,28 @@ assert "torch" not in sys.modules and library.strip_count(17) == 2
 """
 
 
-def _build(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[Path]]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MEGASHEAR_")}
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}/temp"]
-    done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
-    return done, sorted(path for path in tmp_path.rglob("*") if path.is_file())
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what a build needs: its objects do not displace those of the installation."""
+    tree = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("csrc", "megashear"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tree
+
+
+@pytest.fixture
+def build(checkout, tmp_path):
+    """`build(folder, **environment)`: build the libraries into a folder; the process, and the files that are there."""
+
+    def run(folder: Path = tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, list[Path]]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MEGASHEAR_")}
+        command = [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}", f"--build-temp={folder}/temp"]
+        done = subprocess.run(command, cwd=checkout, env=inherited | environment, capture_output=True, text=True)
+        return done, sorted(path for path in folder.rglob("*") if path.is_file())
+
+    return run
 
 
 def installed(name: str, tools: tuple[str, ...]) -> Path:
@@ -42,19 +59,18 @@ def test_an_installed_library_needs_neither_torch_nor_a_gpu(name, tools):
     subprocess.run([sys.executable, "-c", LOAD, name, installed(name, tools)], check=True)
 
 
-def test_cuda_is_compiled_for_the_architectures_that_are_asked_for(tmp_path):
-    """By a stand-in for nvcc, which writes its arguments to the file that it should make."""
+def test_cuda_is_compiled_for_the_architectures_that_are_asked_for(build, tmp_path):
+    """By a stand-in for nvcc."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text('#!/bin/sh\narguments="$*"\nwhile [ "$1" != -o ]; do shift; done\necho "$arguments" > "$2"\n')
+    nvcc.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
     nvcc.chmod(0o755)
     environment = {"CUDA_HOME": str(nvcc.parents[1]), "MEGASHEAR_CPU": "0", "MEGASHEAR_CUDA": "1"}
-    done, files = _build(tmp_path / "out", **environment, MEGASHEAR_CUDA_ARCH="9.0;8.6")
+    done, _ = build(tmp_path / "out", **environment, MEGASHEAR_CUDA_ARCH="9.0;8.6")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "megashear._csrc is left out" in done.stdout and "MEGASHEAR_CPU=0" in done.stdout
-    (library,) = files
-    flags = [word for word in library.read_text().split() if "arch=" in word]
-    assert [flag.removeprefix("-gencode=arch=") for flag in flags] == [
+    line = next(line for line in done.stdout.splitlines() if " -c " in line)
+    assert [word.removeprefix("-gencode=arch=") for word in line.split() if "arch=" in word] == [
         "compute_90,code=sm_90",
         "compute_86,code=sm_86",
         "compute_90,code=compute_90",
@@ -63,8 +79,8 @@ def test_cuda_is_compiled_for_the_architectures_that_are_asked_for(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, CXX)), reason="no C++ compiler is here")
-def test_cpu_library_is_built_and_needs_no_torch(tmp_path):
-    done, files = _build(tmp_path, MEGASHEAR_CPU="1", MEGASHEAR_CUDA="0")
+def test_cpu_library_is_built_and_needs_no_torch(build):
+    done, files = build(MEGASHEAR_CPU="1", MEGASHEAR_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "megashear: built megashear._csrc with" in done.stdout
     assert "megashear._csrc_cuda is left out" in done.stdout and "MEGASHEAR_CUDA=0" in done.stdout
@@ -74,24 +90,19 @@ def test_cpu_library_is_built_and_needs_no_torch(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_cuda_library_is_built_for_one_architecture_and_loads_without_a_gpu(tmp_path):
-    done, files = _build(tmp_path, MEGASHEAR_CPU="0", MEGASHEAR_CUDA="1", MEGASHEAR_CUDA_ARCH="9.0")
+def test_cuda_library_is_built_for_one_architecture_and_loads_without_a_gpu(build):
+    done, files = build(MEGASHEAR_CPU="0", MEGASHEAR_CUDA="1", MEGASHEAR_CUDA_ARCH="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "code=sm_90" in done.stdout and "sm_80" not in done.stdout
     (library,) = files
     subprocess.run([sys.executable, "-c", LOAD, "_csrc_cuda", library], check=True)
 
 
-def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_out(tmp_path):
+def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_out(checkout, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
     compiler.chmod(0o755)
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tree)
-    for name in ("csrc", "megashear"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    tree = Path(shutil.copytree(checkout, tmp_path / "tree"))
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     cpu, cuda = (tree / "megashear" / f"{name}{suffix}" for name in ("_csrc", "_csrc_cuda"))
     cpu.write_text("in use")
@@ -105,14 +116,14 @@ def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_
     assert [path.name for path in cpu.parent.glob("_csrc*")] == [cpu.name]
 
 
-def test_without_tools_both_are_left_out_and_the_build_goes_on(tmp_path):
-    done, files = _build(tmp_path, CXX="no-such-compiler", MEGASHEAR_CUDA="0")
+def test_without_tools_both_are_left_out_and_the_build_goes_on(build):
+    done, files = build(CXX="no-such-compiler", MEGASHEAR_CUDA="0")
     assert done.returncode == 0 and not files
     assert "no C++ compiler was found" in done.stdout and "plain torch serves" in done.stdout
 
 
-def test_a_failing_compiler_leaves_no_file(tmp_path):
-    done, files = _build(tmp_path, CXX="false", MEGASHEAR_CUDA="0")
+def test_a_failing_compiler_leaves_no_file(build):
+    done, files = build(CXX="false", MEGASHEAR_CUDA="0")
     assert done.returncode == 0 and not files
     assert "megashear._csrc is left out" in done.stdout and "status 1" in done.stdout
 
@@ -126,8 +137,8 @@ def test_a_failing_compiler_leaves_no_file(tmp_path):
         ({"MEGASHEAR_CPU": "0", "MEGASHEAR_CUDA_ARCH": "hopper"}, "MEGASHEAR_CUDA_ARCH must list"),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_one_message(environment, message, tmp_path):
-    done, files = _build(tmp_path, **environment)
+def test_what_cannot_be_done_is_refused_with_one_message(environment, message, build):
+    done, files = build(**environment)
     assert done.returncode != 0 and not files
     assert message in done.stderr and "Traceback" not in done.stderr
 

@@ -7,7 +7,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".pytest_cache" / "compiled"
@@ -48,3 +50,13 @@ def compiled(
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+@cache
+def build_script() -> ModuleType:
+    """The project's setup.py as a module: how its libraries are compiled."""
+    spec = spec_from_file_location("megashear_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

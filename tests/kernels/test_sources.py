@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from helpers.compiled import compiled as compiler_output
+from helpers.compiled import build_script
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CUDA_SOURCES = sorted(CSRC.glob("**/*.cu"))
@@ -38,31 +37,18 @@ def _name(path: Path) -> str:
     return str(path.relative_to(CSRC))
 
 
-def log_of(compiler: str, flags: list[str], source: Path, keep: bool = False) -> Path:
-    """The folder with `log.txt`, what a compiler prints of a source, and with `keep` its PTX; compiled once."""
-
-    def build(folder: Path) -> None:
-        kept = ["--keep", f"--keep-dir={folder}"] if keep else []
-        command = [compiler, *flags, *kept, "-c", str(source), "-o", str(folder / "object.o")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        for path in folder.iterdir():
-            if path.suffix != ".ptx":
-                path.unlink()
-        (folder / "log.txt").write_text(done.stdout + done.stderr)
-
-    headers = [path for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cuh")]
-    name = "-".join(source.relative_to(CSRC).with_suffix("").parts)
-    return compiler_output(f"{Path(compiler).name}-{name}", compiler, flags, [source, *headers], build)
+def compile_source(library: str, source: Path) -> Path:
+    """The folder with the compiler's log of a source, and its PTX: the installation's, if the source is unchanged."""
+    build = build_script()
+    command, _ = build.COMMANDS[library]()
+    return build.compile_source(library, command, source)
 
 
 @pytest.fixture(scope="session", params=CUDA_SOURCES, ids=_name)
 def compiled(request) -> Compiled:
     if NVCC is None:
         pytest.skip("nvcc is not here")
-    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"]
-    flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a", "--threads=0"]
-    folder = log_of(NVCC, flags, request.param, keep=True)
+    folder = compile_source("megashear._csrc_cuda", request.param)
     return Compiled((folder / "log.txt").read_text(), [path.read_text() for path in sorted(folder.glob("*.ptx"))])
 
 
@@ -117,8 +103,8 @@ def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, requ
 @pytest.mark.skipif(CXX is None, reason="no C++ compiler is here")
 @pytest.mark.parametrize("source", CPU_SOURCES, ids=_name)
 def test_cpu_compiles_without_a_warning(source):
-    flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
-    assert (log_of(CXX, flags, source) / "log.txt").read_text() == ""
+    folder = compile_source("megashear._csrc", source)
+    assert (folder / "log.txt").read_text() == ""
 
 
 def test_sources_know_no_torch_and_every_op_has_its_parts():
