@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.budget import slow
 from helpers.tiny import Tiny
 
 COMPILER = ("torch._dynamo", "torch._inductor")
@@ -58,7 +59,7 @@ def test_a_training_rank_imports_neither_compiler_nor_plotting(tmp_path: Path) -
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", *slow("full")])
 def test_a_run_calls_no_fused_function_and_no_compiler(
     tiny: Tiny,
     tmp_path: Path,

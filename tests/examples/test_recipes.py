@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.budget import slow
 from megashear.config import keys
 from megashear.config.document import recipe_text
 from megashear.config.load import load_config
@@ -92,7 +93,8 @@ def stand_in(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "GPUS": "2", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGUSR1, *slow(signal.SIGTERM, signal.SIGINT)])
 def test_a_signal_to_the_torchrun_script_reaches_the_ranks_and_ends_in_75(tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
         ["bash", SCRIPTS[0], "x.yaml", "a=b"],
@@ -123,6 +125,7 @@ wait $task
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("number", "status", "requeued"), [("-USR1", 75, True), ("-KILL", 137, False)])
 def test_the_slurm_script_requeues_on_75_alone(tmp_path: Path, number: str, status: int, requeued: bool) -> None:
     environment = stand_in(tmp_path)

@@ -29,7 +29,7 @@ PAIRS = [  # one for each mechanism; `--slow` has all pairs
     (GQA, ONE, TP2),
     (GQA, PP2_VP2, DP2),
     (MHA, DP2, PP2),
-    (MHA, TP2_DP2, TP2_PP2),
+    pytest.param(MHA, TP2_DP2, TP2_PP2, marks=pytest.mark.expensive("two layouts of four ranks each")),
 ]
 Saved = Callable[[str, str, str], tuple[Path, dict[str, Any]]]
 

@@ -40,7 +40,7 @@ def prune_record(folder: Path) -> dict:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_default_is_the_principal_basis(untied: Tiny, tiny: Tiny, tmp_path: Path, tied: bool) -> None:
-    inputs, keys = tiny if tied else untied, ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+    inputs, keys = tiny if tied else untied, ["prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]"]
     finish(inputs.config(tmp_path / "run", *keys, "prune.basis=null"))
     assert prune_record(tmp_path / "run")["principal"]
     assert not (tmp_path / "run/principal").exists()
@@ -50,7 +50,7 @@ def test_the_default_is_the_principal_basis(untied: Tiny, tiny: Tiny, tmp_path: 
 
 
 def test_the_sources_own_units_where_they_are_asked_for_or_all_stay(untied: Tiny, tmp_path: Path) -> None:
-    keys = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+    keys = ["prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]"]
     finish(untied.config(tmp_path / "own", *keys, "prune.basis=source"))
     assert not prune_record(tmp_path / "own")["principal"]
     finish(untied.config(tmp_path / "all", *keys, "prune.basis=null", "target.hidden_size=32"))
@@ -62,7 +62,11 @@ def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
     losses = []
     for chosen in ("principal", "source"):
         folder = tmp_path / chosen
-        finish(untied.config(folder, "prune.method=one_shot", "run.stages=[prune]", f"prune.basis={chosen}"))
+        finish(
+            untied.config(
+                folder, "prune.method=one_shot", "prune.refit=2", "run.stages=[prune]", f"prune.basis={chosen}"
+            )
+        )
         losses.append(json.loads((folder / "source_losses.json").read_text()))
     for domain, (loss, error) in losses[0].items():
         assert abs(loss - losses[1][domain][0]) <= 1e-5 * loss
@@ -77,7 +81,7 @@ def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
 def test_a_turn_that_costs_is_warned_of(
     untied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = ["prune.method=one_shot", "prune.basis=principal", "run.stages=[prune]"]
+    keys = ["prune.method=one_shot", "prune.refit=2", "prune.basis=principal", "run.stages=[prune]"]
     finish(untied.config(tmp_path / "sound", *keys))
     assert "principal basis" not in caplog.text
     turned = Rotation.__call__
@@ -119,7 +123,7 @@ def test_evaluations_of_the_source_are_told_from_calibration(
 
 
 def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune,finalize]")
+    config = tiny.config(tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]")
     finish(config)
     for name in ("principal", "fitted"):
         (tmp_path / "run" / name).mkdir()
@@ -135,7 +139,11 @@ def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, m
         return shares[-1]
 
     monkeypatch.setattr(basis, "share_kept", noted)
-    finish(untied.config(tmp_path / "run", "prune.method=one_shot", "run.stages=[prune]", "prune.basis=principal"))
+    finish(
+        untied.config(
+            tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.stages=[prune]", "prune.basis=principal"
+        )
+    )
     principal, own = shares
     assert 1.0 > principal > own > 0.0
 

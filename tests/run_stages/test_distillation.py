@@ -178,6 +178,7 @@ def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("the teacher goes" in capsys.readouterr().out) == bool(goes)
 
 
+@pytest.mark.expensive("25 steps on two ranks, twice")
 def test_under_pipelines_it_goes_at_the_same_step(ranks: LiveRanks, tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     """On every rank, whichever holds the losses; stopped after it went, the run goes on without it."""
     source = {"folder": str(trained)}

@@ -39,7 +39,7 @@ def data(found: dict[str, Any]) -> list[Any]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        [*TENSOR, *SHORT],
+        pytest.param([*TENSOR, *SHORT], marks=pytest.mark.expensive("two runs on two ranks, one stopped twice")),
         [*PIPELINE, *SHORT, "precision=bf16"],
         *slow(TENSOR, PIPELINE, [*PIPELINE, "precision=bf16"]),
     ],

@@ -16,6 +16,7 @@ SETTLING = {
     "basis": "source",  # elsewhere the cut folds gains into norms, which then train by other steps
     "constraint": "projected",
     "clip": "weights",
+    "importance": {"batches": 2},
     "mask_learning_rate": 0.1,
     "sparsity_warmup_steps": 4,
     "optimizer": STEADY,
