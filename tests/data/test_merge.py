@@ -186,6 +186,7 @@ def test_the_order_is_the_permutation_of_the_documents_numbers(tmp_path, tokeniz
             assert found == [mine[number] for number in order]
 
 
+@pytest.mark.medium
 def test_merging_holds_no_table_of_documents(tmp_path, monkeypatch):
     """600 000 documents more: one byte each for duplicates, and what waits to be freed; their tables would have 28."""
     for name in ("duplicates.RECORDS", "order.RECORDS", "parts.CHUNK", "buckets.WAITING"):

@@ -52,6 +52,7 @@ assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor
     )
 
 
+@pytest.mark.medium
 def test_a_transformers_model_made_afterwards_has_its_rotary_buffers() -> None:
     run(
         PRESENT

@@ -52,6 +52,7 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.medium
 def test_a_training_rank_imports_neither_compiler_nor_plotting(tmp_path: Path) -> None:
     script = tmp_path / "start.py"
     script.write_text(IMPORT.format(names=(*COMPILER, "matplotlib", "torch.utils.tensorboard", "transformers")))

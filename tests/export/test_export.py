@@ -170,6 +170,7 @@ print("peak", status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
+@pytest.mark.medium
 def test_memory_of_the_writing(llama_folder, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -9,6 +9,8 @@ from megashear.plot.report import write_report
 from megashear.plot.run import read_masks
 from plot.conftest import Page, make_run, stage_done
 
+pytestmark = pytest.mark.medium  # draws many pictures
+
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
 

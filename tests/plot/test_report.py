@@ -22,6 +22,8 @@ from megashear.train.metrics import SCORES_NAME
 from megashear.train.sequences import save_sequences
 from plot.conftest import DOMAINS, Page, make_run, stage_done
 
+pytestmark = pytest.mark.medium  # draws many pictures
+
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
 

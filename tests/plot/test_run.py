@@ -13,6 +13,8 @@ from megashear.plot.run import plot_run, read_masks
 from megashear.train.metrics import Metrics
 from plot.conftest import SyntheticRun
 
+pytestmark = pytest.mark.medium  # draws many pictures
+
 ALL = [
     "epochs.png",
     "losses.png",

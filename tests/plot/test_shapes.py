@@ -17,6 +17,8 @@ from megashear.plot.report import write_report
 from megashear.weights.hf_config import config_of_shape
 from plot.conftest import Page, make_run
 
+pytestmark = pytest.mark.medium  # draws many pictures
+
 pytestmark = pytest.mark.usefixtures("small_pictures")
 
 

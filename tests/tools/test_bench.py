@@ -41,6 +41,7 @@ def test_gpu_rows(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.medium
 def test_gpu_ops_need_torch_and_little_else() -> None:
     """G1 to G3 where there is no megatron-core, OmegaConf or orjson."""
     small = ["--device", "cpu", "--small", "--no-build", "--rows", "G1,G2,G3,G6"]

@@ -88,6 +88,7 @@ def test_the_dataset(unbroken):
 
 
 @pytest.mark.parametrize("finished", [3, *slow(0, 6)])
+@pytest.mark.medium
 def test_killed_and_started_again_it_ends_in_the_same_bytes(tmp_path, shards, model, unbroken, finished):
     """SIGKILL when so many shards are done: nothing that looks finished is left, and no process."""
     output = tmp_path / "dataset"
@@ -143,6 +144,7 @@ def test_fifty_kills(tmp_path, shards, model, unbroken):
     assert content_of(output) == whole
 
 
+@pytest.mark.medium
 def test_errors_are_one_message_and_their_exit_code(tmp_path, shards, model):
     cases = [
         (3, "no shard there", (tmp_path / "none", model, tmp_path / "d")),
@@ -167,6 +169,7 @@ def test_a_dry_run_writes_nothing(tmp_path, shards, model):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.medium
 def test_duplicates_are_left_out_on_request(tmp_path, shards, model):
     twice = tmp_path / "twice"
     twice.mkdir()

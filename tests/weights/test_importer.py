@@ -96,6 +96,7 @@ print("peak", status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
+@pytest.mark.medium
 def test_memory_is_two_of_the_largest_tensors_at_most(make_folder, tmp_path):
     source = make_folder()
     config = json.loads((source / "config.json").read_text())

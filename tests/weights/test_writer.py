@@ -73,6 +73,7 @@ def write_share(folder, start, barrier):
     writer.close()
 
 
+@pytest.mark.medium
 def test_processes_write_into_the_same_files(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(3)
