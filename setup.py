@@ -1,7 +1,8 @@
 """Build the kernels: csrc/ for the CPU as megashear._csrc and, with nvcc, for CUDA as megashear._csrc_cuda.
 
 Neither needs torch. What cannot be built is left out, and megashear then computes in plain torch; the build says what
-it did, and so does `megashear env`. Environment:
+it did, and so does `megashear env`. Objects and compiler logs are kept in build/kernels, and a source is compiled again
+only if the source, a header, the flags or the compiler have changed. Environment:
     MEGASHEAR_CPU        auto (default: build where there is a C++ compiler), 0 (never), 1 (fail if it cannot be built)
     MEGASHEAR_CUDA       the same for CUDA, where nvcc decides; no GPU is needed to build
     MEGASHEAR_CUDA_ARCH  compute capabilities, default "80;90a"; PTX of the first lets later devices run it too

@@ -116,6 +116,30 @@ def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_
     assert [path.name for path in cpu.parent.glob("_csrc*")] == [cpu.name]
 
 
+def test_a_source_is_compiled_again_only_if_something_has_changed(checkout, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
+    compiler.chmod(0o755)
+    tree = Path(shutil.copytree(checkout, tmp_path / "tree", ignore=shutil.ignore_patterns("build")))
+    environment = os.environ | {"CXX": str(compiler), "MEGASHEAR_CPU": "1", "MEGASHEAR_CUDA": "0"}
+
+    def compiled() -> list[str]:
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
+        return [line for line in done.stdout.splitlines() if " -c " in line]
+
+    sources = len(list(tree.glob("csrc/*/cpu.cpp"))) + 2  # and the device's, and the bindings
+    assert len(compiled()) == sources
+    assert compiled() == []
+    with (tree / "csrc/rope/cpu.cpp").open("a") as file:
+        file.write("// changed\n")
+    (again,) = compiled()
+    assert "csrc/rope/cpu.cpp" in again
+    with (tree / "csrc/address.h").open("a") as file:
+        file.write("// changed\n")
+    assert len(compiled()) == sources
+
+
 def test_without_tools_both_are_left_out_and_the_build_goes_on(build):
     done, files = build(CXX="no-such-compiler", MEGASHEAR_CUDA="0")
     assert done.returncode == 0 and not files
