@@ -71,7 +71,7 @@ def _check(inputs, upstream) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masks", MASKS)
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 1), (33, 172), (300, 512), (3, 9001)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(300, 512), (3, 9001)])
 def test_agrees_with_float64(tokens, hidden, masks, dtype, device):
     _check(*_case(tokens, hidden, dtype, device, masks))
 

@@ -51,9 +51,7 @@ def _check(logits, labels, dterms, first: int, columns: int, overwrite: bool) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize(
-    ("tokens", "width", "columns"), [(1, 1, 1), (33, 172, 172), (5, 4099, 4000), (300, 2048, 1500)]
-)
+@pytest.mark.parametrize(("tokens", "width", "columns"), [(5, 4099, 4000), (300, 2048, 1500)])
 def test_agrees_with_float64(tokens, width, columns, overwrite, dtype, device):
     _check(*_case(tokens, width, dtype, device), 1000, columns, overwrite)
 

@@ -53,7 +53,7 @@ def _check(qkv: torch.Tensor, sizes: tuple[int, int, int], tables: tuple[torch.T
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("positions", "batch", "groups", "queries", "half"),
-    [(1, 1, 1, 1, 1), (65, 2, 8, 1, 32), (33, 3, 2, 4, 24), (40, 1, 3, 2, 64), (300, 2, 1, 5, 5)],
+    [(65, 2, 8, 1, 32), (40, 1, 3, 2, 64), (300, 2, 1, 5, 5)],
 )
 def test_agrees_with_float64(positions, batch, groups, queries, half, dtype, device):
     _check(*_case(positions, batch, groups, queries, half, dtype, device))

@@ -45,7 +45,7 @@ def _check(gate_up: torch.Tensor, mask: torch.Tensor | None, dout: torch.Tensor)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (33, 172), (300, 1376), (4097, 24), (17, 2049)])
+@pytest.mark.parametrize(("tokens", "features"), [(300, 1376), (4097, 24), (17, 2049)])
 def test_agrees_with_float64(tokens, features, masked, dtype, device):
     gate_up, mask, dout = _case(tokens, features, dtype, device)
     _check(gate_up, mask if masked else None, dout)
