@@ -11,12 +11,15 @@ The rest of the package's description stands in pyproject.toml.
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,9 +29,11 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "kernels"
-"""Object files, kept between builds, each with `log.txt`, what the compiler printed, and for CUDA with its PTX."""
-KEPT = 3
-"""Objects of one source that are kept, of other flags or contents."""
+"""Object files, kept between builds, each with the compiler's output in `log.txt`, and for CUDA with its PTX."""
+SECONDS_KEPT = 24 * 3600
+"""How long an object is kept after its last use."""
+VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH")
+"""Variables of the environment that compilers read."""
 CUDA_ARCHITECTURES = "80;90a"
 CPU, CUDA = "megashear._csrc", "megashear._csrc_cuda"
 SWITCHES = {CPU: "MEGASHEAR_CPU", CUDA: "MEGASHEAR_CUDA"}
@@ -66,7 +71,7 @@ def cpu_commands() -> tuple[list[str], list[str]]:
     flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion"]
     flags += ["-fno-trapping-math", "-fno-math-errno"]  # no result changes, but loops with selections are vectorised
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    return [*compiler, *flags], [*compiler, "-shared", "-fopenmp"]
+    return [*compiler, *flags], [*compiler, *flags, "-shared"]
 
 
 def find_nvcc() -> str:
@@ -102,19 +107,19 @@ COMMANDS = {CPU: cpu_commands, CUDA: cuda_commands}
 def compile_source(library: str, command: list[str], source: Path) -> Path:
     """Compile one source unless that was done before; returns the folder of its `object.o` and `log.txt`."""
     name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
-    if source.name == "bindings.cpp":  # no kernel includes headers of Python
-        command = [*command, *headers()]
+    includes = headers() if source.name == "bindings.cpp" else []  # no kernel includes headers of Python
     place = OBJECTS / library.rpartition(".")[2] / f"{name}-{digest(command, source)}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if place.exists():
+            os.utime(place)
             return place
         fresh = place.with_name(f".{place.name}")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         kept = ["--keep", f"--keep-dir={fresh}"] if source.suffix == ".cu" else []
-        whole = [*command, *kept, "-c", str(source), "-o", str(fresh / "object.o")]
+        whole = [*command, *includes, *kept, "-c", str(source), "-o", str(fresh / "object.o")]
         print("megashear:", shlex.join(whole), flush=True)
         done = subprocess.run(whole, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
@@ -126,19 +131,37 @@ def compile_source(library: str, command: list[str], source: Path) -> Path:
                 path.unlink()
         (fresh / "log.txt").write_text(done.stdout)
         fresh.rename(place)
-        others = sorted(place.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
-        for old in others[:-KEPT]:
-            shutil.rmtree(old)
+        for other in place.parent.glob(f"{name}-*"):
+            if time.time() - other.stat().st_mtime > SECONDS_KEPT:
+                shutil.rmtree(other)
     return place
 
 
 def digest(command: list[str], source: Path) -> str:
-    """What an object depends on: the command, the compiler's file, the source and all headers."""
-    compiler = Path(shutil.which(command[0]) or command[0]).resolve().stat()
-    found = hashlib.sha256(shlex.join([*command, str(compiler.st_mtime_ns), str(compiler.st_size)]).encode())
+    """What an object depends on: command, environment, compilers, the source and all headers."""
+    parts = [shlex.join(command), *(os.environ.get(name, "") for name in VARIABLES), version(command[0])]
+    if source.suffix == ".cu":
+        parts.append(version("g++"))  # nvcc's host compiler
+    if source.name == "bindings.cpp":
+        import pybind11
+
+        parts += [sys.version, pybind11.__version__]
+    if "native" in parts[0]:
+        parts += [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+    found = hashlib.sha256("\0".join(parts).encode())
     for path in [source, *sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh"))]:
         found.update(path.read_bytes())
     return found.hexdigest()[:20]
+
+
+@functools.cache
+def version(compiler: str) -> str:
+    """A compiler's path, and its version as it prints it."""
+    path = shutil.which(compiler)
+    if path is None:
+        return ""
+    done = subprocess.run([path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return f"{path} {done.stdout}"
 
 
 def compile_library(library: str) -> list[Path]:

@@ -59,7 +59,7 @@ def test_an_installed_library_needs_neither_torch_nor_a_gpu(name, tools):
     subprocess.run([sys.executable, "-c", LOAD, name, installed(name, tools)], check=True)
 
 
-def test_cuda_is_compiled_for_the_architectures_that_are_asked_for(build, tmp_path):
+def test_cuda_architectures_are_those_of_the_environment(build, tmp_path):
     """By a stand-in for nvcc."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_cpu_library_is_built_and_needs_no_torch(build):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not here")
-def test_cuda_library_is_built_for_one_architecture_and_loads_without_a_gpu(build):
+def test_cuda_library_loads_without_a_gpu(build):
     done, files = build(MEGASHEAR_CPU="0", MEGASHEAR_CUDA="1", MEGASHEAR_CUDA_ARCH="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "code=sm_90" in done.stdout and "sm_80" not in done.stdout
@@ -116,7 +116,7 @@ def test_libraries_beside_the_sources_are_replaced_whole_and_removed_where_left_
     assert [path.name for path in cpu.parent.glob("_csrc*")] == [cpu.name]
 
 
-def test_a_source_is_compiled_again_only_if_something_has_changed(checkout, tmp_path):
+def test_only_changed_sources_are_compiled_again(checkout, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
     compiler.chmod(0o755)

@@ -36,7 +36,7 @@ state() {
         .venv/bin/python --version
         sha256sum pyproject.toml setup.py megashear/__init__.py
         find csrc -type f -print0 | sort -z | xargs -0 sha256sum
-        env | grep -E '^(MEGASHEAR_(CPU|CUDA|CUDA_ARCH)|CXX|CXXFLAGS|LDFLAGS|CUDA_HOME)=' | sort || true
+        env | grep -E '^(MEGASHEAR_(CPU|CUDA|CUDA_ARCH)|CXX|CXXFLAGS|LDFLAGS|CUDA_HOME|NVCC_[A-Z_]+|CPATH|CPLUS_INCLUDE_PATH)=' | sort || true
         find megashear -maxdepth 1 -name '*.so' | sort
     } | sha256sum
 }

@@ -6,13 +6,11 @@ Read in this order: `device.py` (CUDA, or the CPU in its stead), `layout.py` (ra
 
 import warnings
 
-from megashear.engine.device import uses_cuda
+from megashear.engine.startup import on_cpu_host, skip_compiler_import
 
 # What megatron-core says of its own options, of torch's interfaces and of optional libraries is nothing that a user
 # could act on in the midst of a run; `megashear env` tells which libraries serve.
 warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\b")
 
-if not uses_cuda():
-    from megashear.engine.startup import leave_out_compiler
-
-    leave_out_compiler()
+if on_cpu_host():
+    skip_compiler_import()

@@ -2,12 +2,13 @@
 
 A rank compiles nothing, but two libraries import the compiler. megatron-core decorates its fused functions with
 `torch.compile` at import; none of them is on the training path (`tests/engine/test_startup.py`). torch hides some of
-its own functions from the compiler and imports it at their first call to do so. GPU hosts keep both as they are, and
-recomputation (`torch.utils.checkpoint`) still imports it.
+its own functions from the compiler and imports it at their first call to do so; here they are hidden only once
+something else has imported it. GPU hosts keep both as they are, and recomputation (`torch.utils.checkpoint`) still
+imports the compiler.
 """
 
 import functools
-import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,34 +17,59 @@ from typing import Any
 import torch
 from torch.optim import Adam, Optimizer
 
-HIDDEN_FROM_COMPILER = [
-    Optimizer.add_param_group,
-    Optimizer.load_state_dict,
-    Optimizer.state_dict,
-    Optimizer.zero_grad,
-]
-"""Functions that training calls and that `torch._disable_dynamo` wrapped when torch was imported."""
+HIDDEN_METHODS = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+"""Methods of torch's optimizers that training calls and that `torch._disable_dynamo` wrapped at torch's import."""
 
 
-def leave_out_compiler() -> None:
-    """Import megatron-core with plain fused functions, and stop torch from importing the compiler at run time."""
+def on_cpu_host() -> bool:
+    """Whether ranks of this process compute on the CPU; does not initialize CUDA, which is too early at import."""
+    return os.environ.get("MEGASHEAR_DEVICE", "") == "cpu" or torch.cuda.device_count() == 0
+
+
+def skip_compiler_import() -> None:
+    """Import megatron-core with plain fused functions, and let torch import the compiler only for user code."""
     with _plain_decorator(), _no_tensorboard():
         import megatron.core  # noqa: F401
-    torch._disable_dynamo = _unchanged  # type: ignore[assignment,attr-defined]  # custom ops ask for it when registered
-    for function in HIDDEN_FROM_COMPILER:
-        plain = function.__wrapped__  # type: ignore[attr-defined]
-        # The wrapper calls this attribute if it is set, and imports torch._dynamo to set it if it is not.
-        plain.__dynamo_disable = plain
-    Adam.step = _step_without_graph_breaks(inspect.unwrap(Adam.step))  # type: ignore[method-assign]
+    # Custom ops ask for this decorator when they are registered.
+    torch._disable_dynamo = _hide_if_loaded(torch._disable_dynamo)  # type: ignore[attr-defined]
+    for name in HIDDEN_METHODS:
+        hidden = getattr(Optimizer, name)
+        if (plain := getattr(hidden, "__wrapped__", None)) is not None:
+            setattr(Optimizer, name, _choose(plain, hidden))
+    step: Any = Adam.step
+    hooked = getattr(step, "hooked", False)  # an Adam exists already, whose constructor added the calls of step hooks
+    with_graph_breaks = step.__wrapped__ if hooked else step
+    if (plain := getattr(with_graph_breaks, "__wrapped__", None)) is not None:
+        step = _choose(_set_gradient_mode(plain), with_graph_breaks)
+        if hooked:
+            step = Optimizer.profile_hook_step(step)
+            step.hooked = True
+        Adam.step = step  # type: ignore[method-assign]
 
 
-def _unchanged(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
-    """Return the decorated function itself; works with and without options."""
-    return _unchanged if function is None else function
+def _choose(plain: Callable[..., Any], hidden: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `hidden` once the compiler is loaded, and `plain` before."""
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (hidden if "torch._dynamo" in sys.modules else plain)(*args, **kwargs)
+
+    return call
 
 
-def _step_without_graph_breaks(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Set the gradient mode of an optimizer's step as torch does, without marking graph breaks for the compiler."""
+def _hide_if_loaded(disable: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch._disable_dynamo`, whose functions do not import the compiler when they are called."""
+
+    def decorate(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(decorate, recursive=recursive)
+        return _choose(function, disable(function, recursive))
+
+    return decorate
+
+
+def _set_gradient_mode(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's step in the gradient mode that torch sets for it, without marking graph breaks."""
 
     @functools.wraps(plain)
     def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +83,7 @@ def _step_without_graph_breaks(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _plain_decorator() -> Iterator[None]:
     """Let `torch.compile` return functions as they are."""
     original = torch.compile
-    torch.compile = _unchanged  # type: ignore[assignment]
+    torch.compile = lambda function: function  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -66,7 +92,7 @@ def _plain_decorator() -> Iterator[None]:
 
 @contextmanager
 def _no_tensorboard() -> Iterator[None]:
-    """Hide tensorboard from megatron-core's timers, which are not used; with it come 0.2 s of protocol buffers."""
+    """Hide tensorboard from megatron-core's timers, which are not used; its import takes 0.2 s."""
     name = "torch.utils.tensorboard"
     if name in sys.modules:
         yield

@@ -32,7 +32,8 @@ from megashear.train.stage import OnStep, do_nothing
 from megashear.weights.folder import ModelFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-UNSET = "unset"
+UNSET = object()
+"""A key that one of two records lacks."""
 FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
 FREE_KEYS = (
     ("data", "folder"),
@@ -170,10 +171,10 @@ def claim(context: Context) -> None:
         weight = open_weight(context.config, context.source_shape, context.target_shape)
         write_json(path, own | {OPEN_WEIGHT: weight})
         return
-    if there.get("format_version") != FORMAT_VERSION:
+    if (version := there.get("format_version", "unknown")) != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: run folder format {there.get('format_version')}, this version of megashear reads format "
-            f"{FORMAT_VERSION}; finish the run with the version that started it, or choose another run.folder"
+            f"{path}: format_version is {version}, this version of megashear reads {FORMAT_VERSION}; finish the run "
+            "with the version that started it, or choose another run.folder"
         )
     there.pop(OPEN_WEIGHT, None)
     changed = differences(there, own, "")
@@ -219,4 +220,7 @@ def differences(there: Any, here: Any, name: str) -> list[str]:
             inner = f"{name}.{key}" if name else key
             found += differences(there.get(key, UNSET), here.get(key, UNSET), inner)
         return found
-    return [] if there == here else [f"{name}: {there} -> {here}"]
+    if there == here:
+        return []
+    before, now = ("unset" if value is UNSET else value for value in (there, here))
+    return [f"{name}: {before} -> {now}"]

@@ -111,4 +111,4 @@ class Stage:
 
 
 OnStep: TypeAlias = Callable[[Stage], None]
-"""What a caller of `megashear.run.runner.run` wants done after every training step."""
+"""Callback after each training step; see `megashear.run.runner.run`."""

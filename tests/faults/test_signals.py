@@ -39,9 +39,15 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
 
 
 @pytest.mark.medium
+@pytest.mark.expensive("two processes that are stopped, and a run to compare with")
 def test_a_signal_to_the_process_group(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any]) -> None:
-    """While it prunes, as `timeout` and schedulers send it: to the helpers of a checkpoint too."""
+    """To one that starts; while it prunes to the group, as `timeout` and schedulers do: a checkpoint's helpers too."""
     folder = tmp_path / "run"
+    process = start(tiny.file(folder))
+    wait_for((folder / ".lock").exists, process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 75 and re.search("before prune|after step 0", errors), errors
     process = start(tiny.file(folder))
     wait_for((folder / "prune/step-00000004").exists, process)
     os.killpg(process.pid, signal.SIGTERM)

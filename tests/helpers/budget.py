@@ -1,6 +1,6 @@
 """The CPU time of each test, its ranks and child processes included, and the limit that holds in the default tier.
 
-Shared fixtures and the start of shared ranks are charged to no test: `charged_to_nobody` encloses them.
+Shared fixtures and the start of shared ranks are charged to no test: `excluded_from_tests` encloses them.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from helpers.ranks import Ranks
 LIMIT_SECONDS = 10.0
 """CPU-seconds of one test on the reference machine, a core of an AMD EPYC with AVX-512."""
 REFERENCE_SECONDS = 0.033
-"""What `_fixed_work` takes there."""
-PROPERTY = "cpu_seconds"
+"""CPU-seconds of `_fixed_work` on that machine."""
+CPU_PROPERTY, FIXTURE_PROPERTY = "cpu_seconds", "fixture_cpu_seconds"
 STARTED: dict[int, Ranks] = {}
 """The live ranks of this process, by world size."""
 
@@ -33,6 +33,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.excluded, self.depth, self.started = 0.0, 0, 0.0
+        self.fixtures: list[tuple[float, str]] = []
+        """What was excluded since the last report: CPU-seconds and name."""
 
     def total(self) -> float:
         """Everything so far, in CPU-seconds."""
@@ -53,23 +55,26 @@ METER = Meter()
 
 
 @contextlib.contextmanager
-def charged_to_nobody() -> Iterator[None]:
-    """Leave out what is spent inside; contexts may be nested."""
+def excluded_from_tests(name: str) -> Iterator[None]:
+    """Charge to no test what is spent inside; contexts may be nested."""
     before, METER.depth = METER.total(), METER.depth + 1
     try:
         yield
     finally:
         METER.depth -= 1
         if METER.depth == 0:
-            METER.excluded += METER.total() - before
+            spent = METER.total() - before
+            METER.excluded += spent
+            METER.fixtures.append((spent, name))
 
 
 def live_ranks(world: int) -> Ranks:
     """The ranks of that world size, started at the first request of this process."""
-    with charged_to_nobody():
-        ranks = STARTED.setdefault(world, Ranks(world))
-        ranks.start()
-    return ranks
+    if world not in STARTED:
+        STARTED[world] = Ranks(world)
+    with excluded_from_tests(f"start of {world} ranks"):
+        STARTED[world].start()
+    return STARTED[world]
 
 
 def stop_ranks() -> None:
@@ -103,7 +108,7 @@ class Accounting:
         """Charge shared fixtures to no test."""
         if fixturedef.scope == "function":
             return (yield)
-        with charged_to_nobody():
+        with excluded_from_tests(f"fixture {fixturedef.argname} of {fixturedef.baseid or 'all'}"):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -118,27 +123,29 @@ class Accounting:
         report = yield
         if report.when == "call":
             spent = METER.spent()
-            report.user_properties.append((PROPERTY, spent))
-            free = any(item.iter_markers("slow")) or any(item.iter_markers("expensive"))
-            if report.passed and not free and spent > limit():
+            report.user_properties += [(CPU_PROPERTY, spent), (FIXTURE_PROPERTY, METER.fixtures)]
+            METER.fixtures = []
+            excused = [mark for mark in item.iter_markers("expensive") if mark.args and str(mark.args[0]).strip()]
+            if report.passed and spent > limit() and not excused and not any(item.iter_markers("slow")):
                 report.outcome = "failed"
                 report.longrepr = (
-                    f"took {spent:.1f} CPU-seconds, its ranks and child processes included; the limit of the default "
-                    f"tier is {limit():.0f} on this machine. Make it cheaper, mark it slow, or mark it "
+                    f"the test used {spent:.1f} CPU-seconds, its ranks and child processes included (limit of the "
+                    f"default tier on this machine: {limit():.0f}); make it cheaper, mark it slow, or mark it "
                     "expensive(reason)"
                 )
         return report
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print the twenty costliest tests."""
-        costs = [
-            (dict(report.user_properties)[PROPERTY], report.duration, report.nodeid.partition("@")[0])
-            for kind in ("passed", "failed")
-            for report in terminalreporter.stats.get(kind, [])
-            if report.when == "call"
-        ]
+        """Print the twenty costliest tests and shared fixtures."""
+        costs = []
+        for kind in ("passed", "failed"):
+            for report in terminalreporter.stats.get(kind, []):
+                if report.when == "call":
+                    properties = dict(report.user_properties)
+                    costs.append((properties[CPU_PROPERTY], report.nodeid.partition("@")[0]))
+                    costs += [(spent, name) for spent, name in properties[FIXTURE_PROPERTY]]
         if costs:
-            terminalreporter.section("costliest tests")
-            terminalreporter.write_line(f"{'CPU s':>7}  {'wall s':>7}  test")
-            for cpu, wall, name in sorted(costs, reverse=True)[:20]:
-                terminalreporter.write_line(f"{cpu:7.1f}  {wall:7.1f}  {name}")
+            terminalreporter.section("costliest tests and shared fixtures")
+            terminalreporter.write_line("  CPU s  name")
+            for spent, name in sorted(costs, reverse=True)[:20]:
+                terminalreporter.write_line(f"{spent:7.1f}  {name}")

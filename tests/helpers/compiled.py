@@ -17,7 +17,7 @@ FOLDER = ROOT / ".pytest_cache" / "compiled"
 
 @cache
 def version_of(compiler: str) -> str:
-    """What a compiler prints of its version."""
+    """Output of `COMPILER --version`."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 

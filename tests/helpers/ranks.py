@@ -72,7 +72,7 @@ class Ranks:
                 for process in [launcher, *launcher.children(recursive=True)]:
                     with contextlib.suppress(psutil.Error):
                         times = process.cpu_times()
-                        total += times.user + times.system
+                        total += times.user + times.system + times.children_user + times.children_system
         return total
 
     def end_input(self) -> None:
@@ -93,8 +93,20 @@ class Ranks:
                 now = True
         if now and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)  # torchrun passes it to its ranks
-            self.process.wait(timeout=60)
+            try:
+                self.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                self._kill()
         self.process = None
+
+    def _kill(self) -> None:
+        """Kill torchrun and its ranks, each of which has a session of its own."""
+        assert self.process is not None
+        launcher = psutil.Process(self.process.pid)
+        for process in [*launcher.children(recursive=True), launcher]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
 
     def _answer(self, function: str, arguments: dict[str, Any], timeout: float) -> Any:
         import torch
@@ -141,7 +153,7 @@ class Ranks:
 
 
 LiveRanks: TypeAlias = Callable[[int], Ranks]
-"""What the fixture `ranks` is: a world size gives its ranks."""
+"""The fixture `ranks`: maps a world size to its live ranks."""
 
 
 def torchrun_command(ranks: int, *arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every rank of `ranks.Ranks` runs: read calls on rank 0, make them on all ranks, write rank 0's answers.
+"""Server loop of every rank of `ranks.Ranks`: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
 Ranks that wait leave the cores to others: a group's thread polls a hundred times a second for as long as anything
 refers to the group, uncollected cycles included, and a rank comes to fifty of them.

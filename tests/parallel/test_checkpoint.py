@@ -28,8 +28,8 @@ MHA, GQA = "multi-head", "grouped"  # the first untied, the second tied
 PAIRS = [  # one for each mechanism; `--slow` has all pairs
     (GQA, ONE, TP2),
     (GQA, PP2_VP2, DP2),
-    (MHA, DP2, PP2),
-    pytest.param(MHA, TP2_DP2, TP2_PP2, marks=pytest.mark.expensive("two layouts of four ranks each")),
+    (MHA, TP2_PP2, ONE),
+    pytest.param(GQA, TP4, TP2_DP2, marks=pytest.mark.expensive("two layouts of four ranks, more than groups")),
 ]
 Saved = Callable[[str, str, str], tuple[Path, dict[str, Any]]]
 
@@ -111,7 +111,7 @@ def test_the_same_layout_goes_on_with_the_same_bits(ranks, saved, tmp_path, layo
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(ONE, TP2), pytest.param(PP2_DP2, TP2, marks=pytest.mark.slow)], ids=name_of
+    ("first", "second"), [(DP2, TP2), pytest.param(PP2_DP2, TP2, marks=pytest.mark.slow)], ids=name_of
 )
 def test_bf16_with_fp32_masters(ranks, saved, tmp_path, first, second) -> None:
     check_pair(ranks, saved, tmp_path, GQA, first, second, "bfloat16")

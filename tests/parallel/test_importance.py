@@ -22,9 +22,9 @@ CASES = [
     Case(GQA, tensor=2, sequence=True),
     Case(GQA, pipeline=2, virtual_pipeline=2, layers=5),
     Case(MHA, data=2),
+    pytest.param(Case(GQA, tensor=4), marks=pytest.mark.expensive("four ranks, more than groups")),
     *slow(
         Case(MHA, tensor=2),
-        Case(GQA, tensor=4),  # more ranks than groups
         Case(GQA, tensor=2, pipeline=2, sequence=True),
         Case(MHA, pipeline=2, data=2),
     ),

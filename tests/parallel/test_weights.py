@@ -25,6 +25,7 @@ LAYOUTS = [
         (2, {"tensor": 2}, "grouped", False),
         (2, {"pipeline": 2}, "multi-head", True),
         (4, {"tensor": 2, "pipeline": 2}, "multi-head", True),
+        (4, {"tensor": 4}, "grouped", False),  # more ranks than groups
         *(pytest.param(*layout, "grouped", False, marks=pytest.mark.slow) for layout in LAYOUTS),
         *(pytest.param(*layout, "multi-head", True, marks=pytest.mark.slow) for layout in LAYOUTS),
     ],

@@ -123,7 +123,7 @@ def test_records_that_are_damaged_or_gone(tiny: Tiny, tmp_path: Path, name: str)
             finish(config)
 
 
-@pytest.mark.parametrize("version", [None, 0, 2])
+@pytest.mark.parametrize("version", [None, 2])
 def test_a_run_folder_of_another_format_is_refused(tiny: Tiny, tmp_path: Path, version: int | None) -> None:
     config = tiny.config(tmp_path / "run")
     assert break_off(config, ("prune", 1))
@@ -131,7 +131,7 @@ def test_a_run_folder_of_another_format_is_refused(tiny: Tiny, tmp_path: Path, v
     record = json.loads(path.read_text())
     assert record.pop("format_version") == 1
     path.write_text(json.dumps(record if version is None else record | {"format_version": version}))
-    with pytest.raises(CheckpointError, match=f"{path}: run folder format {version}, .* reads format 1; finish"):
+    with pytest.raises(CheckpointError, match=f"{path}: format_version is {version or 'unknown'}, .* reads 1; finish"):
         finish(config)
 
 

@@ -8,6 +8,7 @@ checked).
 import ctypes
 import re
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
@@ -47,7 +48,9 @@ def compile_cuda(sources: list[Path], includes: list[Path], library: Path) -> No
 def library(name: str, build: Callable[[Path], None]) -> Path:
     """The shared library `name` that `build` compiles into a folder, from the cache if no source has changed."""
     inputs = [path for path in (*CSRC.rglob("*.*"), *HERE.glob("*.*")) if path.is_file()]
-    return compiled(f"emulated-{name}", "g++", FLAGS, inputs, build) / f"{name}.so"
+    return (
+        compiled(f"emulated-{name}", "g++", [*FLAGS, sys.version, pybind11.__version__], inputs, build) / f"{name}.so"
+    )
 
 
 def rewrite_sources(folder: Path) -> None:
