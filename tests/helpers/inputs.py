@@ -1,12 +1,9 @@
 """Small real inputs: texts, tokenizers, LLaMAs that transformers makes and saves, and dataset folders."""
 
-import argparse
-import inspect
 import json
-import pathlib
-import pydoc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,11 +13,36 @@ from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
 from megashear.data.tokenizer import load_tokenizer
 from megashear.files.atomic import atomic_folder
 
-TEXTS = {
-    "library": inspect.getsource(pathlib),
-    "command": inspect.getsource(argparse),
-    "help": inspect.getsource(pydoc),
+LINES = {
+    "library": ("def {0}(self, {1}):", "    {0} = {1}({2})", "    if {0} is not {1}:", "        return {0}.{1}"),
+    "command": ("{0}.add_{1}('--{2}', {3}={4})", "# {0} the {1} of {2}", "    {0}, {1} = {2}.{3}()", "import {0}"),
+    "help": ("The {0} {1} a {2} of the {3}.", "When {0}, see {1} and {2}.", "* {0}: {1} {2} {3} {4}", "Usage: {0} {1}"),
 }
+"""Forms of a line of each domain."""
+
+
+def make_text(domain: str, characters: int = 90_000) -> str:
+    """Return a text that is the same with every version of Python: lines of words that are frequent or rare.
+
+    Paragraphs of one to eight lines, so that a small model learns the forms soon and the words slowly.
+    """
+    random = Random(domain).random  # of all methods, the one whose numbers are guaranteed not to change
+    syllables = [a + b for a in "bcdfglmnprst" for b in "aeiou"]
+
+    def pick(items: Sequence[str], skew: float) -> str:
+        return items[int(len(items) * random() ** skew)]
+
+    words = ["".join(pick(syllables, 1.0) for _ in range(1 + int(3 * random()))) for _ in range(400)]
+    paragraphs: list[str] = []
+    while sum(map(len, paragraphs)) < characters:
+        lines = range(1 + int(8 * random()))
+        paragraphs.append(
+            "\n".join(pick(LINES[domain], 1.0).format(*(pick(words, 3.0) for _ in range(5))) for _ in lines)
+        )
+    return "\n\n".join(paragraphs)
+
+
+TEXTS = {domain: make_text(domain) for domain in LINES}
 
 
 def make_tokenizer(path: Path, size: int, texts: Iterable[str] = TEXTS.values()) -> None:

@@ -28,7 +28,7 @@ MHA, GQA = "multi-head", "grouped"  # the first untied, the second tied
 PAIRS = [  # one for each mechanism; `--slow` has all pairs
     (GQA, ONE, TP2),
     (GQA, PP2_VP2, DP2),
-    (MHA, TP2_PP2, ONE),
+    pytest.param(MHA, TP2_PP2, ONE, marks=pytest.mark.expensive("four ranks that train and save")),
     pytest.param(GQA, TP4, TP2_DP2, marks=pytest.mark.expensive("two layouts of four ranks, more than groups")),
 ]
 Saved = Callable[[str, str, str], tuple[Path, dict[str, Any]]]
