@@ -1,11 +1,16 @@
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megashear.data import buckets, duplicates, order, parts
 from megashear.data.domains import DomainRule
 from megashear.data.heldout import HeldOutRule
 from megashear.data.indexed import token_dtype
@@ -27,6 +32,7 @@ from megashear.data.shards import ShardPiece
 from megashear.data.tokenizer import load_tokenizer
 from megashear.errors import DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 RULE = HeldOutRule(0.05, 10, 32)
 
 
@@ -186,28 +192,39 @@ def test_the_order_is_the_permutation_of_the_documents_numbers(tmp_path, tokeniz
             assert found == [mine[number] for number in order]
 
 
+def peak_bytes(folder: Path, count: int) -> int:
+    """What merging `count` documents allocates at most."""
+    duplicates.RECORDS = order.RECORDS = parts.CHUNK = buckets.WAITING = 1 << 13
+    table = np.zeros(count, DOCUMENT)
+    table["hash"] = np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64)
+    table["check"], table["length"], table["bytes"] = table["hash"], 1, 1
+    table.tofile(folder / "documents.bin")
+    del table
+    tracemalloc.start()
+    found = Documents([part_of_table(folder)], False, folder)
+    held_U = found.held_out(HeldOutRule(0.005, 10, 32))
+    (folder / "places").mkdir()
+    layout = Layout(found, held_U, [(0, "web", split) for split in SPLITS], folder / "places")
+    assert sum(len(place_N) for pair in (0, 1) for place_N in layout.places(pair)) == count
+    return tracemalloc.get_traced_memory()[1]
+
+
 @pytest.mark.medium
-def test_merging_holds_no_table_of_documents(tmp_path, monkeypatch):
-    """600 000 documents more: one byte each for duplicates, and what waits to be freed; their tables would have 28."""
-    for name in ("duplicates.RECORDS", "order.RECORDS", "parts.CHUNK", "buckets.WAITING"):
-        monkeypatch.setattr(f"megashear.data.{name}", 1 << 13)
+def test_merging_holds_no_table_of_documents(tmp_path):
+    """600 000 documents more: one byte each for duplicates, and what waits to be freed; their tables would have 28.
+
+    In processes of their own: threads that other tests left would be measured too.
+    """
+    code = "import sys; from pathlib import Path; from data.test_merge import peak_bytes; "
+    code += "print(peak_bytes(Path(sys.argv[1]), int(sys.argv[2])))"
     peaks = []
     for count in (200_000, 800_000):
         folder = tmp_path / str(count)
         folder.mkdir()
-        table = np.zeros(count, DOCUMENT)
-        table["hash"] = np.random.default_rng(0).integers(0, 2**64, count, dtype=np.uint64)
-        table["check"], table["length"], table["bytes"] = table["hash"], 1, 1
-        table.tofile(folder / "documents.bin")
-        del table
-        tracemalloc.start()
-        found = Documents([part_of_table(folder)], False, folder)
-        held_U = found.held_out(HeldOutRule(0.005, 10, 32))
-        (folder / "places").mkdir()
-        layout = Layout(found, held_U, [(0, "web", split) for split in SPLITS], folder / "places")
-        assert sum(len(place_N) for pair in (0, 1) for place_N in layout.places(pair)) == count
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        command = [sys.executable, "-c", code, str(folder), str(count)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
     assert peaks[1] - peaks[0] < 6 * 600_000, peaks
 
 
