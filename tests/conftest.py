@@ -58,13 +58,13 @@ def ranks() -> Iterator[Callable[[int], "Ranks"]]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator["Layout"]:
+def layout() -> Iterator["Layout"]:
     """A layout of one rank in this process."""
     from megashear.config.schema import ParallelConfig
     from megashear.engine.layout import distributed
 
-    with distributed(ParallelConfig()) as layout:
-        yield layout
+    with distributed(ParallelConfig()) as only_rank:
+        yield only_rank
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def skip_compiler_import() -> None:
 
 
 def _choose(plain: Callable[..., Any], hidden: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `hidden` once the compiler is loaded, and `plain` before."""
+    """Return a function that calls `hidden` once the compiler is loaded, and `plain` before."""
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ def _hide_if_loaded(disable: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set_gradient_mode(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """An optimizer's step in the gradient mode that torch sets for it, without marking graph breaks."""
+    """Return an optimizer's step in the gradient mode that torch sets for it, without marking graph breaks."""
 
     @functools.wraps(plain)
     def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

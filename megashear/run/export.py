@@ -26,6 +26,6 @@ def last_model(context: Context) -> str:
 
 
 def outdated(context: Context) -> bool:
-    """Whether what was exported is not what the run comes to by now."""
+    """Whether the export holds another model than the run's last one; the same on every rank."""
     record, model = context.done("export"), last_model(context)
     return record is not None and record["model"] != model

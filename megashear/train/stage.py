@@ -51,7 +51,7 @@ class Counters:
 
 
 def do_nothing(_: "Stage") -> None:
-    """Stand in where no callback is given."""
+    """Default callback."""
 
 
 @dataclass

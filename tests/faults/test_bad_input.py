@@ -122,4 +122,6 @@ def test_under_torchrun_a_message_is_printed_once(tiny: Tiny, tmp_path: Path, ov
     done = torchrun(2, "megashear", "run", tiny.file(tmp_path / "run"), override.format(folder=tmp_path / "data"))
     errors = [line for line in done.stderr.splitlines() if "megashear: error: " in line]
     assert len(errors) <= 1 and words in done.stderr
-    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1, "torchrun's own alone"
+    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1, (
+        "only torchrun's own traceback"
+    )

@@ -35,7 +35,7 @@ def signal_the_last_rank() -> None:
 def run_all(jobs: list[dict[str, Any]]) -> None:
     """Run jobs one after another: {"file": run file, "overrides": [...], "stop": [[stage, step], ...], "finish": bool}.
 
-    A stop is a signal to the last rank alone, and all ranks must obey it.
+    A stop is a signal to the last rank only, and all ranks must stop.
     """
     with world_kept():
         for job in jobs:

@@ -1,7 +1,7 @@
 """Server loop of every rank of `ranks.Ranks`: read calls on rank 0, make them on all ranks, write rank 0's answers.
 
 Ranks that wait leave the cores to others: a group's thread polls a hundred times a second for as long as anything
-refers to the group, uncollected cycles included, and a rank comes to fifty of them.
+refers to the group, uncollected cycles included, and a rank creates about fifty groups.
 
 An exception on any rank ends it, upon which torchrun ends the others. torch is imported inside `main`: saving a
 checkpoint spawns a process that imports this module again and needs none of it.

@@ -31,7 +31,7 @@ def close(found: Any, wanted: np.ndarray, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_scores_are_those_of_transformers(alone: Layout, tiny: Tiny, name: str) -> None:
+def test_scores_are_those_of_transformers(layout: Layout, tiny: Tiny, name: str) -> None:
     shape = drawn_shape(name)
     model, loader = oracle.llama(shape), open_loader(tiny.data)
     values, domains = [], []
@@ -76,7 +76,7 @@ def test_the_gradient_on_a_mask_is_the_loss_s_slope(tiny: Tiny, name: str) -> No
         assert gradient.flat[unit] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=TOLERANCE), granularity
 
 
-def test_scores_of_a_model_in_bf16_are_near(alone: Layout, tiny: Tiny) -> None:
+def test_scores_of_a_model_in_bf16_are_near(layout: Layout, tiny: Tiny) -> None:
     """Activations and gradients are off by up to 2^-9 each, which mostly cancels: a few hundredths of the largest.
 
     Fisher scores are squares, and differ by twice as much.

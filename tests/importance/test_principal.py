@@ -35,7 +35,7 @@ def expected(data: Path, shape_name: str, sequences: int) -> tuple[torch.Tensor,
     return torch.stack(found).mean(0), torch.stack(peaks).amax(0)
 
 
-def test_covariance_is_that_of_transformers_activations(alone, tiny: Tiny) -> None:
+def test_covariance_is_that_of_transformers_activations(layout, tiny: Tiny) -> None:
     moments = residual_moments(str(tiny.data), "grouped untied", {})
     found, (wanted, peak) = moments["covariance_DD"], expected(tiny.data, "grouped untied", 4)
     assert (moments["peak_D"] - peak).abs().max() <= 1e-6 * peak.max()

@@ -39,7 +39,7 @@ def numbers() -> tuple[Tensor, Tensor, Tensor]:
     return h_NF, rest_ND, torch.rand(60, generator=generator, dtype=torch.float64) + 0.1
 
 
-def test_normal_equations_against_numpy(alone, numbers: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_normal_equations_against_numpy(layout, numbers: tuple[Tensor, Tensor, Tensor]) -> None:
     problem = LeastSquares(8, 5, torch.device("cpu"))
     for part in zip(*(value.split(25) for value in numbers), strict=True):
         problem.add(*part)
@@ -47,20 +47,20 @@ def test_normal_equations_against_numpy(alone, numbers: tuple[Tensor, Tensor, Te
     np.testing.assert_allclose(problem.solve().numpy(), wanted, rtol=0, atol=1e-12)
 
 
-def test_without_inputs_nothing_changes(alone) -> None:
+def test_without_inputs_nothing_changes(layout) -> None:
     problem = LeastSquares(3, 2, torch.device("cpu"))
     problem.add(torch.zeros(4, 3), torch.ones(4, 2), torch.ones(4))
     assert not problem.solve().any()
 
 
-def test_sums_that_are_not_finite_are_told_by_nan(alone) -> None:
+def test_sums_that_are_not_finite_are_told_by_nan(layout) -> None:
     problem = LeastSquares(3, 2, torch.device("cpu"))
     problem.add(torch.full((4, 3), torch.inf), torch.ones(4, 2), torch.ones(4))
     assert problem.solve().isnan().all()
 
 
 @pytest.mark.parametrize("shape", ["grouped", "multi-head"])
-def test_a_cut_model_against_transformers(alone, tiny: Tiny, shape: str) -> None:
+def test_a_cut_model_against_transformers(layout, tiny: Tiny, shape: str) -> None:
     source_shape, masks = drawn_shape(shape, LAYERS), kept_masks(shape, LAYERS)
     keep = keep_sets(drawn_scores(shape, LAYERS), mask_specs(source_shape, target_of(shape, LAYERS)), source_shape)
     fold = Fold(source_shape, keep, masks)
@@ -78,7 +78,7 @@ def test_a_cut_model_against_transformers(alone, tiny: Tiny, shape: str) -> None
         assert (changed > 0.05) == name.endswith(("o_proj.weight", "down_proj.weight")), name
 
 
-def test_documents_of_one_sequence_are_fitted_as_sequences_of_their_own(alone) -> None:
+def test_documents_of_one_sequence_are_fitted_as_sequences_of_their_own(layout) -> None:
     """Rotary attention knows distances alone, so that a document does not know where in a sequence it stands."""
     length, separator = 16, 3
     tokens_NS = torch.randint(4, 400, (24, length), generator=torch.Generator().manual_seed(5))

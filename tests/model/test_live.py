@@ -64,12 +64,12 @@ def test_patterns_of_several_micro_batches_come_in_their_order():
     assert live_patterns([Masks()]) == [WHOLE] and live_patterns([]) == []
 
 
-def test_a_rank_plans_its_own_share(alone: Layout):
+def test_a_rank_plans_its_own_share(layout: Layout):
     shape = replace(GROUPED, num_query_groups=4)  # 12 heads, 3 in a group
     head = np.ones((3, 12), dtype=bool)
     head[0, :6] = False
     head[1] = False
-    layouts = [replace(alone, tensor_size=2, tensor_rank=rank) for rank in range(2)]
+    layouts = [replace(layout, tensor_size=2, tensor_rank=rank) for rank in range(2)]
     plans = [LivePlanner(shape, one, range(3))(LivePattern(None, head, None, None)) for one in layouts]
     # Rank 0 has no live head in layer 0: it keeps one, for the collectives; rank 1 keeps all of its own.
     assert (plans[0].layers[0].groups, plans[0].layers[0].queries) == (1, 1)
@@ -99,8 +99,8 @@ def test_flops_of_the_published_targets():
         assert flops_share(pattern, source, 4096) == pytest.approx(expected, rel=1e-12), name
 
 
-def test_without_a_mask_nothing_is_gathered(alone: Layout):
-    plan = LivePlanner(MULTI_HEAD, alone, range(3))(WHOLE)
+def test_without_a_mask_nothing_is_gathered(layout: Layout):
+    plan = LivePlanner(MULTI_HEAD, layout, range(3))(WHOLE)
     assert plan.hidden is None
     for layer in plan.layers:
         assert layer.attention and layer.mlp and layer.heads is layer.qkv_rows is layer.intermediate is None

@@ -48,7 +48,7 @@ def gradients(module: Llama) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("principal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_masked_loss_and_gradients_equal_plain_float64(alone: Layout, shape: ModelShape, principal: bool) -> None:
+def test_masked_loss_and_gradients_equal_plain_float64(layout: Layout, shape: ModelShape, principal: bool) -> None:
     module, masks, wide = model(shape), some_masks(shape), some_masks(shape, torch.float64)
     if principal:
         masks, wide = (replace(one, norm_gain=norm_gain(one.hidden)) for one in (masks, wide))
@@ -68,7 +68,7 @@ def test_masked_loss_and_gradients_equal_plain_float64(alone: Layout, shape: Mod
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_masks_of_ones_change_no_bit(alone: Layout, shape: ModelShape) -> None:
+def test_masks_of_ones_change_no_bit(layout: Layout, shape: ModelShape) -> None:
     module, size = model(shape), shape.num_layers
     ones = Masks(
         torch.ones(shape.hidden_size),
@@ -88,7 +88,7 @@ def test_masks_of_ones_change_no_bit(alone: Layout, shape: ModelShape) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_masked_out_has_exactly_no_gradient(alone: Layout, shape: ModelShape) -> None:
+def test_what_is_masked_out_has_exactly_no_gradient(layout: Layout, shape: ModelShape) -> None:
     module, masks = model(shape), some_masks(shape)
     queries, d, group = shape.queries_per_group, shape.head_dim, shape.num_query_groups - 1
     heads = slice(group * queries, (group + 1) * queries)
@@ -120,7 +120,7 @@ def test_what_is_masked_out_has_exactly_no_gradient(alone: Layout, shape: ModelS
             assert not gradient.any(), f"{name}: gradient in a layer that is masked out"
 
 
-def test_a_position_table_grows_with_the_sequence(alone: Layout) -> None:
+def test_a_position_table_grows_with_the_sequence(layout: Layout) -> None:
     """Causal attention: a longer sequence changes nothing before, with the rotary frequencies of Llama 3 too."""
     scaled = replace(GROUPED, rope_scaling=RopeScaling(original_max_position_embeddings=16))
     module = model(scaled)
@@ -130,7 +130,7 @@ def test_a_position_table_grows_with_the_sequence(alone: Layout) -> None:
     assert not torch.allclose(short, model(GROUPED)(TOKENS[:, :6]), atol=1e-3)
 
 
-def test_published_masking_leaves_the_embedding(alone: Layout) -> None:
+def test_published_masking_leaves_the_embedding(layout: Layout) -> None:
     """With `published` the residual stream keeps what the embedding put on a masked dimension; norms hide it."""
     exact, published = model(MULTI_HEAD), model(MULTI_HEAD)
     published.mask_embedding = False

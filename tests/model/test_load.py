@@ -22,7 +22,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_loaded_is_gathered_bit_for_bit(alone: Layout, shape: ModelShape) -> None:
+def test_what_is_loaded_is_gathered_bit_for_bit(layout: Layout, shape: ModelShape) -> None:
     source = Drawn(shape)
     _, (module,) = build_model(shape, ParallelConfig(), source)
     gathered = dict(gather_tensors(module))
@@ -31,7 +31,7 @@ def test_what_is_loaded_is_gathered_bit_for_bit(alone: Layout, shape: ModelShape
         assert torch.equal(tensor, source.read(name)), name
 
 
-def test_weights_take_the_parameters_dtype(alone: Layout) -> None:
+def test_weights_take_the_parameters_dtype(layout: Layout) -> None:
     source = Drawn(GROUPED)
     _, (module,) = build_model(GROUPED, ParallelConfig(), source, torch.bfloat16)
     for name, tensor in gather_tensors(module):

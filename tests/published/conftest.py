@@ -1,10 +1,8 @@
-"""Shared by the tests against the published implementation: its arrays, its settings, a world of one rank."""
+"""Shared by the tests against the published implementation: its arrays and its settings."""
 
 import pytest
 
 from megashear.config.load import load_config
-from megashear.config.schema import ParallelConfig
-from megashear.engine.layout import distributed
 
 from .case import Arrays
 
@@ -28,9 +26,3 @@ def prune(tmp_path_factory):
     path = tmp_path_factory.mktemp("published") / "run.yaml"
     path.write_text(RUN_FILE)
     return load_config(path).prune
-
-
-@pytest.fixture(scope="module")
-def layout():
-    with distributed(ParallelConfig()) as layout:
-        yield layout
