@@ -1,7 +1,7 @@
 """`megashear VERB`: one thin function per verb; what a user got wrong is one message on stderr and an exit code.
 
 Key properties: each verb imports what it needs when it runs, so `--help` is quick and `check` loads no torch; a
-traceback appears for faults of megashear itself alone. Read next: `report.py` (what `check` prints), `run/runner.py`.
+traceback appears for faults of megashear itself alone. Read next: `phases/runner.py`.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from megashear import __version__
 from megashear.errors import ConfigError, Interrupted, MegashearError, ModelError
 
 if TYPE_CHECKING:
+    from megashear.config.model_shape import ModelShape
     from megashear.config.schema import Config
-    from megashear.config.shape import ModelShape
+
 
 INTERNAL_ERROR = 70  # sysexits' EX_SOFTWARE
 KEYBOARD_INTERRUPT = 130  # 128 + SIGINT, as shells report it
@@ -169,29 +170,29 @@ def _size(text: str) -> float:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from megashear.weights.importer import import_model
+    from megashear.hf.import_model import import_model
 
     import_model(options.source, options.output)
 
 
 def _check(options: argparse.Namespace) -> None:
-    from megashear import report
-    from megashear.config.check import check
     from megashear.config.load import load_config
+    from megashear.planning import plan_tables
+    from megashear.planning.check import check
 
     if options.presets:
-        print(report.presets_table())
+        print(plan_tables.presets_table())
     if options.file is None:
         if not options.presets:
             raise ConfigError("check: no run file; give one, or --presets")
         return
     config = load_config(options.file, options.overrides)
-    print(report.render(config, check(config, _source_shape(config), None)))
+    print(plan_tables.render(config, check(config, _source_shape(config), None)))
 
 
 def _source_shape(config: "Config") -> "ModelShape | None":
     """The shape of the source's folder; null where there is no such folder here."""
-    from megashear.weights.hf_config import NAME, read_config, shape_of_config
+    from megashear.hf.hf_config import NAME, read_config, shape_of_config
 
     if config.source.folder is None or not Path(config.source.folder).is_dir():
         return None
@@ -200,8 +201,8 @@ def _source_shape(config: "Config") -> "ModelShape | None":
 
 
 def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
-    from megashear.config.check import check
     from megashear.config.load import load_config
+    from megashear.planning.check import check
 
     profile = ["logging.profile_steps=3"] if getattr(options, "profile", False) else []
     config = load_config(options.file, [*profile, *options.overrides])
@@ -213,10 +214,10 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
         raise ModelError(f"source.folder: {config.source.folder} is no folder; run `megashear import` first")
     check(config, source, int(os.environ.get("WORLD_SIZE", "1")))  # before torch is loaded
 
-    from megashear.train.signals import stop_on_signals
+    from megashear.processes import stop_on_signals
 
     with stop_on_signals() as stop:
-        from megashear.run.runner import run  # loads torch, which takes seconds
+        from megashear.phases.runner import run  # loads torch, which takes seconds
 
         # megatron-core's saving collects garbage; it need not walk through half a million objects of what is loaded.
         gc.freeze()
@@ -236,7 +237,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from megashear.export.folder import export_model
+    from megashear.hf.export_model import export_model
 
     export_model(options.model, options.output, options.dtype, options.max_shard_gb)
 
@@ -247,11 +248,11 @@ def _eval(options: argparse.Namespace) -> None:
     if (options.data is None) == (options.tasks is None):
         raise ConfigError("eval: give a dataset folder (DATA), or tasks (--tasks), and not both")
     if options.tasks is not None:
-        from megashear.run.tasks import evaluate_tasks
+        from megashear.evaluation.harness import evaluate_tasks
 
         evaluate_tasks(options.model, options.tasks.split(","), options.json, options.limit, options.include)
         return
-    from megashear.run.evaluate import HeldOutChoice, evaluate_model
+    from megashear.evaluation.evaluate_model import HeldOutChoice, evaluate_model
 
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     heldout = HeldOutChoice(options.sequence_length, options.sequences, options.separate_documents)
@@ -259,7 +260,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _mixture(options: argparse.Namespace) -> None:
-    from megashear.run.simulate import simulate
+    from megashear.phases.simulate_mixture import simulate
 
     simulate(options.run, options.overrides, options.output)
 
@@ -275,13 +276,13 @@ def _env(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from megashear.plot.run import plot_run
+    from megashear.plots.run_plots import plot_run
 
     for path in plot_run(options.run, options.output):
         print(path)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from megashear.plot.report import write_report
+    from megashear.report.run_report import write_report
 
     print(write_report(options.run, options.other, options.output))

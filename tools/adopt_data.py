@@ -6,20 +6,20 @@
 PREFIX is a pair's path without `.bin`/`.idx`. With held-out pairs for all domains, the pairs are taken as they are
 (hard links, where the file system has them) and in their order: documents should have been shuffled. Without, documents
 are held out by the hash of their token ids, shuffled, and written anew. Every document must end in the tokenizer's end
-token (Megatron's `--append-eod`). The work is done by megashear/data/adopt.py.
+token (Megatron's `--append-eod`). The work is done by megashear/preprocess/adopt.py.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from megashear.data.adopt import adopt
-from megashear.data.heldout import HeldOutRule
-from megashear.data.manifest import check_domain_name
-from megashear.data.merge import Merging
-from megashear.data.preprocess import refuse_output
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.dataset_folder import check_domain_name
+from megashear.dataset.tokenizer import load_tokenizer
 from megashear.errors import ConfigError, MegashearError
+from megashear.preprocess.adopt import adopt
+from megashear.preprocess.build_dataset import refuse_output
+from megashear.preprocess.heldout_split import HeldOutRule
+from megashear.preprocess.merge_parts import Merging
 
 
 def parser() -> argparse.ArgumentParser:

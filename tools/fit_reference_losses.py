@@ -3,7 +3,7 @@
 
 `python tools/fit_reference_losses.py LOSSES --parameters 1345423360 --output references.json`. LOSSES is JSON,
 `{"6738415616": {"web": 1.75, ...}, ...}`, or CSV with the header `parameters,web,...` and a row per size: held-out
-losses in nats per token of three models or more of one family. The work is done by megashear/data/scaling_law.py.
+losses in nats per token of three models or more of one family. The work is done by megashear/mixture/scaling_law.py.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megashear.data.scaling_law import ScalingLaw, fit_domains
 from megashear.errors import DataError, MegashearError
 from megashear.files.atomic import write_json
+from megashear.mixture.scaling_law import ScalingLaw, fit_domains
 
 
 def read_losses(path: Path) -> dict[int, dict[str, float]]:

@@ -16,12 +16,12 @@ import torch
 
 from megashear.errors import DataError, MegashearError, ModelError
 from megashear.files.atomic import atomic_folder
-from megashear.weights.finish import seal_folder, write_settings
-from megashear.weights.folder import ModelFolder
-from megashear.weights.hf_config import shape_of_config
-from megashear.weights.importer import summary
-from megashear.weights.names import tensor_shapes
-from megashear.weights.writer import ShardedWriter
+from megashear.hf.finish_folder import seal_folder, write_settings
+from megashear.hf.hf_config import shape_of_config
+from megashear.hf.import_model import summary
+from megashear.hf.model_folder import ModelFolder
+from megashear.hf.safetensors_writer import ShardedWriter
+from megashear.hf.tensor_names import tensor_shapes
 
 DIGIT_SPLITTING = ("smollm",)
 """GGUF names (`tokenizer.ggml.pre`) of pre-tokenizers that split off each digit before the byte-level split."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megashear.data.manifest import SPLITS, Dataset
-from megashear.data.samples import sample_count
+from megashear.dataset.dataset_folder import SPLITS, Dataset
+from megashear.dataset.samples import sample_count
 from megashear.errors import ConfigError, MegashearError
 
 END = "⏹\n"  # where a document ends

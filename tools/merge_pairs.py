@@ -5,15 +5,15 @@
     python tools/merge_pairs.py TARGET PREFIX --cut 100000        TARGET.0, TARGET.1, ... of 100000 documents each
 
 Paths are without `.bin`/`.idx`. Documents keep their order. tools/adopt_data.py makes a dataset folder of pairs. The
-work is done by megashear/data/join.py.
+work is done by megashear/dataset/join_pairs.py.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from megashear.data.indexed import IndexedTokens, pair
-from megashear.data.join import merge_pairs, split_pair
+from megashear.dataset.indexed import IndexedTokens, pair
+from megashear.dataset.join_pairs import merge_pairs, split_pair
 from megashear.errors import ConfigError, DataError, MegashearError
 
 

@@ -3,7 +3,7 @@
 
 Reads .jsonl, .jsonl.gz, .jsonl.zst and (with pyarrow) .parquet; writes a pair of Megatron files per domain and split,
 and a manifest. A run that was killed goes on with the shards that are missing when it is started again. The work is
-done by megashear/data/preprocess.py.
+done by megashear/preprocess/build_dataset.py.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megashear.data.domains import DEFAULT_KEY, DomainRule, parse_domain_map
-from megashear.data.estimate import estimate, estimate_text
-from megashear.data.heldout import HeldOutRule
-from megashear.data.manifest import check_domain_name
-from megashear.data.merge import Merging
-from megashear.data.parts import PartSettings
-from megashear.data.preprocess import Preprocessing, preprocess, table
-from megashear.data.report import DomainReport
+from megashear.dataset.dataset_folder import check_domain_name
 from megashear.errors import ConfigError, MegashearError
+from megashear.preprocess.build_dataset import Preprocessing, preprocess, table
+from megashear.preprocess.dataset_report import DomainReport
+from megashear.preprocess.domains import DEFAULT_KEY, DomainRule, parse_domain_map
+from megashear.preprocess.estimate import estimate, estimate_text
+from megashear.preprocess.heldout_split import HeldOutRule
+from megashear.preprocess.merge_parts import Merging
+from megashear.preprocess.tokenized_parts import PartSettings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,8 +120,8 @@ def job_of(options: argparse.Namespace) -> Preprocessing:
 
 def draw(reports: Sequence[DomainReport], folder: Path) -> None:
     """Add the picture of the lengths to a dataset folder."""
-    from megashear.plot.lengths import draw_lengths  # matplotlib: no worker process needs it
-    from megashear.plot.style import save
+    from megashear.plots.length_plots import draw_lengths  # matplotlib: no worker process needs it
+    from megashear.plots.plot_style import save
 
     save(draw_lengths(reports), folder / "report.png")
 

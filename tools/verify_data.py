@@ -2,7 +2,7 @@
 """Compare a dataset folder with all that its manifest promises: `python tools/verify_data.py FOLDER [--sample 0.01]`.
 
 Reads every byte, or with --sample a share of the blocks and documents, chosen anew by --seed. Tells all that is wrong,
-one line each, and ends with status 3 then. The work is done by megashear/data/verify.py.
+one line each, and ends with status 3 then. The work is done by megashear/dataset/verify_dataset.py.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from megashear.data.verify import verify_dataset
+from megashear.dataset.verify_dataset import verify_dataset
 from megashear.errors import ConfigError, DataError, MegashearError
 
 

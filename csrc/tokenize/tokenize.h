@@ -10,7 +10,7 @@
 // and again, and a cache of fixed size remembers their ids.
 //
 // A space and U+2581 are one character here, as in models that escape spaces; pieces that hold a space themselves can
-// never be reached and must be left out. Read next: cpu.cpp, word_cache.h, merge.h; megashear/data/bpe.py makes the rules.
+// never be reached and must be left out. Read next: cpu.cpp, word_cache.h, merge.h; megashear/dataset/bpe.py makes the rules.
 #pragma once
 
 #include <cstdint>

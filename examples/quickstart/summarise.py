@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megashear.errors import DataError, MegashearError
+from megashear.evaluation.losses import loss_table
 from megashear.files.atomic import write_json
-from megashear.train.tables import loss_table, table
+from megashear.planning.text_table import table
 
 COLUMNS = ("source", "pruned", "final", "scratch")
 

@@ -13,14 +13,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megashear.config import keys
-from megashear.config.convert import convert, near
-from megashear.config.paper import PAPER
+from megashear.config import config_keys
+from megashear.config.config_keys import convert, near
+from megashear.config.presets import PAPER
 from megashear.config.schema import Config
 from megashear.errors import ConfigError
 from megashear.files.atomic import write_text
 
-Leaves = dict[keys.Path, Any]
+Leaves = dict[config_keys.Path, Any]
 
 
 def load_config(path: Path | str | None, overrides: list[str] | None = None) -> Config:
@@ -30,7 +30,7 @@ def load_config(path: Path | str | None, overrides: list[str] | None = None) -> 
     """
     problems: list[str] = []
     values: Leaves = {}
-    places: dict[keys.Path, str] = {}
+    places: dict[config_keys.Path, str] = {}
     tree, lines = ({}, {}) if path is None else _read_file(Path(path))
     _flatten(tree, (), values, places, lambda at: f"{path}:{lines.get(at, 1)}", problems)
     for text in overrides or []:
@@ -39,7 +39,7 @@ def load_config(path: Path | str | None, overrides: list[str] | None = None) -> 
     resolved = _resolve(values, places, problems)
     for at, value in list(resolved.items()):
         try:
-            resolved[at] = convert(value, keys.leaf_keys()[at])
+            resolved[at] = convert(value, config_keys.leaf_keys()[at])
         except ValueError as wrong:
             problems.append(f"{places.get(at, path)}: {'.'.join(at)} {wrong}")
     if problems:
@@ -58,7 +58,7 @@ def save_config(config: Config, path: Path) -> None:
     write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
-def _read_file(path: Path) -> tuple[dict[Any, Any], dict[keys.Path, int]]:
+def _read_file(path: Path) -> tuple[dict[Any, Any], dict[config_keys.Path, int]]:
     """The file's values, interpolations unresolved, and the line of every key."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[keys.Path, int]]:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:{node.start_mark.line + 1}: is not a mapping of sections, such as `run:`")
-        lines: dict[keys.Path, int] = {}
+        lines: dict[config_keys.Path, int] = {}
         _mark_lines(node, (), lines)
         tree = OmegaConf.to_container(OmegaConf.create(text))
     except yaml.MarkedYAMLError as error:
@@ -84,12 +84,12 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[keys.Path, int]]:
     return tree, lines
 
 
-def _mark_lines(node: yaml.Node, at: keys.Path, lines: dict[keys.Path, int]) -> None:
+def _mark_lines(node: yaml.Node, at: config_keys.Path, lines: dict[config_keys.Path, int]) -> None:
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             inner = (*at, str(name.value))
             lines[inner] = name.start_mark.line + 1
-            if inner in keys.sections():
+            if inner in config_keys.sections():
                 _mark_lines(value, inner, lines)
 
 
@@ -112,15 +112,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _flatten(
-    tree: dict[Any, Any], at: keys.Path, values: Leaves, places: dict[keys.Path, str], place: Any, problems: list[str]
+    tree: dict[Any, Any],
+    at: config_keys.Path,
+    values: Leaves,
+    places: dict[config_keys.Path, str],
+    place: Any,
+    problems: list[str],
 ) -> None:
     """Add the leaves of `tree` to `values` and where they stand to `places`; unknown names go to `problems`."""
     for name, value in tree.items():
         path = (*at, str(name))
         dotted = ".".join(path)
-        if path in keys.leaf_keys():
+        if path in config_keys.leaf_keys():
             values[path], places[path] = value, place(path)
-        elif path not in keys.sections():
+        elif path not in config_keys.sections():
             problems.append(f"{place(path)}: unknown key {dotted}{_suggestion(path)}")
         elif isinstance(value, dict):
             _flatten(value, path, values, places, place, problems)
@@ -128,20 +133,22 @@ def _flatten(
             problems.append(f"{place(path)}: {dotted} is {value!r}, expected a section with keys of its own")
 
 
-def _suggestion(path: keys.Path) -> str:
+def _suggestion(path: config_keys.Path) -> str:
     """The key that was probably meant: one of the same name elsewhere, or the nearest name in the same section."""
-    same = [key.name for key in keys.leaf_keys().values() if key.path[-1] == path[-1]]
+    same = [key.name for key in config_keys.leaf_keys().values() if key.path[-1] == path[-1]]
     inside = [name for name in same if name.startswith(".".join(path[:-1]))]
     if same:
         return f"; did you mean {(inside or same)[0]}?"
-    siblings = {name[len(path) - 1] for name in keys.leaf_keys() if name[: len(path) - 1] == path[:-1]}
+    siblings = {name[len(path) - 1] for name in config_keys.leaf_keys() if name[: len(path) - 1] == path[:-1]}
     return near(path[-1], sorted(siblings))
 
 
-def _resolve(values: Leaves, places: dict[keys.Path, str], problems: list[str]) -> Leaves:
+def _resolve(values: Leaves, places: dict[config_keys.Path, str], problems: list[str]) -> Leaves:
     """Defaults, preset and values merged, interpolations resolved one by one so that each failure has its place."""
     paper = values.get(("prune", "preset")) == "paper"
-    merged = {at: _preset(at) if paper and at in _PAPER_PATHS else key.default for at, key in keys.leaf_keys().items()}
+    merged = {
+        at: _preset(at) if paper and at in _PAPER_PATHS else key.default for at, key in config_keys.leaf_keys().items()
+    }
     merged.update(values)
     tree = OmegaConf.create({})
     for at, value in merged.items():
@@ -149,7 +156,7 @@ def _resolve(values: Leaves, places: dict[keys.Path, str], problems: list[str]) 
             OmegaConf.update(tree, ".".join(at), value, merge=False)
         except (OmegaConfBaseException, ValueError) as error:
             problems.append(f"{places[at]}: {'.'.join(at)}: {_first_line(error)}")
-            merged[at] = keys.leaf_keys()[at].default
+            merged[at] = config_keys.leaf_keys()[at].default
     for at in merged:
         if merged[at] == "???":  # OmegaConf would select null; `convert` says that a value is missing
             continue
@@ -158,11 +165,11 @@ def _resolve(values: Leaves, places: dict[keys.Path, str], problems: list[str]) 
             merged[at] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except (OmegaConfBaseException, RecursionError, ValueError) as error:
             problems.append(f"{places.get(at, 'config')}: {'.'.join(at)}: {_first_line(error)}")
-            merged[at] = keys.leaf_keys()[at].default
+            merged[at] = config_keys.leaf_keys()[at].default
     return merged
 
 
-def _preset(at: keys.Path) -> Any:
+def _preset(at: config_keys.Path) -> Any:
     value: Any = PAPER
     for part in at[1:]:
         value = value[part]
@@ -170,11 +177,13 @@ def _preset(at: keys.Path) -> Any:
 
 
 _PAPER_PATHS = {
-    at for at in keys.leaf_keys() if at[0] == "prune" and at[1] in PAPER and (len(at) == 2 or at[2] in PAPER[at[1]])
+    at
+    for at in config_keys.leaf_keys()
+    if at[0] == "prune" and at[1] in PAPER and (len(at) == 2 or at[2] in PAPER[at[1]])
 }
 
 
-def _build(cls: Any, values: Leaves, prefix: keys.Path) -> Any:
+def _build(cls: Any, values: Leaves, prefix: config_keys.Path) -> Any:
     """An instance of the section `cls` from the leaves below `prefix`."""
     arguments = {}
     for name, kind in get_type_hints(cls).items():

@@ -189,3 +189,9 @@ class Config:
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "when a run is saved")
     logging: LoggingConfig = key(LoggingConfig(), "what is written while training")
     export: ExportConfig = key(ExportConfig(), "the Hugging Face folder that leaves")
+
+
+ASCENDING = ("paper", "reference")
+"""Rules that raise weights by the excess of losses over their references."""
+ADAPTIVE = (*ASCENDING, "ado")
+"""Rules that follow the losses."""

@@ -5,8 +5,6 @@ told by its compiled modules, since the distribution named `apex` on PyPI is ano
 """
 
 import contextlib
-import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform

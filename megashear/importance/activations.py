@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
-from megashear.importance.units import empty_units
-from megashear.model.layer import Layer, Stream
+from megashear.importance.unit_reductions import empty_units
 from megashear.model.llama import Llama
-from megashear.train.step import MicroBatch
+from megashear.model.micro_batch import MicroBatch
+from megashear.model.transformer_layer import Layer, Stream
 
 
 class Observer:

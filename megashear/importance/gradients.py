@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
 from megashear.importance.activations import wide
-from megashear.importance.units import add_matrix, empty_units, matrix_part
-from megashear.masks.masks import Masks
+from megashear.importance.unit_reductions import add_matrix, empty_units, matrix_part
+from megashear.masks.mask_values import Masks
 from megashear.model.llama import Llama
-from megashear.model.placement import Piece, chunk_pieces
-from megashear.train.step import MicroBatch
+from megashear.model.micro_batch import MicroBatch
+from megashear.model.tensor_placement import Piece, chunk_pieces
 
 
 def mask_gradients(

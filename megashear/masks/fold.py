@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 from megashear.errors import ModelError
-from megashear.masks.keep import KeepSets
-from megashear.masks.masks import Masks
+from megashear.masks.kept_units import KeepSets
+from megashear.masks.mask_values import Masks
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 NORMS = ("input_layernorm", "post_attention_layernorm")

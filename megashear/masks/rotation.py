@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megashear.hf.tensor_names import EMBEDDING, FINAL_NORM, OUTPUT, PARTS
+from megashear.hf.tensor_names import name as layer_name
 from megashear.masks.fold import LAYER_NAME
-from megashear.weights.names import EMBEDDING, FINAL_NORM, OUTPUT, PARTS
-from megashear.weights.names import name as layer_name
 
 READS = {"q": "input_norm", "k": "input_norm", "v": "input_norm", "gate": "post_attention_norm"}
 READS["up"] = READS["gate"]

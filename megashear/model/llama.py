@@ -1,4 +1,15 @@
-"""LLaMA as a chunk of pipeline stages: embedding, decoder layers, final norm, output layer, loss.
+"""Gradients in bf16 added to the fp32 buffers of megatron-core in one pass over memory.
+
+Its own hook, which comes after ours and then finds nothing left to add, has torch widen each gradient into a copy first
+(on the CPU; on CUDA one kernel does both). The sums have the same bits.
+
+What a teacher has to say about a micro-batch, on the ranks that take the student's loss.
+
+Key property: of the teacher's forward pass its final states [S, B, D] are kept, in the dtype of its weights; its logits
+are made of them for a chunk of tokens at a time, and exist for one chunk alone. Read next: `../ops/distillation.py`,
+`../train/teacher.py`.
+
+LLaMA as a chunk of pipeline stages: embedding, decoder layers, final norm, output layer, loss.
 
 Every generation: multi-head or grouped-query attention, explicit head size, tied or untied embeddings, rotary
 scaling. The vocabulary is padded for tensor parallelism; padding columns never get probability. Masked forward:
@@ -6,23 +17,61 @@ Sheared LLaMA, section 2.1, with the embedding masked too (`exact`), so that the
 Legend: see `layer.py`.
 """
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megashear import ops
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
+from megashear.config.resolve import Teaching
 from megashear.engine.layout import Layout
-from megashear.engine.module import StageModule
-from megashear.engine.parallel import CoreConfig, cross_entropy, output_layer, tensor_group, vocab_embedding
-from megashear.masks.masks import Masks
-from megashear.model.accumulate import accumulate_in_one_pass
-from megashear.model.distillation import Lesson
-from megashear.model.layer import Layer, Norm, Stream
-from megashear.model.live import WHOLE, LivePattern, LivePlanner
-from megashear.model.live_linear import live_product
+from megashear.engine.parallel import (
+    CoreConfig,
+    StageModule,
+    cross_entropy,
+    output_layer,
+    tensor_group,
+    vocab_embedding,
+)
+from megashear.masks.mask_values import Masks
+from megashear.model.live_units import WHOLE, LivePattern, LivePlanner, live_product
 from megashear.model.masking import StageMasks, stage_masks
-from megashear.ops.distillation import VocabularyPart, distillation_losses
+from megashear.model.transformer_layer import Layer, Norm, Stream
+from megashear.ops.distillation_loss import VocabularyPart, distillation_losses
+
+
+def accumulate_in_one_pass(module: nn.Module) -> None:
+    """Have every parameter that is not fp32 give its gradient to its buffer `main_grad`, where it has one."""
+    for parameter in module.parameters():
+        if parameter.dtype != torch.float32:
+            parameter.register_post_accumulate_grad_hook(_add_to_buffer)
+
+
+def _add_to_buffer(parameter: Tensor) -> None:
+    total, gradient = getattr(parameter, "main_grad", None), parameter.grad
+    if total is None or gradient is None or total.dtype != torch.float32:
+        return
+    width = parameter.shape[-1]
+    ops.live_add(total.view(-1, width), None, None, gradient.reshape(-1, width))
+    parameter.grad = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The teacher's normalised final states of every position [S, B, D], its output layer's rows on this rank
+    [V / TP, D], and how it enters the loss.
+    """
+
+    states_SBD: Tensor
+    output_VD: Tensor
+    how: Teaching
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Vocabulary-parallel logits [stop - start, V / TP] of tokens counted position by position (S outside B)."""
+        return F.linear(self.states_SBD.flatten(0, 1)[start:stop], self.output_VD)
 
 
 class Llama(StageModule):

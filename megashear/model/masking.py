@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 from megashear.engine.layout import Layout
-from megashear.masks.masks import Masks
-from megashear.model.live import LiveLayer, LiveStage
+from megashear.masks.mask_values import Masks
+from megashear.model.live_units import LiveLayer, LiveStage
 
 
 @dataclass(frozen=True)

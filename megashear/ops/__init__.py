@@ -13,16 +13,16 @@ from torch import Tensor
 
 from megashear.ops import reference
 from megashear.ops.kernels import attention as attention_kernel
-from megashear.ops.kernels import attention_choice
+from megashear.ops.kernels import attention_backend as attention_choice
 from megashear.ops.kernels import cross_entropy as cross_entropy_kernel
 from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
 from megashear.ops.kernels import live_weight as live_weight_kernel
 from megashear.ops.kernels import rms_norm as rms_norm_kernel
 from megashear.ops.kernels import rope as rope_kernel
 from megashear.ops.kernels import swiglu as swiglu_kernel
-from megashear.ops.kernels.attention_choice import Choice as AttentionChoice
-from megashear.ops.kernels.attention_choice import Sample as AttentionSample
-from megashear.ops.kernels.attention_choice import Shape as AttentionShape
+from megashear.ops.kernels.attention_backend import Choice as AttentionChoice
+from megashear.ops.kernels.attention_backend import Sample as AttentionSample
+from megashear.ops.kernels.attention_backend import Shape as AttentionShape
 from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, rope_tables
 

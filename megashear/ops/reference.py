@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megashear.config.shape import RopeScaling
+from megashear.config.model_shape import RopeScaling
 
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 """Temperature and stretch of the hard concrete distribution (Louizos et al. 2018; Sheared LLaMA, section 2.1)."""

@@ -12,19 +12,19 @@ from collections.abc import Callable
 import torch
 
 from megashear import ops
-from megashear.data.blend import BatchPlan
 from megashear.engine.collectives import max_over_world
 from megashear.engine.layout import Layout
 from megashear.errors import Interrupted, TrainingError
-from megashear.train.evaluate import evaluate_sequences
-from megashear.train.losses import Losses
-from megashear.train.schedule import learning_rate_factor
-from megashear.train.sequences import summarise
-from megashear.train.signals import StopRequest
-from megashear.train.stage import Counters, Stage
-from megashear.train.step import StepResult, micro_batches
+from megashear.evaluation.heldout import evaluate_sequences
+from megashear.evaluation.losses import Losses, summarise
+from megashear.mixture.blend import BatchPlan
+from megashear.model.micro_batch import micro_batches
+from megashear.processes import StopRequest
+from megashear.train.divergence_watch import warn_ahead, watch_step
+from megashear.train.learning_rate import learning_rate_factor
+from megashear.train.step import StepResult
 from megashear.train.teacher import dismiss_teacher
-from megashear.train.watch import warn_ahead, watch_step
+from megashear.train.training_phase import Counters, Stage
 
 logger = logging.getLogger(__name__)
 

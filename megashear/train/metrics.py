@@ -38,8 +38,8 @@ import numpy as np
 import orjson
 
 from megashear.errors import DataError, Interrupted
+from megashear.evaluation.losses import SEQUENCES_NAME, SequenceLosses, save_sequences
 from megashear.files.atomic import atomic_file, write_text
-from megashear.train.sequences import SEQUENCES_NAME, SequenceLosses, save_sequences
 
 FILE_NAME = "metrics.jsonl"
 MASKS_NAME = "masks.npz"

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megashear.config.teaching import Teaching
+from megashear.config.resolve import Teaching
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import gather_sequence
 from megashear.engine.pipeline import run_micro_batches
-from megashear.model.distillation import Lesson
-from megashear.model.llama import Llama
+from megashear.model.llama import Lesson, Llama
 
 if TYPE_CHECKING:
-    from megashear.train.stage import Stage
-    from megashear.train.step import MicroBatch, StepResult
+    from megashear.model.micro_batch import MicroBatch
+    from megashear.train.step import StepResult
+    from megashear.train.training_phase import Stage
+
 
 WINDOW = 8
 """Last steps in whose mean a student is no worse than its teacher when that goes."""

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.tiny import Tiny, finish, records
 from megashear.config.load import load_config
-from megashear.config.stages import peak_learning_rate
+from megashear.config.resolve import peak_learning_rate
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(2560, 1e-4), (2048, 1.25e-4), (5120, 5e-5), (256, 1e-3)])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megashear.config import keys
+from megashear.config import config_keys as keys
 from megashear.config.load import load_config, save_config, to_dict
-from megashear.config.paper import PAPER
+from megashear.config.presets import PAPER
 from megashear.config.schema import Config
 from megashear.errors import ConfigError
 

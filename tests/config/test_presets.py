@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from megashear.config.model_shape import ModelShape, RopeScaling
 from megashear.config.presets import PRESETS, preset, resolve_shape
 from megashear.config.schema import ShapeConfig
-from megashear.config.shape import ModelShape, RopeScaling
 from megashear.errors import ConfigError
 
 PUBLISHED_PARAMETERS = {

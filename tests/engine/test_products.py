@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megashear.engine.products import widen_bf16
+from megashear.engine.device import widen_bf16
 
 BF16_ROUNDING = 2.0**-8
 

@@ -13,7 +13,7 @@ from helpers.tiny import Tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = ("torch._dynamo", "torch._inductor")
-IMPORT = "import sys, megashear.run.runner; print([name for name in {names} if name in sys.modules])"
+IMPORT = "import sys, megashear.phases.runner; print([name for name in {names} if name in sys.modules])"
 RUN = """
 import functools, json, sys
 from pathlib import Path
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     torch.compile = compile_function
     from megashear.config.load import load_config
     from megashear.run import summary
-    from megashear.run.runner import run
+    from megashear.phases.runner import run
     summary.draw_pictures = lambda folder: None
     run(load_config(Path(sys.argv[1]), sys.argv[2:]))
     loaded = [name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules]

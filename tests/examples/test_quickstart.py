@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megashear.config.load import load_config
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from helpers.budget import slow
-from megashear.config import keys
-from megashear.config.document import recipe_text
+from megashear.config import config_keys as keys
+from megashear.config.config_reference import recipe_text
 from megashear.config.load import load_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

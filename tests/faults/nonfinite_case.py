@@ -13,7 +13,7 @@ from helpers.tiny import finish
 from megashear.config.load import load_config
 from megashear.engine.collectives import gather_objects
 from megashear.train import loop, step
-from megashear.train.stage import Stage
+from megashear.train.training_phase import Stage
 
 LOSS, GRADIENT = 3, 5
 

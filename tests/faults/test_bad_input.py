@@ -78,7 +78,7 @@ def test_a_damaged_dataset(tiny: Tiny, tmp_path: Path, refused: Refuse, name: st
 
 
 def test_a_damaged_imported_source(tiny: Tiny, tmp_path: Path, refused: Refuse) -> None:
-    from megashear.weights.importer import import_model
+    from megashear.hf.import_model import import_model
 
     import_model(tiny.source, tmp_path / "source")
     flip(tmp_path / "source/model.safetensors")

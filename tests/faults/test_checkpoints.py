@@ -19,10 +19,10 @@ from faults.conftest import Refuse
 from faults.test_signals import start
 from helpers.budget import slow
 from helpers.tiny import Tiny, break_off, die, differing, finish, results
-from megashear.checkpoint.store import list_checkpoints, newest_valid
+from megashear.checkpoint.checkpoint_store import list_checkpoints, newest_valid
 from megashear.errors import CheckpointError, StorageError
-from megashear.files.manifest import write_manifest
-from megashear.model import write
+from megashear.files.file_digests import write_manifest
+from megashear.model import weight_io as write
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_killed_while_saving(tiny: Tiny, tmp_path: Path, unbroken: dict[str, Any
 
 
 def test_a_checkpoint_of_other_masks_is_refused(run_folder: Path, tiny: Tiny) -> None:
-    from megashear.checkpoint.store import read_masks
+    from megashear.checkpoint.checkpoint_store import read_masks
 
     with pytest.raises(CheckpointError, match="holds no masks"):
         read_masks(run_folder)

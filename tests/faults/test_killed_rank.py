@@ -13,7 +13,7 @@ from helpers.budget import slow
 from helpers.processes import live_processes, processes_of
 from helpers.ranks import torchrun_command
 from helpers.tiny import Tiny, finish
-from run_stages.test_layouts import losses
+from phases.test_layouts import losses
 
 
 def children(process: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 from faults.conftest import Refuse
 from helpers.ranks import LiveRanks
 from helpers.tiny import Tiny, records
-from megashear.checkpoint.store import list_checkpoints
+from megashear.checkpoint.checkpoint_store import list_checkpoints
 
 
 def test_too_many_in_a_row_stop_the_run(tiny: Tiny, tmp_path: Path, refused: Refuse) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from megashear.data.indexed import IndexedWriter, token_dtype
-from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.dataset_folder import SPLITS, prefix, write_dataset_manifest
+from megashear.dataset.indexed import IndexedWriter, token_dtype
+from megashear.dataset.tokenizer import load_tokenizer
 from megashear.files.atomic import atomic_folder
 
 LINES = {

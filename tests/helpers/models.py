@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout, build_layout
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
+from megashear.hf.tensor_names import tensor_shapes
 from megashear.model.llama import Llama
-from megashear.model.load import TensorSource, load_weights
-from megashear.weights.names import tensor_shapes
+from megashear.model.weight_io import TensorSource, load_weights
 
 MULTI_HEAD = ModelShape(48, 3, 12, 12, 6, 72, 101)
 GROUPED = ModelShape(48, 3, 12, 2, 6, 72, 101, tie_word_embeddings=True)

@@ -16,15 +16,15 @@ from unittest.mock import patch
 import yaml
 
 from helpers.inputs import TEXTS, make_dataset, make_llama, make_tokenizer
-from megashear.checkpoint.store import list_checkpoints
+from megashear.checkpoint.checkpoint_store import list_checkpoints
 from megashear.config.load import load_config
 from megashear.config.schema import Config
 from megashear.errors import CheckpointError, Interrupted
-from megashear.files.manifest import read_manifest
-from megashear.run import summary
-from megashear.run.runner import run
-from megashear.train.signals import stop_on_signals
-from megashear.train.stage import OnStep, Stage
+from megashear.files.file_digests import read_manifest
+from megashear.phases import summary
+from megashear.phases.runner import run
+from megashear.processes import stop_on_signals
+from megashear.train.training_phase import OnStep, Stage
 
 SEQUENCE = 32
 LAYOUTS = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.models import Drawn
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 
 Values = dict[str, dict[str, np.ndarray]]
 """Criterion -> granularity -> value of each unit."""

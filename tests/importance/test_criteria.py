@@ -14,11 +14,11 @@ from helpers.models import Drawn
 from helpers.tiny import Tiny
 from importance import oracle
 from masks import masked_llama
-from megashear.data.blend import BlendedStream, sources
-from megashear.data.manifest import Dataset
+from megashear.dataset.dataset_folder import Dataset
 from megashear.engine.layout import Layout
-from megashear.importance.magnitude import magnitudes
-from megashear.masks.masks import assemble
+from megashear.importance.criteria import magnitudes
+from megashear.masks.mask_values import assemble
+from megashear.mixture.blend import BlendedStream, sources
 from parallel.importance_case import BATCHES, RUNS, drawn_shape, open_loader, score
 
 TOLERANCE = 5e-6

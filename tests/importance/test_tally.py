@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megashear.importance.tally import Tally
+from megashear.importance.calibrate import Tally
 
 
 @given(

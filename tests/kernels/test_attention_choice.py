@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from megashear import ops
 from megashear.errors import ConfigError
 from megashear.ops import reference
-from megashear.ops.kernels import attention_choice as choice
+from megashear.ops.kernels import attention_backend as choice
 
 from .agreement import leaf
 from .test_attention import _case

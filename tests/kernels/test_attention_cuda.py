@@ -6,7 +6,7 @@ import torch
 from megashear import ops
 from megashear.ops import reference
 from megashear.ops.kernels import attention as kernel
-from megashear.ops.kernels import attention_choice
+from megashear.ops.kernels import attention_backend as attention_choice
 from megashear.ops.kernels.library import _LIBRARIES, launching
 
 from .agreement import DTYPES, assert_filled, assert_within, leaf, poisoned, wide

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megashear.config.shape import ModelShape
+from megashear.config.model_shape import ModelShape
 
 FIXTURE = Path(__file__).parent / "fixtures" / "published_masks.npz"
 GRANULARITIES = {"head": "group", "intermediate": "intermediate", "layer": "layer", "hidden": "hidden"}

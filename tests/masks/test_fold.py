@@ -10,9 +10,9 @@ from masks.masked_llama import forward, weights
 from megashear.config.training_schema import PruneConfig
 from megashear.errors import ModelError
 from megashear.masks.fold import Fold, cut
-from megashear.masks.keep import keep_sets
-from megashear.masks.masks import Masks
-from megashear.masks.state import MaskState
+from megashear.masks.kept_units import keep_sets
+from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_values import Masks
 
 DTYPE = torch.float64
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megashear.masks.lagrangian import expected_sparsity, lagrangian, scheduled_target
+from megashear.masks.constraint import expected_sparsity, lagrangian
+from megashear.masks.sparsity_schedule import scheduled_target
 
 FULL = {"hidden": 1 - 40 / 64, "group": 1 - 5 / 8, "intermediate": 1 - 56 / 96, "layer": 1 - 3 / 4}
 STEP, WARMUP = 5, 8

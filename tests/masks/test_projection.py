@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megashear.config.training_schema import BatchConfig, ImportanceConfig, PruneConfig
-from megashear.masks.lagrangian import expected_sparsity
-from megashear.masks.projection import LEAST, project
-from megashear.masks.state import MaskState
+from megashear.masks.constraint import LEAST, expected_sparsity, project
+from megashear.masks.mask_state import MaskState
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.floats(LEAST, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31))

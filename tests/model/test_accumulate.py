@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.layout import distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks, run_micro_batches
 from megashear.model import llama
-from megashear.model.load import RandomWeights, load_weights
+from megashear.model.weight_io import RandomWeights, load_weights
 
 SHAPE = ModelShape(32, 2, 4, 2, 8, 48, 61, tie_word_embeddings=True)
 

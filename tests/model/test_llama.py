@@ -8,13 +8,13 @@ from torch import Tensor
 
 from helpers.models import GROUPED, MULTI_HEAD, Drawn, build_model
 from masks.masked_llama import forward
+from megashear.config.model_shape import ModelShape, RopeScaling
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape, RopeScaling
 from megashear.engine.layout import Layout
-from megashear.masks.masks import Masks, norm_gain
+from megashear.hf.tensor_names import tensor_shapes
+from megashear.masks.mask_values import Masks, norm_gain
 from megashear.model.llama import Llama
-from megashear.model.save import gather_tensors
-from megashear.weights.names import tensor_shapes
+from megashear.model.weight_io import gather_tensors
 
 SHAPES = [MULTI_HEAD, GROUPED]
 GENERATOR = torch.Generator().manual_seed(5)

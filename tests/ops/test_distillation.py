@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megashear.config.teaching import Teaching
-from megashear.ops.distillation import VocabularyPart, distillation_losses
+from megashear.config.resolve import Teaching
+from megashear.ops.distillation_loss import VocabularyPart, distillation_losses
 
 
 def reference(logits: Tensor, labels: Tensor, teacher: Tensor, how: Teaching, columns: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megashear.config.shape import RopeScaling
+from megashear.config.model_shape import RopeScaling
 from megashear.ops import reference
 
 

@@ -9,15 +9,16 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from helpers.models import SHAPES, Drawn, build_model
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import OptimizerConfig
-from megashear.engine import sharded
+from megashear.engine import sharded_checkpoint as sharded
 from megashear.engine.collectives import barrier
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
-from megashear.model.load import RandomWeights, TensorSource
-from megashear.train.step import Stepper, local_rows, micro_batches
+from megashear.model.micro_batch import local_rows, micro_batches
+from megashear.model.weight_io import RandomWeights, TensorSource
+from megashear.train.step import Stepper
 from parallel.step_case import whole
 
 BATCH, LENGTH = 4, 24

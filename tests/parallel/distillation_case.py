@@ -8,16 +8,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helpers.models import SHAPES, TARGETS, Drawn, build_model
+from megashear.config.model_shape import ModelShape
+from megashear.config.resolve import Teaching
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
-from megashear.config.teaching import Teaching
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
 from megashear.model.llama import Llama
-from megashear.model.load import load_weights
-from megashear.ops.distillation import VocabularyPart, distillation_losses
-from megashear.train.step import Stepper, local_rows, micro_batches
+from megashear.model.micro_batch import local_rows, micro_batches
+from megashear.model.weight_io import load_weights
+from megashear.ops.distillation_loss import VocabularyPart, distillation_losses
+from megashear.train.step import Stepper
 from megashear.train.teacher import Teacher
 from parallel.step_case import LENGTH, PROPORTIONAL, SEED, STEP, some_masks, whole
 

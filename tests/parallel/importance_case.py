@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 from helpers.models import SHAPES, Drawn, build_model
-from megashear.config.calibration import criteria_of
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import ImportanceConfig
-from megashear.data.loader import Loader
-from megashear.data.manifest import Dataset
+from megashear.dataset.dataset_folder import Dataset
 from megashear.importance.calibrate import calibrate, calibration_loader
-from megashear.importance.principal import residual_stream
-from megashear.masks.scores import Scores
+from megashear.importance.principal_basis import residual_stream
+from megashear.masks.unit_scores import Scores
+from megashear.mixture.loader import Loader
+from megashear.planning.calibration_cost import criteria_of
 
 WEIGHTS = {"library": 0.5, "command": 0.3, "help": 0.2}
 LENGTH, BATCHES = 24, 3

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from helpers.models import SHAPES, Drawn, build_model
 from megashear import ops
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.engine.collectives import max_over_world, sum_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.pipeline import run_micro_batches
-from megashear.masks.masks import Masks
-from megashear.model.live import live_patterns
+from megashear.masks.mask_values import Masks
+from megashear.model.live_units import live_patterns
 from megashear.model.llama import Llama
-from megashear.train.step import MicroBatch, micro_batches
+from megashear.model.micro_batch import MicroBatch, micro_batches
 
 LAYERS, LENGTH, MICRO = 3, 24, 2
 SHUT, OPEN = -30.0, 30.0  # log-alpha of a mask that is 0, or 1, whatever the noise

@@ -12,8 +12,8 @@ from megashear.engine.collectives import broadcast_object
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import gather_logits
 from megashear.engine.pipeline import run_micro_batches
+from megashear.hf.model_folder import ModelFolder
 from megashear.model.llama import Llama
-from megashear.weights.folder import ModelFolder
 
 LENGTH_STEP = 12  # divisible by tensor-parallel sizes up to 4, as sequence parallelism needs
 

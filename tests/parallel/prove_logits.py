@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from helpers.ranks import Ranks
-from megashear.config.legality import shape_problems
 from megashear.config.schema import ParallelConfig
-from megashear.weights.folder import ModelFolder
+from megashear.config.shape_legality import shape_problems
+from megashear.hf.model_folder import ModelFolder
 from parallel.oracle import transformers_greedy
 
 LAYOUTS = ("1x1", "2x1", "2x1+SP", "1x2", "2x2", "2x2+SP", "3x1", "3x1+SP")

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from helpers.models import TARGETS, Drawn, build_model
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.engine.collectives import gather_objects
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import transformer_config
-from megashear.importance.refit import refit
-from megashear.masks.masks import Masks
-from megashear.masks.scores import open_units
-from megashear.masks.target import mask_specs
-from megashear.model.build import filled_chunks
-from megashear.model.save import gather_tensors
-from megashear.train.step import MicroBatch, local_rows, micro_batches
+from megashear.importance.least_squares_fit import refit
+from megashear.masks.mask_specs import mask_specs
+from megashear.masks.mask_values import Masks
+from megashear.masks.unit_scores import open_units
+from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
+from megashear.model.weight_io import filled_chunks, gather_tensors
 from parallel.importance_case import BATCHES, drawn_shape, open_loader
 
 

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from helpers.models import SHAPES, TARGETS, Drawn, build_model
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
 from megashear.engine.collectives import gather_objects
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer, unwrap
-from megashear.masks.state import MaskState
-from megashear.model.save import gather_tensors
-from megashear.train.step import MicroBatch, Stepper, local_rows, micro_batches
+from megashear.masks.mask_state import MaskState
+from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
+from megashear.model.weight_io import gather_tensors
+from megashear.train.step import Stepper
 
 # Divisible by data- and tensor-parallel sizes up to 4 (12 micro-batches also by 3).
 MICRO_BATCHES, LENGTH, STEP, SEED = 4, 24, 3, 11

@@ -7,8 +7,8 @@ import torch
 
 from helpers.models import SHAPES, Drawn
 from helpers.ranks import Ranks
-from megashear.model.load import RandomWeights
-from megashear.weights.names import tensor_shapes
+from megashear.hf.tensor_names import tensor_shapes
+from megashear.model.weight_io import RandomWeights
 
 LAYOUTS = [
     (2, {"tensor": 2}),

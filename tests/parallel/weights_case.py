@@ -10,8 +10,7 @@ from helpers.models import SHAPES, Drawn, build_model
 from megashear.config.schema import ParallelConfig
 from megashear.engine.collectives import gather_objects
 from megashear.engine.parallel import gather_logits
-from megashear.model.load import RandomWeights
-from megashear.model.save import gather_tensors
+from megashear.model.weight_io import RandomWeights, gather_tensors
 
 
 def gathered(shape: str, parallel: dict[str, Any], random: bool) -> dict[str, Tensor]:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from megashear import ops
+from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
-from megashear.masks.hard_concrete import clamp
-from megashear.masks.masks import Masks, assemble
-from megashear.masks.state import MaskState
+from megashear.masks.distribution import clamp
+from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_values import Masks, assemble
 from megashear.model.llama import Llama
-from megashear.model.load import load_weights
+from megashear.model.weight_io import load_weights
 from megashear.train.step import Stepper
 
 FIXTURE = Path(__file__).parent / "fixtures" / "published_steps.npz"

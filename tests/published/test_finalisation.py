@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megashear.masks.fold import Fold
-from megashear.masks.keep import keep_sets
+from megashear.masks.kept_units import keep_sets
 
 from .case import SOURCE, TARGET, build_masks, build_model, deviation, logits_of
 from .test_forward import TOLERANCE, mean_loss

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megashear.config.training_schema import PruneConfig
-from megashear.masks.keep import keep_sets
+from megashear.masks.kept_units import keep_sets
 
 from . import rounding
 from .case import ROWS, SOURCE, build_masks, build_model, deviation, logits_of

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megashear.engine.optimizer import unwrap
-from megashear.model.save import gather_tensors
-from megashear.train.step import micro_batches
+from megashear.model.micro_batch import micro_batches
+from megashear.model.weight_io import gather_tensors
 
 from . import rounding
 from .case import GRANULARITIES, ROWS, SOURCE, STEP_OF_B, build_masks, build_model, build_stepper, deviation

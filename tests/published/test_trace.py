@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megashear.engine.optimizer import unwrap
-from megashear.model.save import gather_tensors
-from megashear.train.schedule import PRUNE_WARMUP_SHARE, learning_rate_factor
-from megashear.train.step import micro_batches
+from megashear.model.micro_batch import micro_batches
+from megashear.model.weight_io import gather_tensors
+from megashear.train.learning_rate import PRUNE_WARMUP_SHARE, learning_rate_factor
 
 from . import rounding
 from .case import GRANULARITIES, ROWS, SOURCE, STEPS, build_masks, build_model, build_stepper, deviation

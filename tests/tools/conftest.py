@@ -1,5 +1,5 @@
 """The data room's fixtures: a dataset folder and what it is made of."""
 
-from data.conftest import dataset, dataset_folder, sentencepiece_model
+from helpers.dataset_fixtures import dataset, dataset_folder, sentencepiece_model
 
 __all__ = ["dataset", "dataset_folder", "sentencepiece_model"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megashear.data.indexed import IndexedWriter
-from megashear.data.manifest import Dataset
+from megashear.dataset.dataset_folder import Dataset
+from megashear.dataset.indexed import IndexedWriter
 from tools.adopt_data import main
 
 ROOT = Path(__file__).parents[2]

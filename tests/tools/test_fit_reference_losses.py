@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megashear.data.published import DOMAINS, LLAMA2_LOSSES, REFERENCE_LOSSES, REFERENCE_PARAMETERS
+from megashear.mixture.reference_losses import DOMAINS, LLAMA2_LOSSES, REFERENCE_LOSSES, REFERENCE_PARAMETERS
 
 ROOT = Path(__file__).parents[2]
 

@@ -78,7 +78,7 @@ def run(*arguments):
 
 
 def test_a_gguf_llama_becomes_a_model_folder(tmp_path):
-    from megashear.weights.folder import ModelFolder
+    from megashear.hf.model_folder import ModelFolder
 
     expected = write_gguf(tmp_path / "small.gguf")
     done = run(tmp_path / "small.gguf", tmp_path / "out")

@@ -1,6 +1,6 @@
 import pytest
 
-from megashear.data.manifest import Dataset
+from megashear.dataset.dataset_folder import Dataset
 from tools.inspect_data import main
 
 

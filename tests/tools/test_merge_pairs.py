@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megashear.data.indexed import IndexedTokens, IndexedWriter
+from megashear.dataset.indexed import IndexedTokens, IndexedWriter
 from tools.merge_pairs import main
 
 

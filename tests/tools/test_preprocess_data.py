@@ -13,7 +13,7 @@ import pytest
 
 from helpers.budget import slow
 from helpers.processes import processes_of
-from megashear.data.manifest import Dataset
+from megashear.dataset.dataset_folder import Dataset
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "preprocess_data.py"

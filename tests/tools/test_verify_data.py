@@ -1,6 +1,6 @@
 import pytest
 
-from data.test_verify import good, make
+from dataset.test_verify_dataset import good, make
 from tools.verify_data import main
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from helpers.tiny import SEQUENCE, records
 from megashear.config.load import load_config
-from megashear.config.stages import peak_learning_rate
-from megashear.train.schedule import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
+from megashear.config.resolve import peak_learning_rate
+from megashear.train.learning_rate import PRETRAIN_WARMUP_SHARE, PRUNE_WARMUP_SHARE, learning_rate_factor
 
 
 def test_records_stand_in_order(unbroken_folder: Path) -> None:

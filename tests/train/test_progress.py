@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megashear.train.flops import peak_flops
-from megashear.train.progress import Progress, duration
+from megashear.planning.text_table import duration
+from megashear.train.progress import Progress, peak_flops
 
 LINE = re.compile(
     r"(?P<stage>\w+) +(?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>[\d.]+|nan)  grad (?P<grad>\S+)  lr (?P<lr>\S+)"

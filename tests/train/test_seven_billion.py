@@ -5,18 +5,19 @@ import math
 import pytest
 import torch
 
-from megashear.config.legality import shape_problems
+from megashear.config.model_shape import ModelShape
 from megashear.config.presets import PRESETS
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
+from megashear.config.shape_legality import shape_problems
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
 from megashear.engine.layout import distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
-from megashear.masks.state import MaskState
+from megashear.masks.mask_state import MaskState
 from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, load_weights
-from megashear.train.step import MicroBatch, Stepper
+from megashear.model.micro_batch import MicroBatch
+from megashear.model.weight_io import RandomWeights, load_weights
+from megashear.train.step import Stepper
 
 
 def test_7b_to_2_7b_is_legal_in_shapes_alone():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megashear.train.signals import SIGNALS, StopRequest, hold_signals, stop_on_signals
+from megashear.processes import SIGNALS, StopRequest, hold_signals, stop_on_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -42,13 +42,13 @@ def test_a_held_signal_is_not_lost_and_spares_children(number: int) -> None:
 
 
 def test_listening_needs_no_torch() -> None:
-    code = "import sys, megashear.train.signals; sys.exit('torch' in sys.modules)"
+    code = "import sys, megashear.processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 GROUP = """
 import multiprocessing, os, signal, time
-from megashear.train.signals import SIGNALS, hold_signals, stop_on_signals
+from megashear.processes import SIGNALS, hold_signals, stop_on_signals
 with stop_on_signals() as stop:
     with hold_signals():
         queue = multiprocessing.get_context("spawn").Manager().Queue()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megashear.engine.layout import Layout
-from megashear.train.step import document_starts, local_rows, micro_batches
+from megashear.model.micro_batch import document_starts, local_rows, micro_batches
 
 
 def layout(data_size: int, data_rank: int) -> Layout:

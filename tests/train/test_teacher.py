@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megashear.config.model_shape import ModelShape
+from megashear.config.resolve import Teaching
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
-from megashear.config.teaching import Teaching
 from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, load_weights
-from megashear.train.step import MicroBatch, Stepper
+from megashear.model.micro_batch import MicroBatch
+from megashear.model.weight_io import RandomWeights, load_weights
+from megashear.train.step import Stepper
 from megashear.train.teacher import Teacher
 
 STUDENT = ModelShape(32, 2, 4, 2, 8, 48, 97, tie_word_embeddings=True)

@@ -27,15 +27,15 @@ from typing import Any
 
 import yaml
 
+from megashear.config.model_shape import ModelShape
 from megashear.config.presets import resolve_shape
+from megashear.config.resolve import WEIGHT
 from megashear.config.schema import ShapeConfig
-from megashear.config.shape import ModelShape
-from megashear.config.teaching import WEIGHT
 from megashear.files.atomic import write_json
-from megashear.plot.cost import costs, trained_tokens
-from megashear.plot.record import read_run
-from megashear.train.tables import table
-from megashear.weights.folder import ModelFolder
+from megashear.hf.model_folder import ModelFolder
+from megashear.planning.text_table import table
+from megashear.report.run_cost import costs, trained_tokens
+from megashear.report.run_record import read_run
 
 
 @dataclass(frozen=True)

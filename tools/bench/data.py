@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from megashear.data.blend import BlendedStream, DomainSource
-from megashear.data.indexed import pair, write_index
-from megashear.data.manifest import SPLITS, Dataset, prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.dataset_folder import SPLITS, Dataset, prefix, write_dataset_manifest
+from megashear.dataset.indexed import pair, write_index
+from megashear.dataset.tokenizer import load_tokenizer
 from megashear.files.atomic import write_json
+from megashear.mixture.blend import BlendedStream, DomainSource
 
 LENGTH, SEQUENCE, SAMPLES, STREAM, PIECE = 100, 4096, 20_000, 1 << 27, 1 << 20
 FORMS = {

@@ -12,12 +12,12 @@ import torch
 from gpu_clock import Clock
 from step import all_living, build_weights, closed, our_step
 
+from megashear.config.model_shape import ModelShape
 from megashear.config.presets import PRESETS
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
 from megashear.engine.layout import Layout, distributed
-from megashear.model.load import RandomWeights
-from megashear.train.flops import peak_flops
+from megashear.model.weight_io import RandomWeights
+from megashear.train.progress import peak_flops
 
 LENGTH, SEQUENCES, SEED = 4096, 2, 1
 LAYERS = 8

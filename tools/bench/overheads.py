@@ -23,7 +23,7 @@ from megashear.config.schema import ShapeConfig
 from megashear.config.training_schema import PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.files.atomic import write_json
-from megashear.masks.state import MaskState
+from megashear.masks.mask_state import MaskState
 
 SEED = 1
 

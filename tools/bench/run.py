@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megashear.data.indexed import IndexedWriter
-from megashear.data.manifest import SPLITS, prefix, write_dataset_manifest
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.dataset_folder import SPLITS, prefix, write_dataset_manifest
+from megashear.dataset.indexed import IndexedWriter
+from megashear.dataset.tokenizer import load_tokenizer
 from megashear.files.atomic import atomic_folder, write_json
 
 SOURCE = {

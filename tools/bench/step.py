@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
+from megashear.config.model_shape import ModelShape
+from megashear.config.resolve import Teaching, teacher_flops_per_token
 from megashear.config.schema import ParallelConfig
-from megashear.config.shape import ModelShape
-from megashear.config.teaching import Teaching, teacher_flops_per_token
 from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.engine.layout import Layout, distributed
@@ -37,13 +37,14 @@ from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
 from megashear.files.atomic import write_json
-from megashear.masks.state import MaskState
-from megashear.model.live import flops_share, live_patterns
+from megashear.hf.model_folder import ModelFolder
+from megashear.masks.mask_state import MaskState
+from megashear.model.live_units import flops_share, live_patterns
 from megashear.model.llama import Llama
-from megashear.model.load import RandomWeights, TensorSource, load_weights
-from megashear.train.step import MicroBatch, Stepper
+from megashear.model.micro_batch import MicroBatch
+from megashear.model.weight_io import RandomWeights, TensorSource, load_weights
+from megashear.train.step import Stepper
 from megashear.train.teacher import Teacher
-from megashear.weights.folder import ModelFolder
 
 SHAPE = ModelShape(512, 8, 8, 8, 64, 1376, 32000)
 TARGETS = {  # the published shapes' shares of 7B, taken of SHAPE

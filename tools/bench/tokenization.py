@@ -31,15 +31,15 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from megashear.data.domains import DomainRule
-from megashear.data.heldout import HeldOutRule
-from megashear.data.indexed import IndexedTokens, token_dtype
-from megashear.data.manifest import SPLITS, prefix
-from megashear.data.merge import Merging
-from megashear.data.parts import PartSettings
-from megashear.data.preprocess import Preprocessing, preprocess
-from megashear.data.tokenizer import load_tokenizer
+from megashear.dataset.dataset_folder import SPLITS, prefix
+from megashear.dataset.indexed import IndexedTokens, token_dtype
+from megashear.dataset.tokenizer import load_tokenizer
 from megashear.files.atomic import write_json
+from megashear.preprocess.build_dataset import Preprocessing, preprocess
+from megashear.preprocess.domains import DomainRule
+from megashear.preprocess.heldout_split import HeldOutRule
+from megashear.preprocess.merge_parts import Merging
+from megashear.preprocess.tokenized_parts import PartSettings
 
 CHUNK, DOCUMENT_BYTES, DOMAIN = 32, 5_000_000, "all"
 

@@ -5,7 +5,6 @@ missing or a device cannot run it, the plain torch reference serves instead.
 Read next: `swiglu.py`, the simplest op.
 """
 
-import importlib
 import importlib.util
 import os
 import warnings

@@ -1,0 +1,1 @@
+"""Held-out losses, and the lm-evaluation-harness adapter."""

@@ -1,0 +1,131 @@
+"""`megashear eval MODEL DATA`: held-out loss and perplexity of a finished model, by domain.
+
+Key properties: the model is computed in fp32 by the very code that trains, on any layout; a dataset made with another
+tokenizer is refused. Read next: `train/evaluate.py`, `tasks.py` (lm-evaluation-harness).
+"""
+
+import math
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+
+from megashear.config.model_shape import ModelShape
+from megashear.config.schema import ParallelConfig
+from megashear.config.shape_legality import shape_problems
+from megashear.dataset.dataset_folder import Dataset
+from megashear.engine.collectives import on_main
+from megashear.engine.layout import Layout, distributed
+from megashear.engine.parallel import transformer_config
+from megashear.errors import ConfigError, DataError, ModelError
+from megashear.evaluation.heldout import evaluate
+from megashear.evaluation.losses import Losses, loss_table, to_json
+from megashear.files.atomic import write_json
+from megashear.files.file_digests import digest
+from megashear.hf.hf_config import NAME as CONFIG
+from megashear.hf.model_folder import ModelFolder
+from megashear.mixture.loader import HeldOut
+from megashear.model.weight_io import TensorSource, filled_chunks
+
+MICRO_BATCH = 4
+FINISHED = ("final", "pruned")
+"""Models of a run folder, the one that was trained last first."""
+
+
+@dataclass(frozen=True)
+class HeldOutChoice:
+    """Which held-out text is evaluated: tokens of a sequence, sequences of each domain, attention inside documents."""
+
+    sequence_length: int = 4096
+    sequences: int = 64
+    separate_documents: bool = False
+
+
+def find_model(path: Path) -> Path:
+    """The model folder at `path`, or the last model of the run folder at `path`. Raises ModelError for neither."""
+    for candidate in (path, *(path / name for name in FINISHED)):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise ModelError(
+        f"{path}: neither a model folder ({CONFIG}) nor a run that has pruned or trained a model; give one, or let the "
+        "run go on (`megashear run`)"
+    )
+
+
+def evaluate_model(
+    model: Path, data: Path, heldout: HeldOutChoice, parallel: ParallelConfig, output: Path | None
+) -> None:
+    """Print the held-out losses of a model folder or a run folder, and write them to the JSON file `output`.
+
+    Every rank calls it; runs alone or under torchrun. Raises ConfigError, DataError, ModelError, StorageError.
+    """
+    with distributed(parallel) as layout:
+        path = find_model(model)
+        on_main(layout, lambda: verify_model(path))
+        losses = model_losses(ModelFolder.open(path), Dataset.open(data), heldout, parallel, layout)
+        on_main(layout, lambda: _tell(path, data, heldout, losses, output))
+
+
+def model_losses(
+    folder: ModelFolder, dataset: Dataset, heldout: HeldOutChoice, parallel: ParallelConfig, layout: Layout
+) -> Losses:
+    """Held-out losses in nats per token, and their errors, by domain; the same on every rank."""
+    on_main(layout, lambda: check_tokenizer(dataset, folder))
+    problems = shape_problems(folder.shape, None, parallel, layout.world_size)
+    if problems:
+        raise ConfigError(problems)
+    sequences = HeldOut(dataset, *astuple(heldout))
+    chunks = plain_chunks(folder.shape, folder, parallel, layout)
+    return evaluate(sequences, layout, chunks, MICRO_BATCH)
+
+
+def plain_chunks(
+    shape: ModelShape,
+    source: TensorSource,
+    parallel: ParallelConfig,
+    layout: Layout,
+    exact: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.nn.Module]:
+    """This rank's chunks of a model in fp32 or fp64, without optimizer. exact: as `prune.masking`."""
+    return list(filled_chunks(shape, transformer_config(shape, parallel, dtype), layout, source, exact))
+
+
+def verify_model(path: Path) -> None:
+    """Compare a model folder with its manifest's digests, where it has one. Raises ModelError."""
+    folder = ModelFolder.open(path)
+    if folder.manifest:
+        ModelFolder.open(path, digests=True)
+
+
+def _tell(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
+    print(loss_table({path.name: losses}))
+    if output is not None:
+        write_json(
+            output,
+            {
+                "model": str(path),
+                "data": str(data),
+                "sequence_length": heldout.sequence_length,
+                "separate_documents": heldout.separate_documents,
+                "losses": {name: pair[0] for name, pair in to_json(losses).items()},
+                "errors": {name: pair[1] for name, pair in to_json(losses).items()},
+                "perplexities": {name: perplexity(loss) for name, (loss, _) in losses.items()},
+            },
+        )
+
+
+def perplexity(loss: float) -> float | None:
+    """exp of a loss in nats per token; None where it is not finite."""
+    return math.exp(loss) if loss < 700 else None
+
+
+def check_tokenizer(dataset: Dataset, source: ModelFolder) -> None:
+    """Raises DataError where the dataset's tokens are not the source model's."""
+    where = f"{dataset.folder}: made with another tokenizer than the one of {source.path}"
+    advice = "preprocess the data again with the source's tokenizer"
+    if dataset.vocab_size > source.shape.vocab_size:
+        raise DataError(f"{where}: {dataset.vocab_size} tokens, the model knows {source.shape.vocab_size}; {advice}")
+    files = [path for path in source.tokenizer_files if path.name in ("tokenizer.json", "tokenizer.model")]
+    if files and dataset.tokenizer_digest not in {digest(path) for path in files}:
+        raise DataError(f"{where} (by SHA-256); {advice}")

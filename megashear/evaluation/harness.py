@@ -1,0 +1,48 @@
+"""`megashear eval MODEL --tasks a,b`: tasks of lm-evaluation-harness, which is an extra (`megashear[evaluation]`).
+
+Key property: the harness loads the model folder itself, as the Hugging Face LLaMA that it is; no code of ours stands
+between its tasks and the weights. Read next: `evaluate.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megashear.engine.device import rank_device
+from megashear.errors import ConfigError
+from megashear.evaluation.evaluate_model import find_model, verify_model
+from megashear.files.atomic import write_json
+
+
+def evaluate_tasks(
+    model: Path, tasks: list[str], output: Path | None, limit: int | None = None, include: Path | None = None
+) -> dict[str, Any]:
+    """Print the harness's results of a model folder or a run folder, and write them to the JSON file `output`.
+
+    limit: examples per task, None for all; include: a folder of more task files. Returns {task: {metric: value}}.
+    Raises ConfigError where the harness is not installed or does not know a task, ModelError, StorageError.
+    """
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface  # needs accelerate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ConfigError(
+            f"--tasks: lm-evaluation-harness cannot be loaded ({error}); install it: pip install 'lm-eval[hf]'"
+        ) from error
+    path = find_model(model)
+    verify_model(path)
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists them"
+        )
+    arguments = {"pretrained": str(path), "local_files_only": True}
+    device = str(rank_device())
+    found = lm_eval.simple_evaluate("hf", arguments, tasks=tasks, limit=limit, device=device, task_manager=manager)
+    print(make_table(found))
+    results: dict[str, Any] = {task: dict(values) for task, values in found["results"].items()}
+    if output is not None:
+        write_json(output, {"model": str(path), "results": results, "versions": found["versions"]})
+    return results

@@ -1,0 +1,151 @@
+"""Held-out losses by domain as plain values: their mean and its error, and as JSON.
+
+Key property: no numpy and no torch, so that a plan's tables are printed at once. Read next: `sequences.py`.
+
+Held-out losses sequence by sequence: `heldout.json` of a stage, and two models over the same sequences.
+
+Sequences differ from one another far more than two models do on one sequence, so the difference of losses taken pair by
+pair has a much smaller error than the losses have. The file keeps what the stage's last evaluation found for each
+sequence, with a digest of each domain's text, by which other text is recognised.
+Key property: no torch, so that reports read it. Read next: `evaluate.py`, `plot/compare.py`.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megashear.errors import DataError
+from megashear.files.atomic import write_json
+from megashear.planning.text_table import table
+
+Losses = dict[str, tuple[float, float]]
+"""Loss in nats per token and its standard error by domain; the error of a single sequence is not known: NaN."""
+
+
+def mean_loss(losses: Losses) -> float:
+    """Mean over domains, in nats per token."""
+    return sum(loss for loss, _ in losses.values()) / len(losses)
+
+
+def mean_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean of values with standard errors, and the error of it, the values being of independent domains."""
+    mean = sum(value for value, _ in pairs) / len(pairs)
+    return mean, math.sqrt(sum(error**2 for _, error in pairs)) / len(pairs)
+
+
+def to_json(losses: Losses) -> dict[str, list[float | None]]:
+    """Losses and errors as JSON values that round-trip: [loss, error] by domain, null for what is not finite."""
+    return {name: finite_values(pair) for name, pair in losses.items()}
+
+
+def from_json(values: Mapping[str, Sequence[float | None]]) -> Losses:
+    """What `to_json` gave."""
+    return {name: (number(loss), number(error)) for name, (loss, error) in values.items()}
+
+
+def finite_values(values: Sequence[float]) -> list[float | None]:
+    """Values for JSON: null for what is not finite."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def number(value: float | None) -> float:
+    """A value from JSON: NaN for null."""
+    return math.nan if value is None else float(value)
+
+
+SequenceLosses = dict[str, np.ndarray]
+"""Loss of each held-out sequence by domain, fp64 [sequences], in the order of `HeldOut.rows`."""
+SEQUENCES_NAME = "heldout.json"
+
+
+def summarise(losses: SequenceLosses) -> Losses:
+    """Each domain's mean and its standard error."""
+    return {name: mean_and_error(loss_N) for name, loss_N in losses.items()}
+
+
+def mean_and_error(loss_N: np.ndarray) -> tuple[float, float]:
+    """Mean of [N] values and its standard error, by their standard deviation; NaN where there is only one."""
+    error = float(loss_N.std(ddof=1) / math.sqrt(len(loss_N))) if len(loss_N) > 1 else math.nan
+    return float(loss_N.mean()), error
+
+
+@dataclass(frozen=True)
+class DomainSequences:
+    """A domain's held-out sequences: the digest of their text, and the loss [N] of each in nats per token, fp64."""
+
+    text: str
+    loss_N: np.ndarray
+
+
+def save_sequences(folder: Path, losses: SequenceLosses, digests: Mapping[str, str]) -> None:
+    """Write a stage's `heldout.json` whole, or leave the one that is there; digests: by domain, of the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {name: finite_values(loss_N.tolist()) for name, loss_N in losses.items()}
+    write_json(folder / SEQUENCES_NAME, {n: {"text": digests[n], "losses": value} for n, value in values.items()})
+
+
+def read_sequences(folder: Path) -> dict[str, DomainSequences]:
+    """By domain what `save_sequences` wrote; nothing where there is no file. Raises DataError for another content."""
+    path = folder / SEQUENCES_NAME
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            name: DomainSequences(str(one["text"]), np.array([number(value) for value in one["losses"]]))
+            for name, one in content.items()
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read ({error!r}); remove it to compare without pairs") from None
+
+
+def paired_difference(first: DomainSequences | None, second: DomainSequences | None) -> tuple[float, float] | None:
+    """Mean of second less first over the same sequences, and its standard error; None where they are not the same."""
+    if first is None or second is None or other_text(first, second):
+        return None
+    return mean_and_error(second.loss_N - first.loss_N)
+
+
+def other_text(first: DomainSequences | None, second: DomainSequences | None) -> bool:
+    """Whether two evaluations are known to have read other sequences."""
+    if first is None or second is None:
+        return False
+    return first.text != second.text or len(first.loss_N) != len(second.loss_N)
+
+
+def loss_table(columns: Mapping[str, Losses]) -> str:
+    """Held-out loss with its error, and perplexity, per domain (rows) and model (columns: source, pruned, final).
+
+    columns: name -> {domain: (loss in nats per token, its standard error)}. The last row is the mean over domains that
+    every column has, with the error of independent domains. A domain that a column lacks is shown as `-`.
+    """
+    domains = list(dict.fromkeys(domain for losses in columns.values() for domain in losses))
+    rows = [
+        [domain, *(cell for losses in columns.values() for cell in loss_cells(losses.get(domain)))]
+        for domain in domains
+    ]
+    shared = [domain for domain in domains if all(domain in losses for losses in columns.values())]
+    if len(shared) > 1:
+        means = [mean_of([losses[domain] for domain in shared]) for losses in columns.values()]
+        rows.append([f"mean of {len(shared)}", *(cell for mean in means for cell in loss_cells(mean))])
+    header = ["domain", *(text for name in columns for text in (name, "ppl"))]
+    return table("Held-out loss (nats per token, +- standard error) and perplexity", header, rows)
+
+
+def loss_cells(loss: tuple[float, float] | None) -> list[str]:
+    """Loss with its standard error, and perplexity; blanks where there is none or it is not finite."""
+    if loss is None or not math.isfinite(loss[0]):
+        return ["-", "-"]
+    perplexity = math.exp(min(loss[0], 700.0))
+    return [with_error(*loss), f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}"]
+
+
+def with_error(value: float, error: float, sign: str = "-") -> str:
+    """A number and its standard error; alone where no error is known, as of a single sequence. sign: `+` shows both."""
+    shown = f"{value:{sign}.4f}"
+    return f"{shown} +- {error:.4f}" if math.isfinite(error) else shown

@@ -1,0 +1,1 @@
+"""Hugging Face model folders: read, write, import, export, verify. Knows nothing of ranks or training."""

@@ -1,0 +1,86 @@
+"""The README.md of an exported folder: what the model is, where it comes from, how it was trained.
+
+Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "stages":
+[{"name", "steps", "tokens", "losses": {domain: nats per token}}]}; every key may be absent, and what is absent is not
+mentioned. Read next: `folder.py`.
+"""
+
+from typing import Any
+
+from megashear.config.model_shape import ModelShape
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- llama
+- megashear
+---
+"""
+_USE = """
+## Use
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+Before it was written under its name, the folder was loaded by transformers without a missing, unexpected or mis-shaped
+tensor, and its logits were compared with those of the model it was exported from.
+"""
+
+_SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "num_heads": "query heads",
+    "num_query_groups": "key/value heads",
+    "head_dim": "head size",
+    "intermediate_size": "intermediate size",
+    "vocab_size": "vocabulary",
+}
+
+
+def model_card(shape: ModelShape, dtype: str, provenance: dict[str, Any]) -> str:
+    """Markdown text of the card; `dtype` as torch names it."""
+    source = provenance.get("source") or {}
+    stages = provenance.get("stages") or []
+    text = f"{_FRONT}# LLaMA of {shape.parameters():,} parameters ({dtype})\n\n"
+    if source.get("path") and stages:
+        text += f"Made by megashear from `{source['path']}`.\n\n"
+    elif source.get("path"):
+        text += f"Taken from `{source['path']}` by megashear, without training.\n\n"
+    text += _shape_table(shape, source.get("shape") if stages else None)
+    for stage in stages:
+        text += _stage(stage)
+    return text + _USE
+
+
+def _shape_table(shape: ModelShape, source: dict[str, Any] | None) -> str:
+    """Sizes of the model, beside those of its source where they are known."""
+    lines = ["## Shape", f"| | this model |{' source |' if source else ''}", f"|---|---|{'---|' if source else ''}"]
+    for key, meaning in _SIZES.items():
+        before = f" {source.get(key, '')} |" if source else ""
+        lines.append(f"| {meaning} | {getattr(shape, key)} |{before}")
+    return "\n".join(lines) + "\n"
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    """One stage of training: steps, tokens and the last held-out loss of each domain."""
+    text = f"\n## {str(stage.get('name', 'training')).capitalize()}\n"
+    counts = [f"{stage[key]:,} {key}" for key in ("steps", "tokens") if key in stage]
+    if stage.get("method") == "one_shot":
+        criteria = ", ".join(dict.fromkeys((stage.get("criteria") or {}).values()))
+        on_text = stage.get("calibration_tokens") or 0
+        text += f"Units kept by their scores ({criteria}" + (f"; {on_text:,} tokens of text" if on_text else "")
+        text += "), without training.\n"
+    else:
+        text += f"{', '.join(counts)}.\n" if counts else ""
+    if stage.get("principal"):
+        text += "Hidden units were chosen among the principal directions of the source's residual stream.\n"
+    if stage.get("refit"):
+        text += "Output matrices of what was kept were fitted to the source by least squares.\n"
+    losses = stage.get("losses") or {}
+    if losses:
+        text += "\n| domain | held-out loss (nats per token) |\n|---|---|\n"
+        text += "".join(f"| {domain} | {loss:.4f} |\n" for domain, loss in losses.items())
+    return text

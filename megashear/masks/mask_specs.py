@@ -1,0 +1,73 @@
+"""What is masked: one `MaskSpec` per learned granularity, from a source and a target shape. Free of torch.
+
+Key properties: the five granularities have fixed indices, which enter the mask noise, so learning fewer of them leaves
+the others' noise as it is. A group is a key/value head with its query heads; under multi-head attention it is a head.
+Read next: `state.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megashear.config.model_shape import ModelShape
+from megashear.config.shape_legality import granularity_problems, granularity_sizes
+from megashear.config.training_schema import GRANULARITIES
+from megashear.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """One learned granularity: its log-alpha has `shape`, whose last dimension holds the units of a row."""
+
+    name: str
+    shape: tuple[int, ...]
+    target_units: int
+    """Units of each row that the target keeps."""
+
+    @property
+    def index(self) -> int:
+        """Fixed number of the granularity; a coordinate of its noise."""
+        return GRANULARITIES.index(self.name)
+
+    @property
+    def rows(self) -> int:
+        """Rows that are constrained apart."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def units(self) -> int:
+        """Units in a row."""
+        return self.shape[-1]
+
+    @property
+    def zeros_per_row(self) -> int:
+        """Units of each row that the target drops."""
+        return self.units - self.target_units
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of each row that the target drops."""
+        return 1.0 - self.target_units / self.units
+
+
+def mask_specs(source: ModelShape, target: ModelShape, granularities: Sequence[str] | None = None) -> list[MaskSpec]:
+    """Specs of the learned granularities in their fixed order; null learns those in which the target is smaller.
+
+    Raises ConfigError with every problem: unknown names, `query` under multi-head attention, a shrinking one left out.
+    """
+    problems = granularity_problems(source, target, granularities)
+    if problems:
+        raise ConfigError(problems)
+    layers, groups = source.num_layers, source.num_query_groups
+    rows = {
+        "hidden": (),
+        "group": (layers,),
+        "query": (layers, groups),
+        "intermediate": (layers,),
+        "layer": (),
+    }
+    specs = []
+    for name, (units, target_units) in granularity_sizes(source, target).items():
+        if name in granularities if granularities is not None else target_units < units:
+            specs.append(MaskSpec(name, (*rows[name], units), target_units))
+    return specs

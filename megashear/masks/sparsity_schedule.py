@@ -1,0 +1,101 @@
+"""How masks close over a stage's steps: target sparsities, one granularity after another, sharpening, settling.
+
+Key properties: every length follows the stage's number of steps where the config leaves it open; all is a function of
+the step, so a resumed run goes on with it. Masks close over the sparsity warm-up, sharpen until they settle, and stand
+fixed at the target's shape from then on, so that the weights' last steps are on exactly the model that is cut out.
+Read next: `projection.py`, `state.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megashear.config.presets import PAPER
+from megashear.config.resolve import closing_steps, settled_steps
+from megashear.config.training_schema import PruneConfig
+from megashear.masks.mask_specs import MaskSpec
+
+CROSSINGS = 8.0
+"""Times that multipliers can drive a unit from one limit to the other within a stage, at least; with fewer, masks of
+stages under some 200 steps end off their targets.
+"""
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The schedule of one pruning stage."""
+
+    config: PruneConfig
+    specs: tuple[MaskSpec, ...]
+
+    @property
+    def projected(self) -> bool:
+        """Whether expected sparsities are set to their targets at every step, in place of multipliers."""
+        return self.config.constraint == "projected"
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which target sparsities grow."""
+        return closing_steps(self.config)
+
+    @property
+    def settle_step(self) -> int:
+        """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
+        return self.config.batch.steps - settled_steps(self.config)
+
+    def half_closed(self, step: int, expected: Mapping[str, Any]) -> bool:
+        """Whether each granularity was asked for half of its target sparsity at a step (from 0), and has it.
+
+        expected: sparsity by granularity, on the device: not waited for while the schedule asks for less.
+        """
+        half, asked = {spec.name: spec.target_sparsity / 2 for spec in self.specs}, self.targets(step)
+        return all(asked[name] >= half[name] for name in half) and all(expected[name] >= half[name] for name in half)
+
+    def settled(self, step: int) -> bool:
+        """Whether the masks of this step are fixed."""
+        return self.settle_step <= step and self.settle_step < self.config.batch.steps
+
+    def settles(self, step: int) -> bool:
+        """Whether this step is the first whose masks are fixed, and masks were learned before it."""
+        return 0 < step == self.settle_step and self.settled(step)
+
+    def targets(self, step: int) -> dict[str, float]:
+        """Scheduled target sparsity by granularity at a step (from 0).
+
+        All grow together over the warm-up, or one after another in the order of `prune.closing`, each over an equal
+        part of it; what `closing` leaves out comes last, in the order of the specs, and what keeps all of its units has
+        no part.
+        """
+        order = self.config.closing
+        if order is None:
+            return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
+        names = [s.name for s in self.specs if s.zeros_per_row]
+        queue = [name for name in order if name in names]
+        queue += [name for name in names if name not in queue]
+        window = self.warmup_steps / len(queue)
+        grown = {name: min(1.0, max(0.0, step / window - place) if window else 1.0) for place, name in enumerate(queue)}
+        return {s.name: s.target_sparsity * grown.get(s.name, 0.0) for s in self.specs}
+
+    def growth(self) -> float:
+        """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
+        factor: float = self.config.sharpening ** (1.0 / max(1, self.settle_step))
+        return factor
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means.
+
+        Adam's steps are of the rate's size, so that a rate times the steps is how far log-alpha can travel.
+        """
+        config, steps = self.config, self.config.batch.steps
+        share = min(1.0, steps / PAPER["batch"]["steps"])
+        mask, multiplier = config.mask_learning_rate, config.lambda_learning_rate
+        if mask is None:
+            limit = config.log_alpha_init if config.log_alpha_limit is None else config.log_alpha_limit
+            crossing = 0.0 if self.projected else CROSSINGS * 2.0 * abs(limit) / steps
+            mask = max(share, min(1.0, crossing))
+        return mask, 1.0 / share if multiplier is None else multiplier
+
+
+def scheduled_target(target: float, step: int, warmup_steps: int) -> float:
+    """Target sparsity at a step (from 0): grows linearly and stays at `target` from `warmup_steps` on."""
+    return target if step >= warmup_steps else target * (step / warmup_steps)

@@ -1,0 +1,1 @@
+"""The blended stream of samples and its domain weights (dynamic batch loading)."""

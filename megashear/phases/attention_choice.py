@@ -1,0 +1,52 @@
+"""The form of attention that a stage is computed with on GPUs: settled once a run, by one rank's clock for all.
+
+Key property: ranks and resumed runs round alike. Rank 0 measures before the stage's first step, at a point that every
+rank passes (its later steps meet shapes at different moments, or never, under pipeline parallelism), and the run folder
+keeps what it found, by the GPU's name. Read next: `megashear/ops/kernels/attention_backend.py`.
+"""
+
+from typing import Any
+
+from megashear import ops
+from megashear.config.model_shape import ModelShape
+from megashear.engine.collectives import on_main
+from megashear.errors import CheckpointError
+from megashear.files.atomic import write_json
+from megashear.phases.run_folder import Context, read_record
+
+CHOICES = "attention.json"
+
+
+def settle_attention(context: Context, shape: ModelShape, sequences: int, masked: bool) -> None:
+    """Have every rank compute attention as the run folder says, or as rank 0 measures now and records there.
+
+    sequences: in a micro-batch. Nothing is settled where no clock decides: on CPUs, or with MEGASHEAR_ATTENTION set.
+    Raises CheckpointError, on every rank, where the record cannot be read.
+    """
+    data, layout = context.config.data, context.layout
+    wanted = ops.AttentionShape(
+        layout.device, context.dtype, data.sequence_length, shape.head_dim, data.separate_documents
+    )
+    heads, groups = (max(1, heads // layout.tensor_size) for heads in (shape.num_heads, shape.num_query_groups))
+    path = context.folder / CHOICES
+
+    def choose() -> ops.AttentionChoice | None:
+        known = read_record(path) or {}
+        if str(wanted) in known:
+            return recorded(known[str(wanted)], str(path))
+        measured = ops.measure_attention(wanted, ops.AttentionSample(sequences, heads, groups, masked))
+        if measured is not None:
+            write_json(path, known | {str(wanted): measured._asdict()})
+        return measured
+
+    chosen = on_main(layout, choose)
+    if chosen is not None:
+        ops.settle_attention(wanted, chosen)
+
+
+def recorded(entry: Any, where: str) -> ops.AttentionChoice:
+    """A choice from its record. Raises CheckpointError for anything else."""
+    try:
+        return ops.AttentionChoice(str(entry["serves"]), dict(entry["milliseconds"]), dict(entry["distances"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: not a record of a choice; remove it to measure again") from error

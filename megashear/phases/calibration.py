@@ -1,0 +1,65 @@
+"""Calibration text of a run, and the source that reads it. Read next: `basis.py`, `importance.py`."""
+
+import time
+from collections.abc import Callable
+
+from megashear.config.schema import ParallelConfig
+from megashear.engine.parallel import transformer_config
+from megashear.errors import Interrupted
+from megashear.importance.calibrate import calibration_loader
+from megashear.mixture.domain_weights import starting_weights
+from megashear.mixture.loader import Loader
+from megashear.model.llama import Llama
+from megashear.model.weight_io import TensorSource, filled_chunks
+from megashear.phases.run_folder import Context
+from megashear.train.loop import stop_requested
+
+LOOK = "look for losses of the source that are not either (`megashear eval SOURCE DATA`), or set precision: fp32"
+"""What to do where something that was computed of the source is not a finite number."""
+TOLD_EVERY = 10.0
+"""Seconds between lines of progress."""
+
+
+def calibration_text(context: Context) -> Loader:
+    """Reads the run's calibration text, from its beginning."""
+    data, weights = context.config.data, calibration_weights(context)
+    seed, separate = context.config.run.seed, data.separate_documents
+    return calibration_loader(context.dataset, weights, data.sequence_length, seed, separate)
+
+
+def calibration_weights(context: Context) -> dict[str, float]:
+    """Domain weights of the mixture at its start."""
+    dataset = context.dataset
+    tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
+    return dict(zip(tokens, starting_weights(context.config.mixture, tokens).tolist(), strict=True))
+
+
+def build_source(context: Context, source: TensorSource, parallel: ParallelConfig | None = None) -> list[Llama]:
+    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers.
+
+    parallel: the run's own, or one that differs from it in sequence parallelism.
+    """
+    config, layout, shape = context.config, context.layout, context.source_shape
+    core = transformer_config(shape, parallel or config.parallel, context.dtype)
+    core.gradient_accumulation_fusion = False  # there is no buffer to add gradients to
+    exact, recompute = config.prune.masking == "exact", config.parallel.recompute == "full"
+    return filled_chunks(shape, core, layout, source, exact, recompute)
+
+
+def calibration_progress(context: Context, what: str, total: int, unit: str = "batch") -> Callable[[int], None]:
+    """Tells how far calibration is, now and then, and stops where that was asked for (all ranks call it together).
+
+    what: is being computed; total: units that there are.
+    """
+    told = time.monotonic()
+
+    def each(done: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if context.layout.is_main and (done == total or now - told >= TOLD_EVERY):
+            told = now
+            print(f"{what}: {unit} {done} of {total}", flush=True)
+        if done < total and stop_requested(context.stop, context.layout):
+            raise Interrupted("stopped by a signal while calibrating; run the same command to begin calibration again")
+
+    return each

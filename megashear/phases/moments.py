@@ -1,0 +1,112 @@
+"""Adam's moments from pruning into pre-training: written with the masked model, cut with it, taken up by pre-training.
+
+A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning stage has
+reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
+moments: pre-training goes on as if pruning had. (In the principal basis norms' weights take their gain at the cut, and
+their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Where a teacher goes between
+the stages or within one, gradients grow two- to sixfold at once, and moments of the smoother loss still are the better
+start (docs/results.md): with betas of 0.9 and 0.95 no step is longer than 1.2 times the rate, whatever came before.
+
+Key property: the files are model folders like any other, so that layouts may change between the stages; without them
+pre-training starts a fresh Adam. They go when it is done. Read next: `training.py`, `finalize.py`.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from megashear.config.resolve import settled_steps
+from megashear.engine.collectives import on_main
+from megashear.engine.optimizer import (
+    MOMENTS,
+    WeightOptimizer,
+    count_steps,
+    kept_weights,
+    shown_moment,
+    take_moment,
+    unwrap,
+)
+from megashear.files.atomic import atomic_folder
+from megashear.hf.finish_folder import seal_folder, write_settings
+from megashear.hf.model_folder import ModelFolder
+from megashear.hf.safetensors_writer import ShardedWriter
+from megashear.hf.tensor_names import tensor_shapes
+from megashear.masks.fold import Fold
+from megashear.masks.kept_units import KeepSets
+from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_values import Masks
+from megashear.model.weight_io import load_weights, write_model
+from megashear.phases.run_folder import Context
+
+logger = logging.getLogger(__name__)
+FOLDER = "moments"
+
+
+def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) -> None:
+    """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
+    config = context.config
+    goes_on = "pretrain" in config.run.stages and config.pretrain.moments == "pruned"
+    if not goes_on or not masks.closing.settled(config.prune.batch.steps):
+        return
+    folder, shape = context.folder / FOLDER, context.source_shape
+    on_main(context.layout, lambda: shutil.rmtree(folder, ignore_errors=True))
+    on_main(context.layout, folder.mkdir)
+    for name in MOMENTS:
+        with shown_moment(weights, name):
+            path = folder / f"masked-{name}"
+            write_model(weights.chunks, shape, context.dtype, path, context.layout, context.hf_config(), [], {})
+
+
+def fold_moments(context: Context, keep: KeepSets) -> None:
+    """Cut the moments as the model is cut (rank 0 alone); nothing where pruning wrote none."""
+    assert context.target_shape is not None
+    fold = Fold(context.source_shape, keep, Masks())
+    for name in MOMENTS:
+        path = context.folder / FOLDER / f"masked-{name}"
+        if not path.exists():
+            continue
+        with atomic_folder(path.with_name(f"pruned-{name}")) as temporary:
+            write_folded(temporary, ModelFolder.open(path, digests=True), fold, context, context.dtype)
+            write_settings(temporary, context.target_shape, context.dtype, context.hf_config(), [])
+            seal_folder(temporary, {})
+        shutil.rmtree(path)
+
+
+def write_folded(folder: Path, model: ModelFolder, fold: Fold, context: Context, dtype: torch.dtype) -> None:
+    """Write what folding leaves of a model's tensors into `folder`, one tensor in memory at a time."""
+    assert context.target_shape is not None
+    with ShardedWriter.create(folder, tensor_shapes(context.target_shape), dtype) as writer:
+        for name in tensor_shapes(context.source_shape):
+            folded = fold(name, model.read(name).float())
+            if folded is not None:
+                writer.write(*folded)
+
+
+def take_moments(context: Context, weights: WeightOptimizer) -> None:
+    """Start pre-training's Adam with the pruned moments, if there are any; the weights stay as they are."""
+    folder = context.folder / FOLDER
+    paths = {name: folder / f"pruned-{name}" for name in MOMENTS}
+    there = on_main(context.layout, lambda: all(path.exists() for path in paths.values()))
+    if context.config.pretrain.moments != "pruned":
+        return
+    if not there:
+        prune = context.config.prune
+        if context.target_shape is not None and prune.method == "learned" and settled_steps(prune):
+            logger.warning("pretrain: Adam starts fresh: run.stages did not name pretrain while the run was pruned")
+        return
+    with kept_weights(weights):
+        for name, path in paths.items():
+            model = context.open_model(f"{FOLDER}/{path.name}")
+            for chunk in weights.chunks:
+                load_weights(unwrap(chunk), model)
+            take_moment(weights, name)
+    count_steps(weights, context.config.prune.batch.steps)
+    if context.layout.is_main:
+        print("pretrain: Adam goes on with the moments of pruning", flush=True)
+
+
+def drop_moments(context: Context) -> None:
+    """Remove the files once pre-training is done."""
+    on_main(context.layout, lambda: shutil.rmtree(context.folder / FOLDER, ignore_errors=True))

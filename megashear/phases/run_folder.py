@@ -1,0 +1,225 @@
+"""What the stages of a run share: config, layout, shapes, dataset, source; and the records that tell a finished stage.
+
+Key property: a run folder belongs to one run file. Keys that change what is computed are recorded and may not change
+on resume; the layout, checkpoints, logging and export may. Read next: `training.py`.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megashear.config.load import to_dict
+from megashear.config.model_shape import ModelShape
+from megashear.config.presets import resolve_shape
+from megashear.config.resolve import (
+    DONE,
+    FORMAT_VERSION,
+    IDENTITY,
+    OPEN_WEIGHT,
+    Teaching,
+    open_weight,
+    prunes,
+    teaching,
+    tokens_seen,
+)
+from megashear.config.schema import Config
+from megashear.dataset.dataset_folder import Dataset
+from megashear.engine.collectives import on_main
+from megashear.engine.layout import Layout
+from megashear.errors import CheckpointError, ConfigError, ModelError
+from megashear.evaluation.evaluate_model import check_tokenizer
+from megashear.files.atomic import write_json
+from megashear.files.file_digests import check_files
+from megashear.hf.model_folder import ModelFolder
+from megashear.processes import StopRequest
+from megashear.train.training_phase import OnStep, do_nothing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNSET = object()
+"""A key that one of two records lacks."""
+FREE_SECTIONS = {"parallel", "checkpoint", "logging", "export"}
+FREE_KEYS = (
+    ("data", "folder"),
+    ("data", "prefetch"),
+    ("data", "max_epochs"),
+    ("source", "folder"),
+    ("prune", "distillation", "chunk"),
+    ("pretrain", "distillation", "chunk"),
+)
+
+
+@dataclass
+class Context:
+    """Everything that a stage needs to know of its run."""
+
+    config: Config
+    layout: Layout
+    folder: Path
+    dataset: Dataset
+    source: ModelFolder | None
+    source_shape: ModelShape
+    target_shape: ModelShape | None
+    stop: StopRequest
+    on_step: OnStep = do_nothing
+    evaluation_seconds: float = 0.0
+    """What held-out evaluations took since the start, those of training loops left out."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of weights and products."""
+        return DTYPES[self.config.precision]
+
+    def teaching(self, stage: str) -> Teaching:
+        """How the source teaches a stage, with the weight that counts; every rank calls it."""
+        return on_main(self.layout, lambda: teaching(self.config, self.source_shape, self.target_shape))[stage]
+
+    def model_folder(self, name: str) -> Path:
+        """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
+        return self.folder / name
+
+    def open_model(self, name: str) -> ModelFolder:
+        """A model that the run has made, its digests compared once. Raises ModelError, on every rank."""
+        folder = self.model_folder(name)
+
+        def verify() -> None:
+            ModelFolder.open(folder, digests=True)
+
+        on_main(self.layout, verify)
+        return ModelFolder.open(folder)
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None; the same on every rank."""
+        return on_main(self.layout, lambda: read_record(self.folder / stage / DONE))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count the time of a held-out evaluation outside of a training loop."""
+        started = time.monotonic()
+        yield
+        self.evaluation_seconds += time.monotonic() - started
+
+    def finish(self, stage: str, record: dict[str, Any]) -> None:
+        """Write the record that a stage is finished."""
+        on_main(self.layout, lambda: write_json(self.folder / stage / DONE, record))
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and licence files that go with the run's models: the source's, else the dataset's tokenizer."""
+        if self.source is not None and self.source.tokenizer_files:
+            return self.source.tokenizer_files + self.source.companion_files
+        return sorted(path for path in (self.dataset.folder / "tokenizer").iterdir() if path.is_file())
+
+    def hf_config(self) -> dict[str, Any]:
+        """Hugging Face keys that the run's models keep: the source's, else the dataset's end-of-document token."""
+        if self.source is not None:
+            return self.source.config
+        return {"eos_token_id": self.dataset.eos_id, "bos_token_id": None}
+
+    def provenance(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
+        """Where a model of this run comes from, for its manifest and its card."""
+        known: dict[str, Any] = {"stages": stages}
+        if self.source is not None:
+            known["source"] = {"path": str(self.config.source.folder), "shape": to_dict(self.source_shape)}
+            if (tokens := tokens_seen(self.source.path)) is not None:
+                known["source"]["tokens"] = tokens
+        return known
+
+
+def open_context(config: Config, layout: Layout, stop: StopRequest, on_step: OnStep = do_nothing) -> Context:
+    """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
+    if config.data.folder is None:
+        raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
+    dataset = Dataset.open(config.data.folder)
+    source = None if config.source.folder is None else ModelFolder.open(Path(config.source.folder))
+    if source is not None:
+        check_tokenizer(dataset, source)
+        source_shape = source.shape
+    else:
+        source_shape = resolve_shape(config.source.shape, None, vocab_size=dataset.vocab_size, section="source.shape")
+    target = None
+    if on_main(layout, lambda: prunes(config)):
+        target = resolve_shape(config.target, source_shape, section="target")
+    folder = Path(config.run.folder)
+    context = Context(config, layout, folder, dataset, source, source_shape, target, stop, on_step)
+    on_main(layout, lambda: claim(context))
+    return context
+
+
+def claim(context: Context) -> None:
+    """Record what the run computes, or raise CheckpointError where the folder holds another run's record.
+
+    A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
+    was damaged on the disk or on the way is refused before a number is computed from it. What it settles for an open
+    `distillation.weight` is recorded too, and holds from then on. Raises DataError, ModelError.
+    """
+    own = {"format_version": FORMAT_VERSION} | identity(context.config)
+    own["data_digest"] = context.dataset.digest()
+    own["source_digest"] = None if context.source is None else context.source.digest()
+    path = context.folder / IDENTITY
+    there = read_record(path)
+    if there is None:
+        context.dataset.verify()
+        if context.source is not None and context.source.manifest:
+            check_files(context.source.path, context.source.manifest, ModelError)
+        weight = open_weight(context.config, context.source_shape, context.target_shape)
+        write_json(path, own | {OPEN_WEIGHT: weight})
+        return
+    if (version := there.get("format_version", "unknown")) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version is {version}, this version of megashear reads {FORMAT_VERSION}; finish the run "
+            "with the version that started it, or choose another run.folder"
+        )
+    there.pop(OPEN_WEIGHT, None)
+    changed = differences(there, own, "")
+    if changed:
+        raise CheckpointError(
+            f"{context.folder}: holds a run of another configuration; changed since: {'; '.join(changed)}. "
+            "Change it back, or choose another run.folder"
+        )
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
+    values = to_dict(config)
+    own: dict[str, Any] = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
+    own["run"] = {"seed": values["run"]["seed"]}
+    own = json.loads(json.dumps(own))
+    for *sections, free in FREE_KEYS:
+        functools.reduce(dict.__getitem__, sections, own).pop(free)
+    for taught in (own["prune"]["distillation"], own["pretrain"]["distillation"]):
+        if taught["weight"] == 0:  # no teacher, so nothing that these could change
+            del taught["temperature"], taught["until"]
+    return own
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object that the run wrote, or None where there is none yet. Raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); restore it, or choose another run.folder") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: not a record of a run; restore it, or choose another run.folder")
+    return found
+
+
+def differences(there: Any, here: Any, name: str) -> list[str]:
+    """List the keys whose values differ, as `a.b: old -> new`; a key that one side lacks is `unset` there."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in sorted(there.keys() | here.keys()):
+            inner = f"{name}.{key}" if name else key
+            found += differences(there.get(key, UNSET), here.get(key, UNSET), inner)
+        return found
+    if there == here:
+        return []
+    before, now = ("unset" if value is UNSET else value for value in (there, here))
+    return [f"{name}: {before} -> {now}"]

@@ -1,0 +1,115 @@
+"""`megashear mixture simulate RUN KEY=VALUE...`: recorded losses played through a rule of the mixture.
+
+Key properties: the updates are those that a run makes, at its recorded steps and in its stages; with the run's own rule
+the recorded weights come out. Losses stay as recorded: what other weights would have done to them is not known. Read
+next: `data/rules.py`.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from megashear.config.load import load_config
+from megashear.config.resolve import IDENTITY
+from megashear.config.schema import ASCENDING, MixtureConfig
+from megashear.errors import ConfigError, DataError
+from megashear.files.atomic import write_json
+from megashear.mixture.domain_weights import Mixture
+from megashear.phases.run_folder import read_record
+from megashear.planning.text_table import table
+from megashear.plots.metric_series import Stage, stages_of
+from megashear.plots.mixture_plots import draw_weights
+from megashear.plots.plot_style import STYLE, save
+from megashear.train.metrics import FILE_NAME, read_metrics
+
+NAME = "simulated_weights"
+
+
+def simulate(run: Path, overrides: list[str], output: Path | None) -> None:
+    """Print start, recorded and simulated weights, and write `simulated_weights.json` and `.png`.
+
+    run: a run folder, whose own mixture is changed by the overrides; or a metrics.jsonl, for which they name all that
+    is not a default. output: folder to write to; None: `plots` beside the records. Raises ConfigError, DataError,
+    StorageError.
+    """
+    path = run / FILE_NAME if run.is_dir() else run
+    stages = [stage for stage in stages_of(read_metrics(path)) if stage.records.get("eval")]
+    if not stages:
+        raise DataError(f"{path}: no held-out losses in it; give a run that has trained")
+    config = _mixture(path.parent / IDENTITY, overrides)
+    played, weights = [], None
+    for stage in stages:
+        mixture = _start(config, stage, weights)
+        played.append(_play(mixture, stage))
+        weights = mixture.weights
+    print(_told(stages, played))
+    folder = path.parent / "plots" if output is None else output
+    write_json(folder / f"{NAME}.json", {s.name: _weights(s) for s in played})
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = draw_weights(played, "Simulated domain weights", f"rule: {config.rule}, on recorded losses")
+        assert figure is not None
+        print(save(figure, folder / f"{NAME}.png"))
+
+
+def _mixture(identity: Path, overrides: list[str]) -> MixtureConfig:
+    """The mixture section: the run's own where its record is beside the losses, then the overrides."""
+    foreign = [text for text in overrides if not text.startswith("mixture.")]
+    if foreign:
+        raise ConfigError([f"override {text!r}: not a key of mixture, such as mixture.rule=ado" for text in foreign])
+    own = (read_record(identity) or {}).get("mixture", {})
+    known = MixtureConfig.__dataclass_fields__.keys()
+    given = [f"mixture.{name}={json.dumps(value)}" for name, value in own.items() if name in known]
+    return load_config(None, [*given, *overrides]).mixture
+
+
+def _start(config: MixtureConfig, stage: Stage, weights: dict[str, float] | None) -> Mixture:
+    """The mixture at a stage's start: by the config, else where the stage before ended, else as first recorded."""
+    records = stage.records["eval"]
+    domains = dict.fromkeys(records[0]["weights"], 1)
+    references = config.reference_losses or records[0].get("reference") or {}
+    if config.rule in ASCENDING and not references:
+        raise ConfigError("mixture.reference_losses: the run recorded none; give them for this rule")
+    mixture = Mixture(config, domains, references, stage.last_step())
+    if stage.name == "pretrain" and config.pretrain_weights is not None:
+        mixture.set_weights(config.pretrain_weights)
+    elif weights is not None:
+        mixture.set_weights(weights)
+    elif config.initial_weights is None:
+        mixture.set_weights(records[0]["weights"])
+    return mixture
+
+
+def _play(mixture: Mixture, stage: Stage) -> Stage:
+    """The stage's evaluations with the weights that the rule gives: none moves at its end, nor at pruning's start."""
+    records = []
+    for record in stage.records["eval"]:
+        step = record["step"]
+        if step < stage.last_step() and (step > 0 or stage.name == "pretrain"):
+            mixture.update(record["loss"], step)
+        records.append(record | {"weights": mixture.weights})
+    return replace(stage, records={"eval": records})
+
+
+def _weights(stage: Stage) -> list[dict[str, Any]]:
+    return [{"step": record["step"], "weights": record["weights"]} for record in stage.records["eval"]]
+
+
+def _told(recorded: list[Stage], played: list[Stage]) -> str:
+    """A table a stage: each domain's weight as recorded and as simulated, at the end and in the mean."""
+    texts = []
+    for one, other in zip(recorded, played, strict=True):
+        pairs = [[record["weights"] for record in stage.records["eval"]] for stage in (one, other)]
+        rows = [
+            [
+                name,
+                *(f"{rows[-1][name]:.4f}" for rows in pairs),
+                *(f"{sum(row[name] for row in rows) / len(rows):.4f}" for rows in pairs),
+            ]
+            for name in pairs[0][0]
+        ]
+        header = ["domain", "end, recorded", "end, simulated", "mean, recorded", "mean, simulated"]
+        texts.append(table(f"Weights of {one.name}", header, rows))
+    return "\n\n".join(texts)

@@ -1,0 +1,113 @@
+"""What came of a run: the last table, `summary.json`, and the pictures.
+
+Plain-text tables that a run prints: what is planned, before the start; what came of it, at the end.
+
+Key properties: pure functions of numbers to strings, no state, no library. The first column is aligned left, the others
+right. Read next: `progress.py` (the lines between the two), `config/schema.py` (the sections shown).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megashear.config.resolve import DONE
+from megashear.config.schema import STAGES
+from megashear.engine.collectives import on_main
+from megashear.errors import MegashearError
+from megashear.evaluation.losses import Losses, from_json, loss_table
+from megashear.files.atomic import write_json
+from megashear.phases.run_folder import Context, read_record
+from megashear.phases.source_losses import SOURCE_LOSSES, read_losses
+from megashear.phases.training import loss_record
+from megashear.planning.text_table import duration, table
+
+COLUMNS = {"finalize": "pruned", "pretrain": "final"}
+TRAINING = ("prune", "pretrain")
+
+
+def conclude(context: Context) -> None:
+    """Print the table of held-out losses, write `summary.json`, draw the pictures (rank 0; the others wait)."""
+    on_main(context.layout, lambda: _conclude(context))
+
+
+def _conclude(context: Context) -> None:
+    records = read_records(context)
+    losses = read_columns(context, records)
+    shapes = {"source": context.source_shape, "final": context.target_shape or context.source_shape}
+    parameters = {name: shape.parameters() for name, shape in shapes.items()}
+    tokens = {name: records[name]["tokens"] for name in TRAINING if name in records}
+    seconds = {name: records[name]["seconds"] for name in TRAINING if name in records}
+    evaluation = {name: records[name]["evaluation_seconds"] for name in seconds}
+    export = records.get("export", {}).get("folder")
+    write_json(
+        context.folder / "summary.json",
+        {
+            "losses": {name: loss_record(column)["losses"] for name, column in losses.items()},
+            "errors": {name: loss_record(column)["errors"] for name, column in losses.items()},
+            "parameters": parameters,
+            "tokens": tokens,
+            "seconds": seconds,
+            "evaluation_seconds": evaluation,
+            "export": export,
+        },
+    )
+    if losses:
+        print(loss_table(losses))
+    print(outcome_table(parameters, tokens, seconds, evaluation))
+    try:
+        pictures = draw_pictures(context.folder)
+        print(f"pictures: {pictures[0].parent}" if pictures else "pictures: none")
+    except MegashearError as error:
+        print(f"pictures: none ({error})")
+    if export:
+        print(f"export: {export}")
+
+
+def draw_pictures(folder: Path) -> list[Path]:
+    """Draw the pictures of a run folder; matplotlib is imported here, not when a rank starts."""
+    from megashear.plots.run_plots import plot_run
+
+    return plot_run(folder)
+
+
+def read_records(context: Context) -> dict[str, dict[str, Any]]:
+    """Records of the finished stages, whether or not the run file still names them."""
+    found = {}
+    for stage in STAGES:
+        record = read_record(context.folder / stage / DONE)
+        if record is not None:
+            found[stage] = record
+    return found
+
+
+def read_columns(context: Context, records: dict[str, dict[str, Any]]) -> dict[str, Losses]:
+    """Held-out losses by model: source, pruned, final."""
+    columns: dict[str, Losses] = {}
+    source = read_losses(context.folder / SOURCE_LOSSES)
+    if source is not None:
+        columns["source"] = source
+    for stage, column in COLUMNS.items():
+        if stage in records:
+            record = records[stage]
+            columns[column] = from_json({d: (record["losses"][d], record["errors"][d]) for d in record["losses"]})
+    return columns
+
+
+def outcome_table(
+    parameters: Mapping[str, int],
+    tokens: Mapping[str, int],
+    seconds: Mapping[str, float],
+    evaluation: Mapping[str, float],
+) -> str:
+    """Parameters of each model, tokens and wall time of each stage, and the share of held-out evaluation in it.
+
+    evaluation: seconds of `seconds`, by stage.
+    """
+    rows = [[f"parameters, {name}", f"{number:,}"] for name, number in parameters.items()]
+    rows += [[f"tokens, {stage}", f"{number:,}"] for stage, number in tokens.items()]
+    rows += [[f"time (h:mm), {stage}", duration(value)] for stage, value in seconds.items()]
+    if len(seconds) > 1:
+        rows.append(["time (h:mm), all", duration(sum(seconds.values()))])
+    shares = {stage: evaluation[stage] / value for stage, value in seconds.items() if stage in evaluation and value > 0}
+    rows += [[f"of it held-out evaluation, {stage}", f"{share:.1%}"] for stage, share in shares.items()]
+    return table("Run", ["", ""], rows)

@@ -1,0 +1,324 @@
+"""A training stage of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
+
+Key property: with the checkpoint's state filled in, nothing is left that the rest of the stage depends on. Read next:
+`train/loop.py`, `checkpoint/store.py`.
+
+The teacher of a training stage: the run's source, frozen, on the run's layout.
+
+Read next: `../train/teacher.py`.
+"""
+
+import logging
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from megashear.checkpoint.checkpoint_store import load_checkpoint, newest_valid, save_checkpoint
+from megashear.config.model_shape import ModelShape
+from megashear.config.resolve import Teaching, peak_learning_rate, teacher_flops_per_token
+from megashear.config.schema import STAGES
+from megashear.config.training_schema import BatchConfig, PretrainConfig, PruneConfig
+from megashear.engine.collectives import on_main
+from megashear.engine.device import device_name
+from megashear.engine.optimizer import WeightOptimizer
+from megashear.engine.parallel import transformer_config
+from megashear.errors import CheckpointError, ConfigError
+from megashear.evaluation.losses import Losses, from_json, mean_loss, to_json
+from megashear.masks.mask_state import MaskState
+from megashear.mixture.blend import BlendedStream, sources
+from megashear.mixture.domain_weights import Mixture
+from megashear.mixture.loader import Batches, Loader
+from megashear.mixture.reference_losses import reference_losses
+from megashear.model.micro_batch import local_rows
+from megashear.model.weight_io import RandomWeights, TensorSource, filled_chunks, write_model
+from megashear.phases.attention_choice import settle_attention
+from megashear.phases.moments import drop_moments, take_moments, write_moments
+from megashear.phases.rotate_source import principal, pruning_source
+from megashear.phases.run_folder import Context
+from megashear.phases.score_units import calibration_record, importance_scores
+from megashear.phases.source_losses import open_heldout, source_losses
+from megashear.train.loop import train
+from megashear.train.metrics import Metrics
+from megashear.train.profiler import traced
+from megashear.train.progress import Progress
+from megashear.train.step import Stepper
+from megashear.train.teacher import Teacher
+from megashear.train.training_phase import Counters, Stage
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(context: Context, name: str) -> None:
+    """Run the stage `prune` or `pretrain` from its newest checkpoint, or from its start, and write the model it makes.
+
+    `prune` makes the model folder `masked` (the source's shape, to be cut by `finalize`), `pretrain` makes `final`.
+    """
+    config = context.config
+    section = config.prune if name == "prune" else config.pretrain
+    shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
+    settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
+    started, evaluated = time.monotonic(), context.evaluation_seconds
+    scores = importance_scores(context) if name == "prune" else None
+    calibrated = time.monotonic() - started - (context.evaluation_seconds - evaluated)
+    weights = build_weights(context, section, shape, starting_point(context, name, shape))
+    masks = None
+    if isinstance(section, PruneConfig):
+        assert context.target_shape is not None
+        masks = MaskState(shape, context.target_shape, section, config.run.seed, context.layout.device)
+        if scores is not None:
+            masks.warm_start(scores.units)
+    metrics = Metrics(
+        context.folder,
+        config.logging.tensorboard,
+        config.logging.wandb_project,
+        context.folder.name,
+        enabled=context.layout.is_main,
+    )
+    traces = config.logging.profile_steps if context.layout.is_main else 0
+    with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
+        stage = build_stage(context, name, section, shape, weights, masks, metrics)
+        stage.tick, stage.on_step = tick, context.on_step
+        if masks is not None and not stage.counters.step:
+            stage.counters.calibration_seconds = calibrated
+        with closing(stage.batches):
+            losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
+    undecided = [] if masks is None else stage.counters.undecided or masks.unfinished()
+    if masks is not None and not masks.closing.settled(section.batch.steps):
+        for problem in undecided:
+            logger.warning("%s: masks at the end: %s", name, problem)
+    output = context.model_folder("masked" if name == "prune" else "final")
+    record = stage_record(stage, losses)
+    if masks is not None:
+        record |= {"principal": principal(context), "undecided": undecided} | calibration_record(context)
+    write_model(
+        weights.chunks,
+        shape,
+        context.dtype,
+        output,
+        context.layout,
+        context.hf_config(),
+        context.companions(),
+        context.provenance([*earlier_records(context, name), record]),
+    )
+    if masks is not None:
+        write_moments(context, weights, masks)
+    times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
+    if masks is not None:
+        times["calibration_seconds"] = stage.counters.calibration_seconds
+    context.finish(name, record | times | {"stream": stage.stream.state_dict()})
+    if name == "pretrain":
+        drop_moments(context)
+
+
+def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
+    """Where a stage's first weights come from: the pruned model, the source, or nothing but the seed.
+
+    Raises CheckpointError where pre-training should follow a finalisation that is not done.
+    """
+    if name == "pretrain" and context.target_shape is not None:
+        if context.done("finalize") is None:
+            raise CheckpointError(f"{context.folder}: not finalized; run `megashear finalize` (or `run`) first")
+        return context.open_model("pruned")
+    if name == "prune":
+        return pruning_source(context)
+    return RandomWeights(shape, context.config.run.seed) if context.source is None else context.source
+
+
+def build_weights(
+    context: Context, section: PruneConfig | PretrainConfig, shape: ModelShape, source: TensorSource
+) -> WeightOptimizer:
+    """The model on this rank, filled, under its optimizer."""
+    config, layout = context.config, context.layout
+    core = transformer_config(shape, config.parallel, context.dtype)
+    exact = not isinstance(section, PruneConfig) or section.masking == "exact"
+    recompute = config.parallel.recompute == "full"
+    modules = filled_chunks(shape, core, layout, source, exact, recompute)
+    return WeightOptimizer(modules, section.optimizer, context.dtype, config.parallel.distributed_optimizer)
+
+
+def build_stage(
+    context: Context,
+    name: str,
+    section: PruneConfig | PretrainConfig,
+    shape: ModelShape,
+    weights: WeightOptimizer,
+    masks: MaskState | None,
+    metrics: Metrics,
+) -> Stage:
+    """Put the stage together and fill in its newest checkpoint's state, if there is one."""
+    config, layout, dataset = context.config, context.layout, context.dataset
+    length, batch = config.data.sequence_length, section.batch
+    heldout = open_heldout(context, batch.eval_sequences)
+    checkpoint = on_main(layout, lambda: newest_valid(context.folder / name))
+    before = source_losses(context, name, weights.chunks, batch.micro_batch, checkpoint)
+    references = reference_losses(config.mixture, dataset.domains, _means(before))
+    tokens = {domain: len(dataset.stream(domain)) for domain in dataset.domains}
+    mixture = Mixture(config.mixture, tokens, references, batch.steps)
+    if name == "pretrain":
+        _start_pretraining_mixture(context, mixture)
+    stream = open_stream(context, mixture)
+    taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
+    counters, losses = Counters(), None
+    if checkpoint is not None:
+        counters, losses = take_up(checkpoint, weights, masks, stream, mixture)
+        if layout.is_main:
+            print(f"{name}: going on from {checkpoint}", flush=True)
+    elif name == "pretrain":
+        take_moments(context, weights)
+    metrics.resume(name, counters.step)
+    how, flops = context.teaching(name), shape.flops_per_token(length)
+    teaching = teacher_flops_per_token(context.source_shape, length) if how.weight else 0.0
+    if counters.taught is not None:  # it has gone: its weights are not read again
+        how = replace(how, weight=0.0)
+    stepper = build_stepper(context, section, weights, masks, how)
+    now = flops + (teaching if stepper.teacher is not None else 0.0)
+    done = counters.step * batch.global_batch * length
+    progress = Progress(name, batch.steps, now, device_name(), layout.world_size, counters.step, done)
+    return Stage(
+        name,
+        batch,
+        section.optimizer,
+        peak_learning_rate(section.optimizer, (context.target_shape or context.source_shape).hidden_size),
+        config.logging,
+        layout,
+        stepper,
+        stream,
+        open_batches(context, stream, batch),
+        heldout,
+        mixture,
+        metrics,
+        progress,
+        counters=counters,
+        losses=losses,
+        source_loss=None if before is None else mean_loss(before),
+        taken=taken,
+        teacher_flops=teaching / flops if teaching else None,
+    )
+
+
+def take_up(
+    checkpoint: Path, weights: WeightOptimizer, masks: MaskState | None, stream: BlendedStream, mixture: Mixture
+) -> tuple[Counters, Losses | None]:
+    """Fill a stage's state from its checkpoint; returns its counters and last held-out losses."""
+    state = load_checkpoint(checkpoint, weights, masks)
+    stream.load_state_dict(state["stream"])
+    mixture.load_state_dict(state["mixture"])
+    return Counters(**state["counters"]), from_json(state["losses"])
+
+
+def build_stepper(
+    context: Context,
+    section: PruneConfig | PretrainConfig,
+    weights: WeightOptimizer,
+    masks: MaskState | None,
+    how: Teaching,
+) -> Stepper:
+    """What runs the stage's steps, with its teacher where it has one."""
+    jointly = isinstance(section, PruneConfig) and section.clip == "joint"
+    teacher = build_teacher(context, how)
+    seed, clip = context.config.run.seed, section.optimizer.clip_norm
+    return Stepper(context.layout, weights, masks, seed, section.batch.micro_batch, clip, jointly, teacher)
+
+
+def open_stream(context: Context, mixture: Mixture) -> BlendedStream:
+    """The run's stream of samples from its beginning, by the mixture's weights."""
+    data, seed = context.config.data, context.config.run.seed
+    windows = sources(context.dataset, data.sequence_length)
+    return BlendedStream(windows, seed, mixture.weights, data.exhausted, data.repeat_limit)
+
+
+def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) -> Batches:
+    """This rank's part of the stream's batches, read ahead."""
+    data, layout = context.config.data, context.layout
+    loader = Loader(context.dataset, stream, data.sequence_length, data.separate_documents)
+    rows = local_rows(batch.global_batch, layout, batch.micro_batch).numpy()
+    return Batches(loader, rows, batch.global_batch, data.prefetch, layout.device.type == "cuda")
+
+
+def take_up_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
+    """Have pre-training go on where pruning left the stream: no sample comes twice before its domain is used up.
+
+    Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
+    """
+    pruned, weights = context.done("prune"), stream.weights
+    if pruned is not None and "stream" in pruned:
+        stream.load_state_dict(pruned["stream"])
+        stream.set_weights(weights)
+    return stream.tokens()
+
+
+def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
+    """Weights at the start of pre-training: those of the config, else those at the end of pruning, else as they are."""
+    given = context.config.mixture.pretrain_weights
+    pruned = context.done("prune")
+    if given is not None:
+        mixture.set_weights(given)
+    elif pruned is not None:
+        mixture.set_weights(pruned["weights"])
+
+
+def _means(losses: Losses | None) -> dict[str, float] | None:
+    return None if losses is None else {name: loss for name, (loss, _) in losses.items()}
+
+
+def save_stage(context: Context, stage: Stage) -> None:
+    """Write a checkpoint of a stage as it is."""
+    assert stage.losses is not None
+    state = {
+        "counters": asdict(stage.counters),
+        "stream": stage.stream.state_dict(),
+        "mixture": stage.mixture.state_dict(),
+        "losses": to_json(stage.losses),
+    }
+    stepper = stage.stepper
+    folder = context.folder / stage.name
+    keep = context.config.checkpoint.keep
+    save_checkpoint(folder, stage.counters.step, stepper.weights, stepper.masks, state, context.layout, keep)
+
+
+def stage_record(stage: Stage, losses: Losses) -> dict[str, Any]:
+    """What a finished stage did: for the next stages, the model card and the last table."""
+    return {
+        "name": stage.name,
+        "steps": stage.counters.step,
+        "tokens": stage.tokens,
+        "skipped": stage.counters.skipped,
+        **loss_record(losses),
+        "weights": stage.mixture.weights,
+        "epochs": stage.stream.epochs(),
+    }
+
+
+def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
+    """Losses and their errors as a stage's record has them; an error that is not known is null."""
+    values = to_json(losses)
+    return {
+        "losses": {name: loss for name, (loss, _) in values.items() if loss is not None},
+        "errors": {name: error for name, (_, error) in values.items()},
+    }
+
+
+def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
+    """Records of the stages before this one that are done, whether or not the run file still names them."""
+    found = []
+    for stage in STAGES[: STAGES.index(name)]:
+        record = context.done(stage)
+        if record is not None:
+            found.append(record)
+    return found
+
+
+def build_teacher(context: Context, how: Teaching) -> Teacher | None:
+    """The source model on this rank, filled, in the run's dtype; None where `how.weight` is 0.
+
+    Raises ConfigError for a run from scratch (which `megashear check` tells as well).
+    """
+    if not how.weight:
+        return None
+    source, layout = context.source, context.layout
+    if source is None:
+        raise ConfigError("distillation.weight: a run from scratch has no teacher; set it to 0, or give source.folder")
+    core = transformer_config(source.shape, context.config.parallel, context.dtype)
+    return Teacher(filled_chunks(source.shape, core, layout, source), how, layout)

@@ -1,0 +1,250 @@
+"""What `megashear check` prints: shapes, layout, memory of every pipeline stage, tokens wanted and there, disk space.
+
+Key properties: text made of a `Report`, without torch. Read next: `config/check.py`, `train/py`.
+"""
+
+import math
+from collections.abc import Mapping
+
+from megashear.config.model_shape import ModelShape
+from megashear.config.presets import PRESETS
+from megashear.config.resolve import (
+    in_principal_basis,
+    peak_learning_rate,
+    prunes,
+    refit_batches,
+    stage_tokens,
+    teacher_flops_per_token,
+    teaching,
+    training_stages,
+)
+from megashear.config.schema import CheckpointConfig, Config, ParallelConfig
+from megashear.config.training_schema import BatchConfig
+from megashear.planning.calibration_cost import calibration_cost
+from megashear.planning.check import Report
+from megashear.planning.dataset_plan import planned_weights
+from megashear.planning.memory_estimate import Memory
+from megashear.planning.text_table import count, table
+
+STATE_BYTES = {"bf16": 14, "fp32": 12}
+"""Bytes of a checkpoint per parameter at most: weights, fp32 masters where they differ, Adam's two moments."""
+STORED_BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of a model folder per parameter."""
+FOLDED_BYTES = 4
+"""The same of the model that finalisation cuts."""
+
+
+def render(config: Config, report: Report) -> str:
+    """The tables of everything that a check could see, and what it could not."""
+    stages = {name: stage.batch for name, stage in training_stages(config).items()}
+    parts = []
+    if report.source is not None:
+        parts.append(shape_table(report.source, report.target))
+    if stages:
+        parts.append(stage_table(stages, learning_rates(config, report), config.data.sequence_length))
+    if teachers := teacher_rows(config, report):
+        header = ["", "share of the loss", "temperature", "until", "FLOPs/token", "of the teacher", "as a share"]
+        parts.append(table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers))
+    if rows := calibration_rows(config, report):
+        parts.append(table("Calibration before pruning", ["", ""], rows))
+    if report.world_size is not None:
+        parts.append(layout_table(config.parallel, report.world_size))
+    if report.memory:
+        parts.append(memory_table(report.memory))
+    if report.dataset is not None and stages:
+        parts.append(epochs_table(_epochs(config, report, stages), config.data.max_epochs))
+    if stages:
+        parts.append(checkpoint_table(config.run.folder, config.checkpoint, stages))
+    if stages and report.source is not None:
+        parts.append(disk_table(config, report))
+    notes = [f"warning: {text}" for text in report.warnings] + [f"not checked: {text}" for text in report.not_checked]
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+
+def learning_rates(config: Config, report: Report) -> dict[str, float]:
+    """Peak learning rate of each training stage, where the shapes are known that the derived ones follow."""
+    made = report.target if report.target is not None else report.source
+    if made is None:
+        return {}
+    stages = training_stages(config).items()
+    return {name: peak_learning_rate(stage.optimizer, made.hidden_size) for name, stage in stages}
+
+
+def memory_table(memory: dict[str, list[Memory]]) -> str:
+    """Estimated GiB on a rank of each pipeline stage, by training stage."""
+    header = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "teacher", "all"]
+    rows = []
+    for name, ranks in memory.items():
+        for index, rank in enumerate(ranks):
+            parts = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.logits, rank.teacher)
+            label = name if len(ranks) == 1 else f"{name}, pipeline {index}"
+            rows.append([label, count(rank.parameters), *(f"{size / 2**30:.2f}" for size in (*parts, rank.total))])
+    return table("Memory per rank, estimated (GiB, without CUDA's and NCCL's own)", header, rows)
+
+
+def teacher_rows(config: Config, report: Report) -> list[list[str]]:
+    """What the source as teacher costs each stage that has it as one; nothing where shapes are not known."""
+    rows, taught = [], teaching(config, report.source, report.target)
+    for name in training_stages(config):
+        how = taught[name]
+        if not how.weight or report.source is None:
+            continue
+        student = report.target if name == "pretrain" and report.target is not None else report.source
+        length = config.data.sequence_length
+        own, extra = student.flops_per_token(length), teacher_flops_per_token(report.source, length)
+        shares = [f"{how.weight:g}", f"{how.temperature:g}", how.until]
+        rows.append([name, *shares, count(own), count(extra), f"{extra / own:.0%}"])
+    return rows
+
+
+def calibration_rows(config: Config, report: Report) -> list[list[str]]:
+    """What basis, scores and fit will cost; nothing where shapes are not known or nothing is calibrated."""
+    if "prune" not in config.run.stages or report.source is None or report.target is None:
+        return []
+    length, source, target = config.data.sequence_length, report.source, report.target
+    directions = in_principal_basis(config.prune, source, target)
+    cost = calibration_cost(config.prune, source, target, length, directions, config.precision)
+    if not cost.tokens:
+        return []
+    trained = sum(
+        stage_tokens(stage.batch, length) * (source if name == "prune" else target).flops_per_token(length)
+        for name, stage in training_stages(config).items()
+    )
+    rows = [["tokens", count(cost.tokens)], ["FLOPs", f"{cost.flops:.2e}"]]
+    if trained:
+        rows.append(["as a share of the training's", f"{cost.flops / trained:.1%}"])
+    if cost.host_bytes:
+        whole = cost.host_bytes * config.parallel.tensor / 2**30
+        rows.append(["host memory, over tensor- and data-parallel ranks", f"{whole:.2f} GiB"])
+    return rows
+
+
+def disk_table(config: Config, report: Report) -> str:
+    """GiB of one checkpoint of each stage, of those kept with the one that is being written, and of model folders."""
+    rows = []
+    for name in training_stages(config):
+        shape = report.target if name == "pretrain" and report.target is not None else report.source
+        assert shape is not None
+        size = STATE_BYTES[config.precision] * shape.parameters() / 2**30
+        rows.append([name, f"{size:.1f}", f"{size * (config.checkpoint.keep + 1):.1f}"])
+    rows.append(["models", "", f"{_model_bytes(config, report) / 2**30:.1f}"])
+    return table("Disk space (GiB, at most)", ["", "a checkpoint", "at the peak"], rows)
+
+
+def _model_bytes(config: Config, report: Report) -> float:
+    """Bytes of a run's model folders while most of them are there: at the cut, where the run prunes."""
+    assert report.source is not None
+    size = STORED_BYTES[config.precision]
+    if not prunes(config) or report.target is None:
+        return size * report.source.parameters()
+    rotated = in_principal_basis(config.prune, report.source, report.target)
+    learned = config.prune.method == "learned"  # the masked model and two moments; both are cut with it
+    copies = 3 if learned else int(refit_batches(config.prune) > 0)  # else the fitted source
+    source = size * (rotated + copies) * report.source.parameters()
+    return source + (FOLDED_BYTES + (2 * size if learned else 0)) * report.target.parameters()
+
+
+def presets_table() -> str:
+    """Every shape that a preset names."""
+    header = ["preset", "hidden", "layers", "heads", "groups", "head size", "intermediate", "vocabulary", "parameters"]
+    rows = []
+    for name, shape in PRESETS.items():
+        sizes = [shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_query_groups, shape.head_dim]
+        sizes += [shape.intermediate_size, shape.vocab_size]
+        rows.append([name, *(str(size) for size in sizes), count(shape.parameters())])
+    return table("Shapes", header, rows)
+
+
+def _epochs(config: Config, report: Report, stages: dict[str, BatchConfig]) -> dict[str, dict[str, float]]:
+    assert report.dataset is not None
+    weights = planned_weights(config, report.dataset)
+    there = {name: max(domain.train_tokens, 1) for name, domain in report.dataset.domains.items()}
+    return {
+        stage: {
+            name: weight * stage_tokens(batch, config.data.sequence_length) / there[name]
+            for name, weight in weights.items()
+        }
+        for stage, batch in stages.items()
+    }
+
+
+def shape_table(source: ModelShape, target: ModelShape | None) -> str:
+    """Sizes and parameters now and then, and what remains; target: None where nothing is pruned."""
+    shapes = [shape for shape in (source, target) if shape is not None]
+    sizes = {
+        "hidden size": [shape.hidden_size for shape in shapes],
+        "layers": [shape.num_layers for shape in shapes],
+        "query heads": [shape.num_heads for shape in shapes],
+        "key/value heads": [shape.num_query_groups for shape in shapes],
+        "head size": [shape.head_dim for shape in shapes],
+        "intermediate size": [shape.intermediate_size for shape in shapes],
+        "vocabulary": [shape.vocab_size for shape in shapes],
+        "parameters": [shape.parameters() for shape in shapes],
+        "of them embeddings": [shape.embedding_parameters() for shape in shapes],
+    }
+    rows = [
+        [name, *(f"{number:,}" for number in numbers), *(f"{number / numbers[0]:.1%}" for number in numbers[1:])]
+        for name, numbers in sizes.items()
+    ]
+    return table("Model", ["", "source", "target", "kept"][: 2 * len(shapes)], rows)
+
+
+def stage_table(stages: Mapping[str, BatchConfig], rates: Mapping[str, float], sequence_length: int) -> str:
+    """Steps, sequences and tokens of each training stage; rates: their peak learning rates, as far as known."""
+    rows = []
+    for name, batch in stages.items():
+        tokens = batch.global_batch * sequence_length
+        rows.append(
+            [
+                name,
+                f"{batch.steps:,}",
+                f"{batch.global_batch:,}",
+                count(tokens),
+                count(batch.steps * tokens),
+                f"{batch.eval_interval:,}",
+                f"{rates[name]:.2e}" if name in rates else "-",
+            ]
+        )
+    header = ["", "steps", "sequences/step", "tokens/step", "tokens", "steps/evaluation", "learning rate"]
+    return table(f"Stages (sequences of {sequence_length:,} tokens)", header, rows)
+
+
+def layout_table(parallel: ParallelConfig, world_size: int, memory: Mapping[str, float] | None = None) -> str:
+    """How the ranks are laid out; memory: bytes on the fullest rank by what they are for, or None."""
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    rows = [
+        ["ranks", str(world_size)],
+        ["tensor parallel", str(parallel.tensor)],
+        ["pipeline parallel", str(parallel.pipeline)],
+        ["virtual stages", str(parallel.virtual_pipeline)],
+        ["data parallel", str(data)],
+        ["sequence parallel", "yes" if parallel.sequence else "no"],
+        ["distributed optimizer", "yes" if parallel.distributed_optimizer else "no"],
+        ["recomputation", parallel.recompute],
+    ]
+    if memory:
+        rows += [[f"memory per rank, {name}", f"{size / 2**30:.2f} GiB"] for name, size in memory.items()]
+        rows += [["memory per rank, all", f"{sum(memory.values()) / 2**30:.2f} GiB"]]
+    return table("Layout", ["", ""], rows)
+
+
+def checkpoint_table(folder: str, checkpoint: CheckpointConfig, stages: Mapping[str, BatchConfig]) -> str:
+    """Where checkpoints go, how often one is written, how many there will be and how many stay on the disk."""
+    rows = []
+    for name, batch in stages.items():
+        written = math.ceil(batch.steps / checkpoint.interval)
+        rows.append([name, f"{checkpoint.interval:,}", f"{written:,}", f"{min(written, checkpoint.keep):,}"])
+    return table(f"Checkpoints in {folder}", ["", "steps apart", "written", "kept"], rows)
+
+
+def epochs_table(epochs: Mapping[str, Mapping[str, float]], max_epochs: float) -> str:
+    """Epochs of each domain that the planned weights need, too many marked `!`; epochs: stage -> domain -> epochs."""
+    domains = list(dict.fromkeys(domain for planned in epochs.values() for domain in planned))
+    rows = []
+    for domain in domains:
+        cells = [planned.get(domain) for planned in epochs.values()]
+        total = sum(cell for cell in cells if cell is not None)
+        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        rows.append([domain, *shown, f"{total:.2f}" + (" !" if total > max_epochs else "  ")])
+    title = f"Epochs at the initial weights (! more than {max_epochs:g})"
+    return table(title, ["domain", *epochs, "all  "], rows)

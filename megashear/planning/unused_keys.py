@@ -1,0 +1,132 @@
+"""Keys that a user has set and that cannot do in this run what they are for, most because nothing reads them: said by
+`check` and at a run's start, refused nowhere.
+
+Read next: `training_schema.py` (the keys), `stages.py`.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from megashear.config.model_shape import ModelShape
+from megashear.config.presets import PAPER
+from megashear.config.resolve import settled_steps, teaching, training_stages
+from megashear.config.schema import Config
+from megashear.config.shape_legality import granularity_sizes
+from megashear.config.training_schema import DistillationConfig, OptimizerConfig, PruneConfig
+
+LAGRANGIAN_STEPS = 100
+"""Steps below which multipliers may leave masks more than a percent off their targets."""
+MULTIPLIERS = ("lambda_learning_rate", "lambda1_cap", "lambda2_cap")
+PROJECTED = (*MULTIPLIERS, "log_alpha_init", "log_alpha_limit")
+"""Keys of `prune` that are not read where expected sparsities are projected."""
+ONE_SHOT = (
+    *PROJECTED,
+    "closing",
+    "settle_steps",
+    "sparsity_warmup_steps",
+    "mask_learning_rate",
+    "sharpening",
+    "importance.spread",
+    "distillation.temperature",
+    "distillation.chunk",
+    "distillation.until",
+    "clip",
+    "live_units",
+    "batch.steps",
+    "batch.eval_interval",
+    *(f"optimizer.{name}" for name in OptimizerConfig.__dataclass_fields__),
+)
+"""Keys of `prune` that are not read where nothing is trained before the cut."""
+
+
+def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
+    """What is set and changes nothing, in a run that prunes."""
+    prune, said = config.prune, []
+    if "prune" not in config.run.stages:
+        return []
+    layer = prune.importance.layer_criterion
+    if layer is not None and source.num_layers == target.num_layers:
+        said.append(
+            f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
+        )
+    if prune.method == "one_shot":
+        said += [f"prune.{key}: changes nothing under method one_shot" for key in changed(prune, ONE_SHOT)]
+        return said + _unused_weight(config)
+    if prune.refit is not None:
+        said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
+    if prune.constraint == "lagrangian" and prune.batch.steps < LAGRANGIAN_STEPS:
+        said.append(
+            f"prune.constraint: lagrangian in {prune.batch.steps} steps: multipliers need some {LAGRANGIAN_STEPS} to "
+            "bring masks to their targets; `projected` has them there at every step"
+        )
+    unused = PROJECTED if prune.constraint == "projected" else ("importance.spread",)
+    said += [f"prune.{key}: changes nothing under constraint {prune.constraint}" for key in changed(prune, unused)]
+    if prune.constraint == "lagrangian" and prune.importance.criterion is not None:
+        said += [
+            f"prune.{key}: changes nothing where masks start from importance.criterion"
+            for key in changed(prune, ("log_alpha_init",))
+        ]
+    sizes = granularity_sizes(source, target)
+    for key, names in (("closing", prune.closing), ("granularities", prune.granularities)):
+        if key == "granularities" and (prune.constraint != "projected" or names == PAPER["granularities"]):
+            continue  # multipliers close some of what stays; the published list is as good as unset
+        stay = [name for name in names or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
+        said += [f"prune.{key}: {name} changes nothing: the target keeps all of its units" for name in stay]
+    return said
+
+
+def moments_warnings(config: Config) -> list[str]:
+    """A fresh Adam asked for where there is nothing else."""
+    prune, stages = config.prune, config.run.stages
+    if config.pretrain.moments != "fresh" or "pretrain" not in stages:
+        return []
+    if "prune" in stages and prune.method == "learned" and settled_steps(prune):
+        return []
+    return ["pretrain.moments: fresh changes nothing: pruning hands none on where its masks do not settle"]
+
+
+def _unused_weight(config: Config) -> list[str]:
+    """Of one-shot pruning, whose share of the teacher is what an open one of pre-training stands for, and no more."""
+    followed = "pretrain" in config.run.stages and config.pretrain.distillation.weight is None
+    if followed or not config.prune.distillation.weight:
+        return []
+    return ["prune.distillation.weight: changes nothing under method one_shot but an open pretrain.distillation.weight"]
+
+
+def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
+    """Those of the keys that are neither the section's default nor the published choice, which recipes spell out."""
+    found, plain = asdict(prune), asdict(PruneConfig())
+    return [key for key in keys if _at(found, key) not in (_at(plain, key), _at(PAPER, key))]
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def teacher_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
+    """A teacher that is the very model that training starts from; what is said of a teacher where there is none."""
+    said, plain, taught = [], vars(DistillationConfig()), teaching(config, source, target)
+    published = PAPER["distillation"] if config.prune.preset == "paper" else plain
+    for name, stage in training_stages(config).items():
+        if taught[name].weight or (stage.distillation.weight is None and None in (source, target)):
+            continue
+        said += [
+            f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
+            for key in ("temperature", "chunk", "until")
+            if getattr(stage.distillation, key) not in (plain[key], published[key])
+        ]
+    weight, stages = config.pretrain.distillation.weight, config.run.stages
+    if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
+        return said
+    comes = (
+        "holds it there at the cost of its forward passes; set it to 0"
+        if config.pretrain.distillation.until == "end"
+        else "goes after the first steps, being outgrown: it changes next to nothing"
+    )
+    return [
+        *said,
+        f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
+        f"very model that training starts from, and {comes}",
+    ]

@@ -1,0 +1,1 @@
+"""Shards of text to a dataset folder."""

@@ -1,0 +1,10 @@
+"""Fixtures of the preprocess tests."""
+
+from helpers.dataset_fixtures import (  # noqa: F401
+    dataset,
+    dataset_folder,
+    sentencepiece_model,
+    texts,
+    tokenizer_json,
+    write_dataset,
+)
