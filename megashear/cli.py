@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except MegashearError as error:
-        _tell(error)
+        _print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return KEYBOARD_INTERRUPT
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERNAL_ERROR
 
 
-def _tell(error: MegashearError) -> None:
+def _print_error(error: MegashearError) -> None:
     """Print a user's error once for all ranks.
 
     Rank 0 prints. Another rank leaves the message where torchrun looks for the first failure; without that place it
@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("output", type=Path, help="model folder to write")
     for name, meaning in (
         ("check", "check a run file without torch, weights or data; print shapes, layout, memory and tokens"),
-        ("run", "go through the stages that a run file names, from where the run stopped"),
-        ("prune", "run the pruning stage of a run file"),
+        ("run", "go through the phases that a run file names, from where the run stopped"),
+        ("prune", "run the pruning phase of a run file"),
         ("finalize", "cut the pruned model out of the masked one"),
         ("pretrain", "run the continued pre-training of a run file"),
     ):
@@ -200,15 +200,15 @@ def _source_shape(config: "Config") -> "ModelShape | None":
     return shape_of_config(read_config(folder), folder / NAME)
 
 
-def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
+def _run(options: argparse.Namespace, phases: list[str] | None = None) -> None:
     from megashear.config.load import load_config
     from megashear.planning.check import check
 
     profile = ["logging.profile_steps=3"] if getattr(options, "profile", False) else []
     config = load_config(options.file, [*profile, *options.overrides])
-    for stage in stages or []:
-        if stage not in config.run.stages:
-            raise ConfigError(f"run.stages: it does not name {stage}; add it to the run file")
+    for phase in phases or []:
+        if phase not in config.run.phases:
+            raise ConfigError(f"run.phases: it does not name {phase}; add it to the run file")
     source = _source_shape(config)
     if config.source.folder is not None and source is None:
         raise ModelError(f"source.folder: {config.source.folder} is no folder; run `megashear import` first")
@@ -221,7 +221,7 @@ def _run(options: argparse.Namespace, stages: list[str] | None = None) -> None:
 
         # megatron-core's saving collects garbage; it need not walk through half a million objects of what is loaded.
         gc.freeze()
-        run(config, stages, stop)
+        run(config, phases, stop)
 
 
 def _prune(options: argparse.Namespace) -> None:

@@ -122,10 +122,10 @@ def test_errors_of_users_have_their_code(arguments: list[str], code: int, words:
     assert "Traceback" not in done.stderr
 
 
-def test_a_stage_that_the_run_file_does_not_name(good: Path) -> None:
-    done = megashear("prune", good, "run.stages=[pretrain]")
+def test_a_phase_that_the_run_file_does_not_name(good: Path) -> None:
+    done = megashear("prune", good, "run.phases=[pretrain]")
     assert done.returncode == 2
-    assert "run.stages: it does not name prune" in done.stderr
+    assert "run.phases: it does not name prune" in done.stderr
 
 
 def test_weights_that_are_not_there_are_told_before_torch_is_loaded(good: Path) -> None:

@@ -62,15 +62,15 @@ def read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error}; remove the folder and run the quick start again") from error
 
 
-def seconds(path: Path, stages: dict[str, float]) -> dict[str, float]:
-    """Wall time of every step, its processes' start included; `shear` falls into its training stages and the rest."""
+def seconds(path: Path, phases: dict[str, float]) -> dict[str, float]:
+    """Wall time of every step, its processes' start included; `shear` falls into its training phases and the rest."""
     steps: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         name, took = line.split()
         steps[name] = steps.get(name, 0.0) + float(took)
-    rest = {"start, finalize, export": max(0.0, steps.pop("shear", 0.0) - sum(stages.values()))}
-    total = sum(steps.values()) + sum(stages.values()) + sum(rest.values())
-    ordered = {name: steps[name] for name in steps if name != "scratch"} | stages | rest
+    rest = {"start, finalize, export": max(0.0, steps.pop("shear", 0.0) - sum(phases.values()))}
+    total = sum(steps.values()) + sum(phases.values()) + sum(rest.values())
+    ordered = {name: steps[name] for name in steps if name != "scratch"} | phases | rest
     ordered |= {name: steps[name] for name in steps if name == "scratch"}
     return {name: round(took, 1) for name, took in (ordered | {"all": total}).items()}
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: folders `step-00000200` that exist whole or not at all, the newest valid of which is taken
+"""Checkpoints of a phase: folders `step-00000200` that exist whole or not at all, the newest valid of which is taken
 up.
 
 A checkpoint is written into a temporary folder by all ranks (weights and optimizer by megatron-core, masks as
@@ -79,7 +79,7 @@ def save_checkpoint(
             publish_folder(temporary, path)
         except OSError as error:
             raise storage_error(error, path) from error
-        # Later ones were found damaged when the stage was taken up; they are not what is worth keeping.
+        # Later ones were found damaged when the phase was taken up; they are not what is worth keeping.
         for old in [one for one in list_checkpoints(folder) if one <= path][keep:]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -139,7 +139,7 @@ def _reason(error: BaseException) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints of a stage, newest first."""
+    """Finished checkpoints of a phase, newest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True)
 
 
@@ -159,7 +159,7 @@ def newest_valid(folder: Path) -> Path | None:
             logger.warning("%s is damaged and left alone (%s)", path, error)
     if found:
         raise CheckpointError(
-            f"{folder}: every checkpoint is damaged; restore one from a copy, or remove the folder to start the stage "
+            f"{folder}: every checkpoint is damaged; restore one from a copy, or remove the folder to start the phase "
             "again"
         )
     return None
@@ -174,7 +174,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_masks(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint's masks, on the CPU; raises CheckpointError where it has none."""
     if not (path / MASKS).is_file():
-        raise CheckpointError(f"{path}: holds no masks; it is not a checkpoint of the pruning stage")
+        raise CheckpointError(f"{path}: holds no masks; it is not a checkpoint of the pruning phase")
     return load_file(path / MASKS)
 
 

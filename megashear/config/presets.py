@@ -3,7 +3,7 @@
 Key properties: free of torch; all problems of a shape come in one ConfigError. Sizes are those of the published models
 (Hugging Face `config.json`); `sheared-*` are the targets of Sheared LLaMA, table 1. Read next: `legality.py`.
 
-What `prune.preset: paper` stands for: the published pruning stage, for every key of the section not set by the user.
+What `prune.preset: paper` stands for: the published pruning phase, for every key of the section not set by the user.
 
 Source: Sheared LLaMA (arXiv 2310.06694), section 2.1 and appendix A, and the behaviour of its published implementation.
 The micro-batch is a matter of the layout and is left alone. Read next: `load.py`, which merges this over the defaults.

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from megashear.config.field import key
 from megashear.config.training_schema import PretrainConfig, PruneConfig
 
-STAGES = ("prune", "finalize", "pretrain", "export")
+PHASES = ("prune", "finalize", "pretrain", "export")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and which stages it walks."""
+    """Where a run lives and which phases it walks."""
 
     folder: str = key("runs/default", "folder of the run: checkpoints, logs, results")
-    stages: list[str] = key(
-        list(STAGES),
-        "stages in order, of: prune, finalize, pretrain, export; a stage that is done is not run again",
-        STAGES,
+    phases: list[str] = key(
+        list(PHASES),
+        "phases in order, of: prune, finalize, pretrain, export; a phase that is done is not run again",
+        PHASES,
     )
     seed: int = key(1234, "seed of initial weights, data order and mask noise", low=0)
 
@@ -95,7 +95,7 @@ class MixtureConfig:
     )
     schedule: dict[str, list[float]] | None = key(
         None,
-        "for `rule: schedule`: weights per domain at a stage's start, its end, and at equal distances between if more "
+        "for `rule: schedule`: weights per domain at a phase's start, its end, and at equal distances between if more "
         "are given; interpolated, normalised, taken at every evaluation",
     )
     initial_weights: dict[str, float] | None = key(
@@ -142,8 +142,8 @@ class ParallelConfig:
 class CheckpointConfig:
     """When a run is saved."""
 
-    interval: int = key(200, "steps between checkpoints; one is always saved at a stage's end", low=1)
-    keep: int = key(2, "newest checkpoints kept per stage", low=1)
+    interval: int = key(200, "steps between checkpoints; one is always saved at a phase's end", low=1)
+    keep: int = key(2, "newest checkpoints kept per phase", low=1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class LoggingConfig:
     wandb_project: str | None = key(None, "Weights & Biases project; null: off")
     profile_steps: int = key(
         0,
-        "steps of a stage, from the third on, that rank 0 traces to `profile/` in the run's folder (Chrome's format, "
+        "steps of a phase, from the third on, that rank 0 traces to `profile/` in the run's folder (Chrome's format, "
         "for Perfetto); 0: none; `--profile` sets 3",
         low=0,
     )
@@ -177,7 +177,7 @@ class ExportConfig:
 class Config:
     """A whole run file."""
 
-    run: RunConfig = key(RunConfig(), "where a run lives and which stages it walks")
+    run: RunConfig = key(RunConfig(), "where a run lives and which phases it walks")
     source: SourceConfig = key(SourceConfig(), "the model a run starts from")
     target: ShapeConfig = key(ShapeConfig(), "the shape to prune to")
     data: DataConfig = key(DataConfig(), "what is read")

@@ -1,6 +1,6 @@
-"""The keys of the stages that train, `prune` and `pretrain`: batches, optimizer, teacher, scores and masks.
+"""The keys of the phases that train, `prune` and `pretrain`: batches, optimizer, teacher, scores and masks.
 
-Read next: `schema.py` (the other sections), `stages.py` (what null stands for), `paper.py` (the published values).
+Read next: `schema.py` (the other sections), `phases.py` (what null stands for), `paper.py` (the published values).
 """
 # ruff: noqa: RUF009 - `key` makes a dataclass field and the sections are frozen, so nothing mutable is shared
 
@@ -11,7 +11,7 @@ from megashear.config.field import key
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam for the weights: one section per training stage."""
+    """Adam for the weights: one section per training phase."""
 
     learning_rate: float | None = key(
         None,
@@ -35,7 +35,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How long and how wide a training stage is."""
+    """How long and how wide a training phase is."""
 
     steps: int = key(3200, "optimizer steps", low=1)
     global_batch: int = key(32, "sequences per step over all ranks", low=1)
@@ -44,7 +44,7 @@ class BatchConfig:
     eval_sequences: int = key(
         32,
         "held-out sequences per domain in an evaluation (fewer where a domain has fewer); with 7 domains the defaults "
-        "take less than 5 % of a stage's time",
+        "take less than 5 % of a phase's time",
         low=1,
     )
 
@@ -73,7 +73,7 @@ class DistillationConfig:
     until: str = key(
         "outgrown",
         "when the teacher goes: outgrown (once the model's loss is not above the source's on the text of the last 8 "
-        "steps; in pruning from half of the target sparsities on), or end (of the stage)",
+        "steps; in pruning from half of the target sparsities on), or end (of the phase)",
         ("outgrown", "end"),
     )
 
@@ -146,7 +146,7 @@ class PruneConfig:
     lambda_learning_rate: float | None = key(
         None,
         "learning rate of the Lagrange multipliers (ascent); null: the published 1.0 x 3200 / steps, at least 1.0, so "
-        "that they can grow as far in a shorter stage",
+        "that they can grow as far in a shorter phase",
         low=0,
     )
     sparsity_warmup_steps: int | None = key(
@@ -168,7 +168,7 @@ class PruneConfig:
     )
     settle_steps: int | None = key(
         None,
-        "last steps of the stage in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
+        "last steps of the phase in which masks stand fixed at the target's shape, exactly 0 or 1; 0: none, as "
         "published; null: a tenth of the steps or what the sparsity warm-up leaves, one at least",
         low=0,
     )

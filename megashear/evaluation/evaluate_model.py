@@ -63,7 +63,7 @@ def evaluate_model(
         path = find_model(model)
         on_main(layout, lambda: verify_model(path))
         losses = model_losses(ModelFolder.open(path), Dataset.open(data), heldout, parallel, layout)
-        on_main(layout, lambda: _tell(path, data, heldout, losses, output))
+        on_main(layout, lambda: _print_error(path, data, heldout, losses, output))
 
 
 def model_losses(
@@ -98,7 +98,7 @@ def verify_model(path: Path) -> None:
         ModelFolder.open(path, digests=True)
 
 
-def _tell(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
+def _print_error(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
     print(loss_table({path.name: losses}))
     if output is not None:
         write_json(

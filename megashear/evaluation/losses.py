@@ -2,10 +2,10 @@
 
 Key property: no numpy and no torch, so that a plan's tables are printed at once. Read next: `sequences.py`.
 
-Held-out losses sequence by sequence: `heldout.json` of a stage, and two models over the same sequences.
+Held-out losses sequence by sequence: `heldout.json` of a phase, and two models over the same sequences.
 
 Sequences differ from one another far more than two models do on one sequence, so the difference of losses taken pair by
-pair has a much smaller error than the losses have. The file keeps what the stage's last evaluation found for each
+pair has a much smaller error than the losses have. The file keeps what the phase's last evaluation found for each
 sequence, with a digest of each domain's text, by which other text is recognised.
 Key property: no torch, so that reports read it. Read next: `evaluate.py`, `plot/compare.py`.
 """
@@ -83,7 +83,7 @@ class DomainSequences:
 
 
 def save_sequences(folder: Path, losses: SequenceLosses, digests: Mapping[str, str]) -> None:
-    """Write a stage's `heldout.json` whole, or leave the one that is there; digests: by domain, of the text."""
+    """Write a phase's `heldout.json` whole, or leave the one that is there; digests: by domain, of the text."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: finite_values(loss_N.tolist()) for name, loss_N in losses.items()}
     write_json(folder / SEQUENCES_NAME, {n: {"text": digests[n], "losses": value} for n, value in values.items()})

@@ -24,14 +24,18 @@ from megashear.hf.tensor_names import tensor_shapes
 
 
 def write_settings(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, config: dict[str, Any], companions: Iterable[Path]
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    extra_files: Iterable[Path],
 ) -> None:
     """Write config.json and copy the files that go with the weights.
 
     config: the source's, whose token ids and extra keys are kept. companions: tokenizer and licence files to copy.
     """
     write_json(folder / CONFIG, config_of_shape(shape, str(dtype).removeprefix("torch."), config))
-    for path in companions:
+    for path in extra_files:
         shutil.copyfile(path, folder / path.name)
 
 

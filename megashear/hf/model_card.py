@@ -1,6 +1,6 @@
 """The README.md of an exported folder: what the model is, where it comes from, how it was trained.
 
-Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "stages":
+Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "phases":
 [{"name", "steps", "tokens", "losses": {domain: nats per token}}]}; every key may be absent, and what is absent is not
 mentioned. Read next: `folder.py`.
 """
@@ -43,15 +43,15 @@ _SIZES = {
 def model_card(shape: ModelShape, dtype: str, provenance: dict[str, Any]) -> str:
     """Markdown text of the card; `dtype` as torch names it."""
     source = provenance.get("source") or {}
-    stages = provenance.get("stages") or []
+    phases = provenance.get("phases") or []
     text = f"{_FRONT}# LLaMA of {shape.parameters():,} parameters ({dtype})\n\n"
-    if source.get("path") and stages:
+    if source.get("path") and phases:
         text += f"Made by megashear from `{source['path']}`.\n\n"
     elif source.get("path"):
         text += f"Taken from `{source['path']}` by megashear, without training.\n\n"
-    text += _shape_table(shape, source.get("shape") if stages else None)
-    for stage in stages:
-        text += _stage(stage)
+    text += _shape_table(shape, source.get("shape") if phases else None)
+    for phase in phases:
+        text += _phase(phase)
     return text + _USE
 
 
@@ -64,22 +64,22 @@ def _shape_table(shape: ModelShape, source: dict[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stage(stage: dict[str, Any]) -> str:
-    """One stage of training: steps, tokens and the last held-out loss of each domain."""
-    text = f"\n## {str(stage.get('name', 'training')).capitalize()}\n"
-    counts = [f"{stage[key]:,} {key}" for key in ("steps", "tokens") if key in stage]
-    if stage.get("method") == "one_shot":
-        criteria = ", ".join(dict.fromkeys((stage.get("criteria") or {}).values()))
-        on_text = stage.get("calibration_tokens") or 0
+def _phase(phase: dict[str, Any]) -> str:
+    """One phase of training: steps, tokens and the last held-out loss of each domain."""
+    text = f"\n## {str(phase.get('name', 'training')).capitalize()}\n"
+    counts = [f"{phase[key]:,} {key}" for key in ("steps", "tokens") if key in phase]
+    if phase.get("method") == "one_shot":
+        criteria = ", ".join(dict.fromkeys((phase.get("criteria") or {}).values()))
+        on_text = phase.get("calibration_tokens") or 0
         text += f"Units kept by their scores ({criteria}" + (f"; {on_text:,} tokens of text" if on_text else "")
         text += "), without training.\n"
     else:
         text += f"{', '.join(counts)}.\n" if counts else ""
-    if stage.get("principal"):
+    if phase.get("principal"):
         text += "Hidden units were chosen among the principal directions of the source's residual stream.\n"
-    if stage.get("refit"):
+    if phase.get("refit"):
         text += "Output matrices of what was kept were fitted to the source by least squares.\n"
-    losses = stage.get("losses") or {}
+    losses = phase.get("losses") or {}
     if losses:
         text += "\n| domain | held-out loss (nats per token) |\n|---|---|\n"
         text += "".join(f"| {domain} | {loss:.4f} |\n" for domain, loss in losses.items())

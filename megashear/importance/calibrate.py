@@ -29,7 +29,7 @@ from megashear.model.llama import Llama
 from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
 
 
-class Tally:
+class ScoreSums:
     """Of one granularity: K domains, units of any shape."""
 
     def __init__(self, domains: int, root: bool) -> None:
@@ -99,7 +99,7 @@ def calibrate(
     global_batch: sequences of a batch, divisible among data-parallel ranks; each: called after every batch.
     """
     names = loader.stream.names
-    tallies = {name: Tally(len(names), REGISTRY[criterion].root) for name, criterion in criteria.items()}
+    tallies = {name: ScoreSums(len(names), REGISTRY[criterion].root) for name, criterion in criteria.items()}
     rows = local_rows(global_batch, layout, 1)
     for number in range(batches):
         plan = loader.stream.next_batch(global_batch)
@@ -118,7 +118,7 @@ def _measure(
     criterion: str,
     own: list[MicroBatch],
     global_batch: int,
-    tallies: Mapping[str, Tally],
+    tallies: Mapping[str, ScoreSums],
     plan: BatchPlan,
 ) -> None:
     """Add one batch's values of one criterion to the tallies."""
@@ -133,7 +133,7 @@ def _measure(
         tally.add(torch.from_numpy(plan.domain_B), REGISTRY[criterion].value(sum_over_world(whole)))
 
 
-def _scores(tallies: Mapping[str, Tally], names: Sequence[str], criteria: Mapping[str, str]) -> Scores:
+def _scores(tallies: Mapping[str, ScoreSums], names: Sequence[str], criteria: Mapping[str, str]) -> Scores:
     pairs = {name: tally.score() for name, tally in tallies.items()}
     count_K = next(iter(tallies.values())).count_K
     drawn = [number for number in range(len(names)) if count_K[number]]

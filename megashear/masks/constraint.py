@@ -44,7 +44,7 @@ def lagrangian(
     return torch.stack(terms).sum(), expected
 
 
-LEAST = 1e-3
+MIN_SPARSITY = 1e-3
 """Sparsity that stands for 0 while a row has units to close: no finite shift opens every unit with certainty."""
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 STEPS = {"cpu": 100, "cuda": 24}

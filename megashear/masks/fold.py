@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megashear.config.model_shape import ModelShape
 from megashear.errors import ModelError
-from megashear.masks.kept_units import KeepSets
+from megashear.masks.kept_units import KeptUnits
 from megashear.masks.mask_values import Masks
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
@@ -31,11 +31,11 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
-class Fold:
+class Folding:
     """What is needed to fold any tensor of the source; call it tensor by tensor, in any order."""
 
     source: ModelShape
-    keep: KeepSets
+    keep: KeptUnits
     masks: Masks
     """Deterministic masks that are open exactly where `keep` keeps."""
     masking: str = "exact"

@@ -19,7 +19,7 @@ from megashear.masks.mask_specs import MaskSpec
 
 
 @dataclass(frozen=True)
-class KeepSets:
+class KeptUnits:
     """Kept units, as ascending int64 indices into the source; rows are given for every source layer."""
 
     hidden: Tensor
@@ -40,7 +40,7 @@ def kept_indices(log_alpha: Tensor, spec: MaskSpec) -> Tensor:
     return kept.nonzero()[:, 1].view(*spec.shape[:-1], spec.target_units)
 
 
-def keep_sets(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape) -> KeepSets:
+def kept_units_of(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape) -> KeptUnits:
     """Keep sets of the learned granularities; of the others every unit is kept.
 
     log_alpha: granularity -> tensor of its spec's shape. Indices are on the CPU. Query heads: within each kept group
@@ -52,7 +52,7 @@ def keep_sets(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], source
     query_LGQ = kept.get("query", torch.arange(queries).expand(layers, groups, -1))
     of_kept_LGQ = query_LGQ.gather(1, group_LG[:, :, None].expand(-1, -1, query_LGQ.shape[-1]))
     head_LGQ = group_LG[:, :, None] * queries + of_kept_LGQ
-    return KeepSets(
+    return KeptUnits(
         hidden=kept.get("hidden", torch.arange(source.hidden_size)),
         layer=kept.get("layer", torch.arange(layers)),
         group=group_LG,
@@ -109,7 +109,7 @@ def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec])
     return reports
 
 
-def unfinished(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], config: PruneConfig) -> list[str]:
+def describe_undecided(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], config: PruneConfig) -> list[str]:
     """What is wrong with masks that are to be cut, a sentence for each granularity; nothing where all is well.
 
     Wrong is a row that stays whose expected sparsity is more than OFF_TARGET off its target, and a kept unit whose mask

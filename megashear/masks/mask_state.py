@@ -25,20 +25,20 @@ from megashear.config.model_shape import ModelShape
 from megashear.config.resolve import in_principal_basis
 from megashear.config.training_schema import PruneConfig
 from megashear.errors import CheckpointError
-from megashear.masks.constraint import LEAST, expected_sparsity, lagrangian, project
+from megashear.masks.constraint import MIN_SPARSITY, expected_sparsity, lagrangian, project
 from megashear.masks.distribution import clamp, deterministic, expected_zeros, keep_largest, places
-from megashear.masks.kept_units import unfinished
+from megashear.masks.kept_units import describe_undecided
 from megashear.masks.mask_specs import MaskSpec, mask_specs
 from megashear.masks.mask_values import Masks, assemble
-from megashear.masks.sparsity_schedule import Closing
+from megashear.masks.sparsity_schedule import SparsitySchedule
 
 INIT_STD = 0.01
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SETTLED = 16.0
+FROZEN_LOG_ALPHA = 16.0
 """|log-alpha| of a settled unit: every sample of it, whatever the noise, is exactly 1 or exactly 0."""
-OPEN = 2.0
+MIN_OPEN_LOG_ALPHA = 2.0
 """Log-alpha of the least unit at a warm start under `lagrangian`: it is closed in 3 % of the samples."""
 
 
@@ -61,7 +61,7 @@ class MaskState:
         self.source, self.target, self.config = source, target, config
         self.specs = mask_specs(source, target, config.granularities)
         self.principal = in_principal_basis(config, source, target)
-        self.closing = Closing(config, tuple(self.specs))
+        self.closing = SparsitySchedule(config, tuple(self.specs))
         self.undecided: list[str] = []
         """What was open about the masks when they settled, in sentences."""
         self.log_alpha: dict[str, Tensor] = {}
@@ -115,22 +115,22 @@ class MaskState:
         spread, limit = self.config.importance.spread, self.config.log_alpha_limit
         if self.closing.projected:
             return -spread, spread
-        high = max(OPEN, self.config.log_alpha_init) if limit is None else limit
-        return min(OPEN, high / 2), high  # scores keep their order under a low limit too
+        high = max(MIN_OPEN_LOG_ALPHA, self.config.log_alpha_init) if limit is None else limit
+        return min(MIN_OPEN_LOG_ALPHA, high / 2), high  # scores keep their order under a low limit too
 
     @torch.no_grad()
     def _constrain(self, step: int) -> None:
         """Put log-alpha where the schedule wants it at a step: within its limit, on its target, or settled."""
         targets = self.closing.targets(step)
-        if self.closing.settles(step):
+        if self.closing.freezes_at(step):
             if self.closing.projected:  # as a step with learned masks would find them
                 for spec in self.specs:
                     self._project(spec, targets[spec.name])
-            self.undecided = self.unfinished()
+            self.undecided = self.describe_undecided()
         for spec in self.specs:
             rows = self._rows(spec)
             if self.closing.settled(step):
-                rows.copy_((keep_largest(rows, spec.target_units).to(rows.dtype) * 2 - 1) * SETTLED)
+                rows.copy_((keep_largest(rows, spec.target_units).to(rows.dtype) * 2 - 1) * FROZEN_LOG_ALPHA)
             elif self.closing.projected:
                 self._project(spec, targets[spec.name])
             elif self.config.log_alpha_limit is not None:
@@ -142,13 +142,13 @@ class MaskState:
         """
         rows = self._rows(spec)
         if spec.zeros_per_row:
-            rows.copy_(project(rows, max(sparsity, min(LEAST, spec.target_sparsity))))
+            rows.copy_(project(rows, max(sparsity, min(MIN_SPARSITY, spec.target_sparsity))))
         else:
-            rows.fill_(SETTLED)
+            rows.fill_(FROZEN_LOG_ALPHA)
 
-    def unfinished(self) -> list[str]:
+    def describe_undecided(self) -> list[str]:
         """What is wrong with the masks, were they cut now, in sentences; nothing where all is well."""
-        return unfinished(self.log_alpha, self.specs, self.config)
+        return describe_undecided(self.log_alpha, self.specs, self.config)
 
     # Masks
 
@@ -246,9 +246,9 @@ class MaskState:
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         self._adam.step()
-        growth = self.closing.growth()
+        sharpening_factor = self.closing.sharpening_factor()
         for log_alpha in self.log_alpha.values():
-            log_alpha.mul_(growth)
+            log_alpha.mul_(sharpening_factor)
         # The linear multiplier goes below 0 while masks are to close, and above it while they are to open.
         for pair in self.multipliers.values():
             for value, cap in zip(pair, (self.config.lambda1_cap, self.config.lambda2_cap), strict=True):
@@ -261,7 +261,7 @@ class MaskState:
         """In place of `step` where a step is skipped: nothing moves, but masks settle where they are due. What the
         schedule asks for is caught up by the next step's constraint.
         """
-        if self.closing.settles(step + 1):
+        if self.closing.freezes_at(step + 1):
             self._constrain(step + 1)
 
     # Saving

@@ -1,6 +1,6 @@
-"""How masks close over a stage's steps: target sparsities, one granularity after another, sharpening, settling.
+"""How masks close over a phase's steps: target sparsities, one granularity after another, sharpening, settling.
 
-Key properties: every length follows the stage's number of steps where the config leaves it open; all is a function of
+Key properties: every length follows the phase's number of steps where the config leaves it open; all is a function of
 the step, so a resumed run goes on with it. Masks close over the sparsity warm-up, sharpen until they settle, and stand
 fixed at the target's shape from then on, so that the weights' last steps are on exactly the model that is cut out.
 Read next: `projection.py`, `state.py`.
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from megashear.config.presets import PAPER
-from megashear.config.resolve import closing_steps, settled_steps
+from megashear.config.resolve import frozen_steps, sparsity_warmup_length
 from megashear.config.training_schema import PruneConfig
 from megashear.masks.mask_specs import MaskSpec
 
 CROSSINGS = 8.0
-"""Times that multipliers can drive a unit from one limit to the other within a stage, at least; with fewer, masks of
-stages under some 200 steps end off their targets.
+"""Times that multipliers can drive a unit from one limit to the other within a phase, at least; with fewer, masks of
+phases under some 200 steps end off their targets.
 """
 
 
 @dataclass(frozen=True)
-class Closing:
-    """The schedule of one pruning stage."""
+class SparsitySchedule:
+    """The schedule of one pruning phase."""
 
     config: PruneConfig
     specs: tuple[MaskSpec, ...]
@@ -36,14 +36,14 @@ class Closing:
     @property
     def warmup_steps(self) -> int:
         """Steps over which target sparsities grow."""
-        return closing_steps(self.config)
+        return sparsity_warmup_length(self.config)
 
     @property
-    def settle_step(self) -> int:
+    def freeze_step(self) -> int:
         """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
-        return self.config.batch.steps - settled_steps(self.config)
+        return self.config.batch.steps - frozen_steps(self.config)
 
-    def half_closed(self, step: int, expected: Mapping[str, Any]) -> bool:
+    def at_half_target(self, step: int, expected: Mapping[str, Any]) -> bool:
         """Whether each granularity was asked for half of its target sparsity at a step (from 0), and has it.
 
         expected: sparsity by granularity, on the device: not waited for while the schedule asks for less.
@@ -53,11 +53,11 @@ class Closing:
 
     def settled(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""
-        return self.settle_step <= step and self.settle_step < self.config.batch.steps
+        return self.freeze_step <= step and self.freeze_step < self.config.batch.steps
 
-    def settles(self, step: int) -> bool:
+    def freezes_at(self, step: int) -> bool:
         """Whether this step is the first whose masks are fixed, and masks were learned before it."""
-        return 0 < step == self.settle_step and self.settled(step)
+        return 0 < step == self.freeze_step and self.settled(step)
 
     def targets(self, step: int) -> dict[str, float]:
         """Scheduled target sparsity by granularity at a step (from 0).
@@ -76,9 +76,9 @@ class Closing:
         grown = {name: min(1.0, max(0.0, step / window - place) if window else 1.0) for place, name in enumerate(queue)}
         return {s.name: s.target_sparsity * grown.get(s.name, 0.0) for s in self.specs}
 
-    def growth(self) -> float:
+    def sharpening_factor(self) -> float:
         """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
-        factor: float = self.config.sharpening ** (1.0 / max(1, self.settle_step))
+        factor: float = self.config.sharpening ** (1.0 / max(1, self.freeze_step))
         return factor
 
     def rates(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Dynamic batch loading: the domain weights of a stage, moved by the held-out losses as the config's rule says.
+"""Dynamic batch loading: the domain weights of a phase, moved by the held-out losses as the config's rule says.
 
 Key properties: weights stay finite, positive and sum to 1 whatever the losses; a domain whose evaluation failed keeps
 its last loss and is named; the state does not grow. Read next: `rules.py` (how weights move), `references.py`
@@ -50,7 +50,7 @@ class Mixture:
         self, config: MixtureConfig, tokens: Mapping[str, int], references: Mapping[str, float], steps: int = 1
     ) -> None:
         """tokens: training tokens by domain, in order; references: reference loss by domain, for the rules that follow
-        one; steps: of the stage.
+        one; steps: of the phase.
 
         Raises ConfigError: weights or references of other domains, a floor or cap that cannot hold for so many domains.
         """
@@ -76,7 +76,7 @@ class Mixture:
         return dict(zip(self.names, self.weight_K.tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Start a stage from these weights, unless a schedule says which; raises ConfigError for other domains."""
+        """Start a phase from these weights, unless a schedule says which; raises ConfigError for other domains."""
         if not isinstance(self.rule, Schedule):
             self.weight_K = weight_array(weights, self.names)
 

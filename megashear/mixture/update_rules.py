@@ -90,7 +90,7 @@ POINTS = 32
 
 
 class LearningSpeed:
-    """The rule `ado` over one stage. Its prior is the weights at its first update."""
+    """The rule `ado` over one phase. Its prior is the weights at its first update."""
 
     def __init__(self, config: MixtureConfig, count: int) -> None:
         """count: of domains; config: its floor, cap and largest change hold."""
@@ -167,7 +167,7 @@ SMALLEST = 1e-12
 
 
 class Rule(Protocol):
-    """A rule of the mixture over one stage."""
+    """A rule of the mixture over one phase."""
 
     def update(self, weight_K: np.ndarray, loss_K: np.ndarray, reference_K: np.ndarray, step: int) -> np.ndarray:
         """Weights [K], sum 1, after an evaluation at `step`; a loss is NaN where it was never known."""
@@ -211,10 +211,10 @@ class Ascent(Stateless):
 
 
 class Schedule(Stateless):
-    """Weights typed in for the stage's start, its end and points at equal distances between, interpolated linearly."""
+    """Weights typed in for the phase's start, its end and points at equal distances between, interpolated linearly."""
 
     def __init__(self, points_PK: np.ndarray, steps: int) -> None:
-        """points_PK: [P, K], each row sums to 1; steps: of the stage."""
+        """points_PK: [P, K], each row sums to 1; steps: of the phase."""
         self.points_PK, self.steps = points_PK, steps
 
     def update(self, weight_K: np.ndarray, loss_K: np.ndarray, reference_K: np.ndarray, step: int) -> np.ndarray:
@@ -228,7 +228,7 @@ class Schedule(Stateless):
 
 
 def make_rule(config: MixtureConfig, names: list[str], steps: int) -> Rule:
-    """The rule of a config for these domains and a stage of so many steps; raises ConfigError for a schedule of other
+    """The rule of a config for these domains and a phase of so many steps; raises ConfigError for a schedule of other
     domains.
     """
     if config.rule in ASCENDING:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megashear import ops
 from megashear.config.model_shape import ModelShape
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import (
     CoreConfig,
@@ -60,14 +60,14 @@ def _add_to_buffer(parameter: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """The teacher's normalised final states of every position [S, B, D], its output layer's rows on this rank
     [V / TP, D], and how it enters the loss.
     """
 
     states_SBD: Tensor
     output_VD: Tensor
-    how: Teaching
+    how: DistillationPlan
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Vocabulary-parallel logits [stop - start, V / TP] of tokens counted position by position (S outside B)."""
@@ -136,10 +136,10 @@ class Llama(StageModule):
         masks: Masks | None = None,
         pattern: LivePattern | None = None,
         first_BS: Tensor | None = None,
-        lesson: Lesson | None = None,
+        targets: TeacherTargets | None = None,
     ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
-        the last stage. With a teacher's lesson [4, B, S]: see `taught_losses`.
+        the last stage. With a teacher's lesson [4, B, S]: see `distilled_losses`.
 
         pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32
         [B, S], the first position that each token attends to, that of its document; None: 0.
@@ -151,9 +151,9 @@ class Llama(StageModule):
         logits_SBV = self.logits(x_SBD, stage.live_hidden)
         if labels_BS is None:
             return self.without_padding(logits_SBV)
-        if lesson is None:
+        if targets is None:
             return self.losses(logits_SBV, labels_BS)
-        return self.taught_losses(logits_SBV, labels_BS, lesson)
+        return self.distilled_losses(logits_SBV, labels_BS, targets)
 
     def states(self, tokens_BS: Tensor, first_BS: Tensor | None = None) -> Tensor:
         """Without masks: the normalised states [S, B, D] that the output layer takes, or what the next stage takes."""
@@ -245,11 +245,11 @@ class Llama(StageModule):
         )
         return cross_entropy(*terms).transpose(0, 1)
 
-    def taught_losses(self, logits_SBV: Tensor, labels_BS: Tensor, lesson: Lesson) -> Tensor:
+    def distilled_losses(self, logits_SBV: Tensor, labels_BS: Tensor, targets: TeacherTargets) -> Tensor:
         """Mixed loss, cross entropy, T^2 KL and the teacher's cross entropy per token [4, B, S]; the logits are
         overwritten with their gradient.
         """
         width = logits_SBV.shape[-1]
         labels_SB = labels_BS.transpose(0, 1).contiguous()
         part = VocabularyPart(self.layout.tensor_rank * width, self.real_columns(width), tensor_group())
-        return distillation_losses(logits_SBV, labels_SB, lesson.logits, lesson.how, part).transpose(1, 2)
+        return distillation_losses(logits_SBV, labels_SB, targets.logits, targets.how, part).transpose(1, 2)

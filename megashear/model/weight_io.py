@@ -148,7 +148,7 @@ def write_model(
     folder: Path,
     layout: Layout,
     config: dict[str, Any],
-    companions: list[Path],
+    tokenizer_and_license_files: list[Path],
     provenance: dict[str, Any],
 ) -> None:
     """Write the chunks of all ranks as the model folder `folder`, replacing one that is there (every rank calls it).
@@ -168,7 +168,7 @@ def write_model(
 
     def seal() -> None:
         try:
-            write_settings(temporary, shape, dtype, config, companions)
+            write_settings(temporary, shape, dtype, config, tokenizer_and_license_files)
             seal_folder(temporary, provenance)
             publish_folder(temporary, folder)
         except OSError as error:

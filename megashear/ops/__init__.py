@@ -35,6 +35,7 @@ __all__ = [
     "attention",
     "attention_choices",
     "backend",
+    "choose_attention_backend",
     "cross_entropy_terms",
     "hard_concrete",
     "live_add",
@@ -45,7 +46,6 @@ __all__ = [
     "rope_qkv",
     "rope_tables",
     "sample_hard_concrete",
-    "settle_attention",
     "swiglu",
 ]
 
@@ -92,7 +92,7 @@ def measure_attention(shape: AttentionShape, sample: AttentionSample) -> Attenti
     return attention_choice.measure(shape, sample) if attention_choice.is_measured(shape) else None
 
 
-def settle_attention(shape: AttentionShape, choice: AttentionChoice) -> None:
+def choose_attention_backend(shape: AttentionShape, choice: AttentionChoice) -> None:
     """Have attention of this shape served so from here on, in this process."""
     attention_choice.settle(shape, choice)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 
 TeacherLogits = Callable[[int, int], Tensor]
 """Gives the teacher's logits [stop - start, columns] of tokens start .. stop, over the same part of the vocabulary."""
@@ -32,7 +32,7 @@ class VocabularyPart:
 
 
 def distillation_losses(
-    logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: Teaching, part: VocabularyPart
+    logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: DistillationPlan, part: VocabularyPart
 ) -> Tensor:
     """Four numbers per token in nats, [4, ..] in at least fp32: the loss above, cross entropy, T^2 KL, and the
     teacher's own cross entropy.
@@ -50,7 +50,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: Teaching, part: VocabularyPart
+        ctx: Any, logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: DistillationPlan, part: VocabularyPart
     ) -> Tensor:
         rows, targets = logits.detach().reshape(-1, logits.shape[-1]), labels.reshape(-1)
         entropy = rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -80,7 +80,7 @@ class _Distillation(torch.autograd.Function):
 
 
 def _chunk(
-    logits: Tensor, labels_N: Tensor, teacher: Tensor, how: Teaching, part: VocabularyPart, gradient: bool
+    logits: Tensor, labels_N: Tensor, teacher: Tensor, how: DistillationPlan, part: VocabularyPart, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cross entropy [N], this rank's addends of T^2 KL [N], the teacher's cross entropy [N], and with `gradient` the
     logits' gradient [N, V].

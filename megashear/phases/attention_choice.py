@@ -1,6 +1,6 @@
-"""The form of attention that a stage is computed with on GPUs: settled once a run, by one rank's clock for all.
+"""The form of attention that a phase is computed with on GPUs: settled once a run, by one rank's clock for all.
 
-Key property: ranks and resumed runs round alike. Rank 0 measures before the stage's first step, at a point that every
+Key property: ranks and resumed runs round alike. Rank 0 measures before the phase's first step, at a point that every
 rank passes (its later steps meet shapes at different moments, or never, under pipeline parallelism), and the run folder
 keeps what it found, by the GPU's name. Read next: `megashear/ops/kernels/attention_backend.py`.
 """
@@ -17,7 +17,7 @@ from megashear.phases.run_folder import Context, read_record
 CHOICES = "attention.json"
 
 
-def settle_attention(context: Context, shape: ModelShape, sequences: int, masked: bool) -> None:
+def choose_attention_backend(context: Context, shape: ModelShape, sequences: int, masked: bool) -> None:
     """Have every rank compute attention as the run folder says, or as rank 0 measures now and records there.
 
     sequences: in a micro-batch. Nothing is settled where no clock decides: on CPUs, or with MEGASHEAR_ATTENTION set.
@@ -41,7 +41,7 @@ def settle_attention(context: Context, shape: ModelShape, sequences: int, masked
 
     chosen = on_main(layout, choose)
     if chosen is not None:
-        ops.settle_attention(wanted, chosen)
+        ops.choose_attention_backend(wanted, chosen)
 
 
 def recorded(entry: Any, where: str) -> ops.AttentionChoice:

@@ -14,9 +14,9 @@ from megashear.model.weight_io import TensorSource, filled_chunks
 from megashear.phases.run_folder import Context
 from megashear.train.loop import stop_requested
 
-LOOK = "look for losses of the source that are not either (`megashear eval SOURCE DATA`), or set precision: fp32"
+NONFINITE_ADVICE = "check the source's held-out losses (`megashear eval SOURCE DATA`), or set precision: fp32"
 """What to do where something that was computed of the source is not a finite number."""
-TOLD_EVERY = 10.0
+PROGRESS_SECONDS = 10.0
 """Seconds between lines of progress."""
 
 
@@ -56,7 +56,7 @@ def calibration_progress(context: Context, what: str, total: int, unit: str = "b
     def each(done: int) -> None:
         nonlocal told
         now = time.monotonic()
-        if context.layout.is_main and (done == total or now - told >= TOLD_EVERY):
+        if context.layout.is_main and (done == total or now - told >= PROGRESS_SECONDS):
             told = now
             print(f"{what}: {unit} {done} of {total}", flush=True)
         if done < total and stop_requested(context.stop, context.layout):

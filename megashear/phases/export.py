@@ -1,15 +1,15 @@
-"""The export stage of a run: the finished model as a Hugging Face folder. Rank 0 works, the others wait."""
+"""The export phase of a run: the finished model as a Hugging Face folder. Rank 0 works, the others wait."""
 
 from pathlib import Path
 
-from megashear.config.resolve import known_stages
+from megashear.config.resolve import known_phases
 from megashear.engine.collectives import on_main
 from megashear.hf.export_model import export_model
 from megashear.phases.run_folder import Context
 
 
 def run_export(context: Context) -> None:
-    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where no stage trained after it."""
+    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where no phase trained after it."""
     settings = context.config.export
     output = Path(settings.folder) if settings.folder is not None else context.folder / "export"
     dtype = settings.dtype or context.config.precision
@@ -20,9 +20,9 @@ def run_export(context: Context) -> None:
 
 
 def last_model(context: Context) -> str:
-    """The model that the run comes to by the stages that it names or has done; the same on every rank."""
-    stages = on_main(context.layout, lambda: known_stages(context.folder, context.config.run.stages))
-    return "final" if "pretrain" in stages else "pruned"
+    """The model that the run comes to by the phases that it names or has done; the same on every rank."""
+    phases = on_main(context.layout, lambda: known_phases(context.folder, context.config.run.phases))
+    return "final" if "pretrain" in phases else "pruned"
 
 
 def outdated(context: Context) -> bool:

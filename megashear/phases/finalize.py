@@ -21,8 +21,8 @@ from megashear.evaluation.losses import save_sequences, summarise
 from megashear.files.atomic import atomic_folder
 from megashear.hf.finish_folder import seal_folder, write_settings
 from megashear.hf.model_folder import ModelFolder
-from megashear.masks.fold import Fold
-from megashear.masks.kept_units import Borderline, KeepSets, borderline_units, keep_sets
+from megashear.masks.fold import Folding
+from megashear.masks.kept_units import Borderline, KeptUnits, borderline_units, kept_units_of
 from megashear.masks.mask_specs import mask_specs
 from megashear.masks.mask_state import MaskState
 from megashear.masks.mask_values import Masks
@@ -40,9 +40,9 @@ from megashear.train.metrics import save_masks
 
 def run_finalize(context: Context) -> None:
     """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
-    cut = load_cut(context)
+    cut = load_pruning_result(context)
     folder = context.model_folder("pruned")
-    fold = Fold(context.source_shape, cut.keep, cut.masks.to("cpu"), context.config.prune.masking)
+    fold = Folding(context.source_shape, cut.keep, cut.masks.to("cpu"), context.config.prune.masking)
     on_main(context.layout, lambda: fold_folder(context, cut, fold))
     on_main(context.layout, lambda: fold_moments(context, cut.keep))
     heldout = open_heldout(context, context.config.prune.batch.eval_sequences)
@@ -68,7 +68,7 @@ def run_finalize(context: Context) -> None:
     drop_sources(context)
 
 
-def kept_units(keep: KeepSets, source: ModelShape) -> dict[str, int]:
+def kept_units(keep: KeptUnits, source: ModelShape) -> dict[str, int]:
     """Units of the pruned model by granularity, over its layers; `query` only where groups have several query heads.
 
     What a row of a dropped layer, or a query of a dropped group, would have kept is not counted.
@@ -95,14 +95,14 @@ class Cut:
     """What pruning came to: the model to cut, what stays of it, and the masks under which it computes the same."""
 
     masked: ModelFolder
-    keep: KeepSets
+    keep: KeptUnits
     masks: Masks
     """On the run's device, open exactly where `keep` keeps; after one-shot pruning exactly 1 there."""
     borderline: list[Borderline]
     provenance: dict[str, Any]
 
 
-def load_cut(context: Context) -> Cut:
+def load_pruning_result(context: Context) -> Cut:
     """The outcome of pruning, by its method. Raises CheckpointError where pruning is not done or its files are gone."""
     record = context.done("prune")
     if record is None:
@@ -115,10 +115,10 @@ def load_cut(context: Context) -> Cut:
         scores = found.units
         specs = mask_specs(shape, context.target_shape, context.config.prune.granularities)
         masks = open_units(scores, specs, shape, principal(context)).to(context.layout.device)
-        keep = keep_sets(scores, specs, shape)
+        keep = kept_units_of(scores, specs, shape)
         return Cut(fitted_folder(context), keep, masks, [], context.provenance([record]))
     learned = load_masks(context)
-    keep = keep_sets(learned.log_alpha, learned.specs, shape)
+    keep = kept_units_of(learned.log_alpha, learned.specs, shape)
     borderline = borderline_units(learned.log_alpha, learned.specs)
     masked = context.open_model("masked")
     return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
@@ -140,7 +140,7 @@ def load_masks(context: Context) -> MaskState:
     return masks
 
 
-def fold_folder(context: Context, cut: Cut, fold: Fold) -> None:
+def fold_folder(context: Context, cut: Cut, fold: Folding) -> None:
     """Write the model folder `pruned`, one tensor in memory at a time."""
     masked, target = cut.masked, context.target_shape
     assert target is not None

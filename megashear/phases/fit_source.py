@@ -22,7 +22,7 @@ from megashear.masks.mask_values import Masks
 from megashear.masks.unit_scores import Scores, open_units
 from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
 from megashear.model.weight_io import write_model
-from megashear.phases.calibration import LOOK, build_source, calibration_progress, calibration_text
+from megashear.phases.calibration import NONFINITE_ADVICE, build_source, calibration_progress, calibration_text
 from megashear.phases.rotate_source import principal, pruning_folder
 from megashear.phases.run_folder import Context
 
@@ -57,7 +57,7 @@ def fit_source(context: Context, scores: Scores) -> None:
     refit(source, pruned, layout, masks, refit_text(context), each)
     damaged = sum(int((~value.isfinite()).sum()) for chunk in pruned for value in chunk.parameters())
     if bool(sum_over_world(torch.tensor(damaged, device=layout.device))):
-        raise TrainingError(f"refit: fitted output matrices are not finite numbers; {LOOK}, or prune.refit: 0")
+        raise TrainingError(f"refit: fitted output matrices are not finite; {NONFINITE_ADVICE}, or prune.refit: 0")
     write_model(
         list(pruned),
         context.source_shape,
@@ -65,7 +65,7 @@ def fit_source(context: Context, scores: Scores) -> None:
         context.model_folder(FITTED_FOLDER),
         layout,
         context.hf_config(),
-        context.companions(),
+        context.tokenizer_and_license_files(),
         fitted_for,
     )
 

@@ -1,13 +1,13 @@
 """Adam's moments from pruning into pre-training: written with the masked model, cut with it, taken up by pre-training.
 
-A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning stage has
+A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning phase has
 reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
 moments: pre-training goes on as if pruning had. (In the principal basis norms' weights take their gain at the cut, and
 their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Where a teacher goes between
-the stages or within one, gradients grow two- to sixfold at once, and moments of the smoother loss still are the better
+the phases or within one, gradients grow two- to sixfold at once, and moments of the smoother loss still are the better
 start (docs/results.md): with betas of 0.9 and 0.95 no step is longer than 1.2 times the rate, whatever came before.
 
-Key property: the files are model folders like any other, so that layouts may change between the stages; without them
+Key property: the files are model folders like any other, so that layouts may change between the phases; without them
 pre-training starts a fresh Adam. They go when it is done. Read next: `training.py`, `finalize.py`.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megashear.config.resolve import settled_steps
+from megashear.config.resolve import frozen_steps
 from megashear.engine.collectives import on_main
 from megashear.engine.optimizer import (
     MOMENTS,
@@ -33,8 +33,8 @@ from megashear.hf.finish_folder import seal_folder, write_settings
 from megashear.hf.model_folder import ModelFolder
 from megashear.hf.safetensors_writer import ShardedWriter
 from megashear.hf.tensor_names import tensor_shapes
-from megashear.masks.fold import Fold
-from megashear.masks.kept_units import KeepSets
+from megashear.masks.fold import Folding
+from megashear.masks.kept_units import KeptUnits
 from megashear.masks.mask_state import MaskState
 from megashear.masks.mask_values import Masks
 from megashear.model.weight_io import load_weights, write_model
@@ -47,7 +47,7 @@ FOLDER = "moments"
 def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) -> None:
     """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
     config = context.config
-    goes_on = "pretrain" in config.run.stages and config.pretrain.moments == "pruned"
+    goes_on = "pretrain" in config.run.phases and config.pretrain.moments == "pruned"
     if not goes_on or not masks.closing.settled(config.prune.batch.steps):
         return
     folder, shape = context.folder / FOLDER, context.source_shape
@@ -59,10 +59,10 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) 
             write_model(weights.chunks, shape, context.dtype, path, context.layout, context.hf_config(), [], {})
 
 
-def fold_moments(context: Context, keep: KeepSets) -> None:
+def fold_moments(context: Context, keep: KeptUnits) -> None:
     """Cut the moments as the model is cut (rank 0 alone); nothing where pruning wrote none."""
     assert context.target_shape is not None
-    fold = Fold(context.source_shape, keep, Masks())
+    fold = Folding(context.source_shape, keep, Masks())
     for name in MOMENTS:
         path = context.folder / FOLDER / f"masked-{name}"
         if not path.exists():
@@ -74,7 +74,7 @@ def fold_moments(context: Context, keep: KeepSets) -> None:
         shutil.rmtree(path)
 
 
-def write_folded(folder: Path, model: ModelFolder, fold: Fold, context: Context, dtype: torch.dtype) -> None:
+def write_folded(folder: Path, model: ModelFolder, fold: Folding, context: Context, dtype: torch.dtype) -> None:
     """Write what folding leaves of a model's tensors into `folder`, one tensor in memory at a time."""
     assert context.target_shape is not None
     with ShardedWriter.create(folder, tensor_shapes(context.target_shape), dtype) as writer:
@@ -93,8 +93,8 @@ def take_moments(context: Context, weights: WeightOptimizer) -> None:
         return
     if not there:
         prune = context.config.prune
-        if context.target_shape is not None and prune.method == "learned" and settled_steps(prune):
-            logger.warning("pretrain: Adam starts fresh: run.stages did not name pretrain while the run was pruned")
+        if context.target_shape is not None and prune.method == "learned" and frozen_steps(prune):
+            logger.warning("pretrain: Adam starts fresh: run.phases did not name pretrain while the run was pruned")
         return
     with kept_weights(weights):
         for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""`prune.method: one_shot`: the stage `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
+"""`prune.method: one_shot`: the phase `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
 
 Before that the output matrices of what stays are fitted to the source (`prune.refit`). Key property: the source's
 held-out losses are evaluated as by every run that starts from it. Read next: `importance.py`, `refit.py`,
@@ -18,7 +18,7 @@ from megashear.phases.source_losses import source_losses
 
 
 def run_one_shot(context: Context) -> None:
-    """Score the units and record the stage as done. Raises as `importance_scores`."""
+    """Score the units and record the phase as done. Raises as `importance_scores`."""
     started, evaluated = time.monotonic(), context.evaluation_seconds
     assert context.source is not None
     scores = importance_scores(context)

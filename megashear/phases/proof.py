@@ -18,7 +18,7 @@ from megashear.engine.parallel import gather_logits
 from megashear.engine.pipeline import run_micro_batches
 from megashear.evaluation.evaluate_model import plain_chunks
 from megashear.hf.model_folder import ModelFolder
-from megashear.masks.fold import LAYER_NAME, Fold
+from megashear.masks.fold import LAYER_NAME, Folding
 from megashear.masks.mask_values import Masks
 from megashear.mixture.loader import HeldOut
 from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
@@ -57,7 +57,7 @@ class _Cut:
     """The pruned model's tensors in fp64, cut from the masked model's as they are read."""
 
     masked: ModelFolder
-    fold: Fold
+    fold: Folding
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         match = LAYER_NAME.fullmatch(name)
@@ -69,7 +69,7 @@ class _Cut:
 
 
 def prove(
-    context: Context, masked: ModelFolder, fold: Fold, pruned: ModelFolder, heldout: HeldOut
+    context: Context, masked: ModelFolder, fold: Folding, pruned: ModelFolder, heldout: HeldOut
 ) -> tuple[Proof, list[torch.nn.Module]]:
     """Compare the masked model with the pruned one; returns this rank's chunks of the pruned one in fp32 too.
 

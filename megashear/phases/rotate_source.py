@@ -29,12 +29,12 @@ from megashear.importance.principal_basis import (
 from megashear.masks.rotation import Rotation
 from megashear.mixture.loader import HeldOut
 from megashear.model.weight_io import RandomWeights, TensorSource
-from megashear.phases.calibration import LOOK, build_source, calibration_progress, calibration_text
+from megashear.phases.calibration import NONFINITE_ADVICE, build_source, calibration_progress, calibration_text
 from megashear.phases.run_folder import Context
 from megashear.phases.source_losses import open_heldout, source_losses
 
 PRINCIPAL_FOLDER = "principal"
-TURNING = 0.05
+MAX_LOSS_CHANGE = 0.05
 """Nats per token by which the turn may change the mean held-out loss without a warning."""
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _rotate(context: Context) -> None:
         calibration_progress(context, "principal basis", prune.importance.batches),
     )
     if not bool(stream.covariance_DD.isfinite().all()):
-        raise TrainingError(f"principal basis: the source's activations are not finite numbers; {LOOK}")
+        raise TrainingError(f"principal basis: the source's activations are not finite numbers; {NONFINITE_ADVICE}")
     on_main(context.layout, lambda: _write(context, source, stream))
     del chunks
     if before is not None:
@@ -90,7 +90,7 @@ def _compare(context: Context, heldout: HeldOut, before: float) -> None:
         after = mean_loss(evaluate(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch))
     if context.layout.is_main:
         print(f"principal basis: mean held-out loss {after:.4f} after the turn, {before:.4f} before", flush=True)
-    if not abs(after - before) <= TURNING:
+    if not abs(after - before) <= MAX_LOSS_CHANGE:
         change = after - before
         logger.warning("principal basis: the turn changed the held-out loss by %+.3f; try prune.basis: source", change)
 
@@ -117,5 +117,7 @@ def _write(context: Context, source: TensorSource, stream: ResidualStream) -> No
         with ShardedWriter.create(temporary, shapes, context.dtype) as writer:
             for name in shapes:
                 writer.write(name, rotation(name).to(context.dtype).cpu())
-        write_settings(temporary, context.source_shape, context.dtype, context.hf_config(), context.companions())
+        write_settings(
+            temporary, context.source_shape, context.dtype, context.hf_config(), context.tokenizer_and_license_files()
+        )
         seal_folder(temporary, {"basis": PRINCIPAL_FOLDER})

@@ -1,4 +1,4 @@
-"""What the stages of a run share: config, layout, shapes, dataset, source; and the records that tell a finished stage.
+"""What the phases of a run share: config, layout, shapes, dataset, source; and the records that tell a finished phase.
 
 Key property: a run folder belongs to one run file. Keys that change what is computed are recorded and may not change
 on resume; the layout, checkpoints, logging and export may. Read next: `training.py`.
@@ -19,15 +19,15 @@ from megashear.config.load import to_dict
 from megashear.config.model_shape import ModelShape
 from megashear.config.presets import resolve_shape
 from megashear.config.resolve import (
+    DEFAULT_WEIGHT_KEY,
     DONE,
     FORMAT_VERSION,
     IDENTITY,
-    OPEN_WEIGHT,
-    Teaching,
-    open_weight,
-    prunes,
-    teaching,
-    tokens_seen,
+    DistillationPlan,
+    default_distillation_weight,
+    distillation_plans,
+    run_prunes,
+    training_tokens_of,
 )
 from megashear.config.schema import Config
 from megashear.dataset.dataset_folder import Dataset
@@ -57,7 +57,7 @@ FREE_KEYS = (
 
 @dataclass
 class Context:
-    """Everything that a stage needs to know of its run."""
+    """Everything that a phase needs to know of its run."""
 
     config: Config
     layout: Layout
@@ -76,9 +76,11 @@ class Context:
         """dtype of weights and products."""
         return DTYPES[self.config.precision]
 
-    def teaching(self, stage: str) -> Teaching:
-        """How the source teaches a stage, with the weight that counts; every rank calls it."""
-        return on_main(self.layout, lambda: teaching(self.config, self.source_shape, self.target_shape))[stage]
+    def distillation_plans(self, phase: str) -> DistillationPlan:
+        """How the source teaches a phase, with the weight that counts; every rank calls it."""
+        return on_main(self.layout, lambda: distillation_plans(self.config, self.source_shape, self.target_shape))[
+            phase
+        ]
 
     def model_folder(self, name: str) -> Path:
         """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
@@ -94,9 +96,9 @@ class Context:
         on_main(self.layout, verify)
         return ModelFolder.open(folder)
 
-    def done(self, stage: str) -> dict[str, Any] | None:
-        """The record of a finished stage, or None; the same on every rank."""
-        return on_main(self.layout, lambda: read_record(self.folder / stage / DONE))
+    def done(self, phase: str) -> dict[str, Any] | None:
+        """The record of a finished phase, or None; the same on every rank."""
+        return on_main(self.layout, lambda: read_record(self.folder / phase / DONE))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -105,11 +107,11 @@ class Context:
         yield
         self.evaluation_seconds += time.monotonic() - started
 
-    def finish(self, stage: str, record: dict[str, Any]) -> None:
-        """Write the record that a stage is finished."""
-        on_main(self.layout, lambda: write_json(self.folder / stage / DONE, record))
+    def finish(self, phase: str, record: dict[str, Any]) -> None:
+        """Write the record that a phase is finished."""
+        on_main(self.layout, lambda: write_json(self.folder / phase / DONE, record))
 
-    def companions(self) -> list[Path]:
+    def tokenizer_and_license_files(self) -> list[Path]:
         """Tokenizer and licence files that go with the run's models: the source's, else the dataset's tokenizer."""
         if self.source is not None and self.source.tokenizer_files:
             return self.source.tokenizer_files + self.source.companion_files
@@ -121,12 +123,12 @@ class Context:
             return self.source.config
         return {"eos_token_id": self.dataset.eos_id, "bos_token_id": None}
 
-    def provenance(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    def provenance(self, phases: list[dict[str, Any]]) -> dict[str, Any]:
         """Where a model of this run comes from, for its manifest and its card."""
-        known: dict[str, Any] = {"stages": stages}
+        known: dict[str, Any] = {"phases": phases}
         if self.source is not None:
             known["source"] = {"path": str(self.config.source.folder), "shape": to_dict(self.source_shape)}
-            if (tokens := tokens_seen(self.source.path)) is not None:
+            if (tokens := training_tokens_of(self.source.path)) is not None:
                 known["source"]["tokens"] = tokens
         return known
 
@@ -143,15 +145,15 @@ def open_context(config: Config, layout: Layout, stop: StopRequest, on_step: OnS
     else:
         source_shape = resolve_shape(config.source.shape, None, vocab_size=dataset.vocab_size, section="source.shape")
     target = None
-    if on_main(layout, lambda: prunes(config)):
+    if on_main(layout, lambda: run_prunes(config)):
         target = resolve_shape(config.target, source_shape, section="target")
     folder = Path(config.run.folder)
     context = Context(config, layout, folder, dataset, source, source_shape, target, stop, on_step)
-    on_main(layout, lambda: claim(context))
+    on_main(layout, lambda: claim_run_folder(context))
     return context
 
 
-def claim(context: Context) -> None:
+def claim_run_folder(context: Context) -> None:
     """Record what the run computes, or raise CheckpointError where the folder holds another run's record.
 
     A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
@@ -167,15 +169,15 @@ def claim(context: Context) -> None:
         context.dataset.verify()
         if context.source is not None and context.source.manifest:
             check_files(context.source.path, context.source.manifest, ModelError)
-        weight = open_weight(context.config, context.source_shape, context.target_shape)
-        write_json(path, own | {OPEN_WEIGHT: weight})
+        weight = default_distillation_weight(context.config, context.source_shape, context.target_shape)
+        write_json(path, own | {DEFAULT_WEIGHT_KEY: weight})
         return
     if (version := there.get("format_version", "unknown")) != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version is {version}, this version of megashear reads {FORMAT_VERSION}; finish the run "
             "with the version that started it, or choose another run.folder"
         )
-    there.pop(OPEN_WEIGHT, None)
+    there.pop(DEFAULT_WEIGHT_KEY, None)
     changed = differences(there, own, "")
     if changed:
         raise CheckpointError(

@@ -1,6 +1,6 @@
-"""`megashear run`: the stages of a run file, in order, each once.
+"""`megashear run`: the phases of a run file, in order, each once.
 
-Interrupted anywhere, the same command goes on: finished stages are known by their records, the one in progress by its
+Interrupted anywhere, the same command goes on: finished phases are known by their records, the one in progress by its
 checkpoints. Read next: `context.py`.
 """
 
@@ -30,33 +30,33 @@ from megashear.train.training_phase import OnStep, do_nothing
 
 
 def run_prune(context: Context) -> None:
-    """The stage `prune` by its method: learned masks, or scores alone."""
+    """The phase `prune` by its method: learned masks, or scores alone."""
     if context.config.prune.method == "one_shot":
         run_one_shot(context)
     else:
         run_training(context, "prune")
 
 
-STAGES: dict[str, Callable[[Context], None]] = {
+PHASES: dict[str, Callable[[Context], None]] = {
     "prune": run_prune,
     "finalize": run_finalize,
     "pretrain": lambda context: run_training(context, "pretrain"),
     "export": run_export,
 }
 LEFTOVERS: dict[str, Callable[[Context], None]] = {"finalize": drop_sources, "pretrain": drop_moments}
-"""What a stage removes after its record is written, where it may have been killed in between."""
+"""What a phase removes after its record is written, where it may have been killed in between."""
 
 
 def run(
     config: Config,
-    stages: list[str] | None = None,
+    phases: list[str] | None = None,
     stop: StopRequest | None = None,
     on_step: OnStep = do_nothing,
 ) -> None:
-    """Walk through the stages of `config.run.stages` (only those in `stages`, if given) that are not done.
+    """Walk through the phases of `config.run.phases` (only those in `phases`, if given) that are not done.
 
-    Every rank calls it. stop: of `train/signals.py`, obeyed at the next step or between stages; None: never asked to.
-    on_step: called with the `train.stage.Stage` on every rank after each training step's records are written, before
+    Every rank calls it. stop: of `train/signals.py`, obeyed at the next step or between phases; None: never asked to.
+    on_step: called with the `train.phase.Phase` on every rank after each training step's records are written, before
     the step's evaluation and checkpoint; what it raises ends the run.
     Raises the errors of `errors.py`; Interrupted after a stop was obeyed.
     """
@@ -69,30 +69,30 @@ def run(
         if layout.is_main:
             print(render(config, report), flush=True)
         on_main(layout, lambda: save_config(config, context.folder / "config.yaml"))
-        for stage in config.run.stages:
-            if stages is None or stage in stages:
-                run_stage(context, stage)
+        for phase in config.run.phases:
+            if phases is None or phase in phases:
+                run_phase(context, phase)
         conclude(context)
 
 
-def run_stage(context: Context, stage: str) -> None:
-    """Run a stage unless it is done. Raises Interrupted where a stop was asked for before it, CheckpointError where
+def run_phase(context: Context, phase: str) -> None:
+    """Run a phase unless it is done. Raises Interrupted where a stop was asked for before it, CheckpointError where
     pre-training, which it would come before, is done.
     """
-    if context.done(stage) is not None and not (stage == "export" and outdated(context)):
-        if stage in LEFTOVERS:
-            LEFTOVERS[stage](context)
+    if context.done(phase) is not None and not (phase == "export" and outdated(context)):
+        if phase in LEFTOVERS:
+            LEFTOVERS[phase](context)
         if context.layout.is_main:
-            print(f"{stage}: done before", flush=True)
+            print(f"{phase}: done before", flush=True)
         return
-    if stage in ("prune", "finalize") and context.done("pretrain") is not None:
+    if phase in ("prune", "finalize") and context.done("pretrain") is not None:
         raise CheckpointError(
-            f"{context.folder}: pre-training is done, of another model than {stage} would make now; choose another "
+            f"{context.folder}: pre-training is done, of another model than {phase} would make now; choose another "
             f"run.folder, or remove {context.folder}/pretrain and {context.model_folder('final')} to train again"
         )
     if stop_requested(context.stop, context.layout):
-        raise Interrupted(f"stopped by a signal before {stage}; run the same command to go on")
-    STAGES[stage](context)
+        raise Interrupted(f"stopped by a signal before {phase}; run the same command to go on")
+    PHASES[phase](context)
 
 
 @contextmanager

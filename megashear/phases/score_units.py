@@ -21,7 +21,13 @@ from megashear.importance.criteria import REGISTRY, magnitudes
 from megashear.masks.mask_specs import mask_specs
 from megashear.masks.unit_scores import Scores, load_scores, near_cut, not_finite, save_scores
 from megashear.model.weight_io import TensorSource
-from megashear.phases.calibration import LOOK, build_source, calibration_progress, calibration_text, calibration_weights
+from megashear.phases.calibration import (
+    NONFINITE_ADVICE,
+    build_source,
+    calibration_progress,
+    calibration_text,
+    calibration_weights,
+)
 from megashear.phases.rotate_source import principal, pruning_source
 from megashear.phases.run_folder import Context
 from megashear.planning.calibration_cost import calibration_cost, criteria_of
@@ -62,7 +68,7 @@ def check_finite(context: Context, scores: Scores) -> None:
             "either; import it again from a sound copy"
         )
     if wrong:
-        raise TrainingError(f"importance: scores of {', '.join(wrong)} are not finite numbers; {LOOK}")
+        raise TrainingError(f"importance: scores of {', '.join(wrong)} are not finite numbers; {NONFINITE_ADVICE}")
 
 
 def read_scores(context: Context) -> Scores:
@@ -95,7 +101,7 @@ def made_by(context: Context) -> dict[str, Any]:
 
 
 def calibration_record(context: Context) -> dict[str, Any]:
-    """What a stage's record says of calibration: tokens that basis, scores and fit read, and the FLOPs they took."""
+    """What a phase's record says of calibration: tokens that basis, scores and fit read, and the FLOPs they took."""
     config, target = context.config, context.target_shape
     assert target is not None
     length, precision = config.data.sequence_length, config.precision

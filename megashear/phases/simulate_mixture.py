@@ -1,6 +1,6 @@
 """`megashear mixture simulate RUN KEY=VALUE...`: recorded losses played through a rule of the mixture.
 
-Key properties: the updates are those that a run makes, at its recorded steps and in its stages; with the run's own rule
+Key properties: the updates are those that a run makes, at its recorded steps and in its phases; with the run's own rule
 the recorded weights come out. Losses stay as recorded: what other weights would have done to them is not known. Read
 next: `data/rules.py`.
 """
@@ -20,7 +20,7 @@ from megashear.files.atomic import write_json
 from megashear.mixture.domain_weights import Mixture
 from megashear.phases.run_folder import read_record
 from megashear.planning.text_table import table
-from megashear.plots.metric_series import Stage, stages_of
+from megashear.plots.metric_series import Phase, phases_of
 from megashear.plots.mixture_plots import draw_weights
 from megashear.plots.plot_style import STYLE, save
 from megashear.train.metrics import FILE_NAME, read_metrics
@@ -36,16 +36,16 @@ def simulate(run: Path, overrides: list[str], output: Path | None) -> None:
     StorageError.
     """
     path = run / FILE_NAME if run.is_dir() else run
-    stages = [stage for stage in stages_of(read_metrics(path)) if stage.records.get("eval")]
-    if not stages:
+    phases = [phase for phase in phases_of(read_metrics(path)) if phase.records.get("eval")]
+    if not phases:
         raise DataError(f"{path}: no held-out losses in it; give a run that has trained")
     config = _mixture(path.parent / IDENTITY, overrides)
     played, weights = [], None
-    for stage in stages:
-        mixture = _start(config, stage, weights)
-        played.append(_play(mixture, stage))
+    for phase in phases:
+        mixture = _start(config, phase, weights)
+        played.append(_play(mixture, phase))
         weights = mixture.weights
-    print(_told(stages, played))
+    print(_told(phases, played))
     folder = path.parent / "plots" if output is None else output
     write_json(folder / f"{NAME}.json", {s.name: _weights(s) for s in played})
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
@@ -65,15 +65,15 @@ def _mixture(identity: Path, overrides: list[str]) -> MixtureConfig:
     return load_config(None, [*given, *overrides]).mixture
 
 
-def _start(config: MixtureConfig, stage: Stage, weights: dict[str, float] | None) -> Mixture:
-    """The mixture at a stage's start: by the config, else where the stage before ended, else as first recorded."""
-    records = stage.records["eval"]
+def _start(config: MixtureConfig, phase: Phase, weights: dict[str, float] | None) -> Mixture:
+    """The mixture at a phase's start: by the config, else where the phase before ended, else as first recorded."""
+    records = phase.records["eval"]
     domains = dict.fromkeys(records[0]["weights"], 1)
     references = config.reference_losses or records[0].get("reference") or {}
     if config.rule in ASCENDING and not references:
         raise ConfigError("mixture.reference_losses: the run recorded none; give them for this rule")
-    mixture = Mixture(config, domains, references, stage.last_step())
-    if stage.name == "pretrain" and config.pretrain_weights is not None:
+    mixture = Mixture(config, domains, references, phase.last_step())
+    if phase.name == "pretrain" and config.pretrain_weights is not None:
         mixture.set_weights(config.pretrain_weights)
     elif weights is not None:
         mixture.set_weights(weights)
@@ -82,26 +82,26 @@ def _start(config: MixtureConfig, stage: Stage, weights: dict[str, float] | None
     return mixture
 
 
-def _play(mixture: Mixture, stage: Stage) -> Stage:
-    """The stage's evaluations with the weights that the rule gives: none moves at its end, nor at pruning's start."""
+def _play(mixture: Mixture, phase: Phase) -> Phase:
+    """The phase's evaluations with the weights that the rule gives: none moves at its end, nor at pruning's start."""
     records = []
-    for record in stage.records["eval"]:
+    for record in phase.records["eval"]:
         step = record["step"]
-        if step < stage.last_step() and (step > 0 or stage.name == "pretrain"):
+        if step < phase.last_step() and (step > 0 or phase.name == "pretrain"):
             mixture.update(record["loss"], step)
         records.append(record | {"weights": mixture.weights})
-    return replace(stage, records={"eval": records})
+    return replace(phase, records={"eval": records})
 
 
-def _weights(stage: Stage) -> list[dict[str, Any]]:
-    return [{"step": record["step"], "weights": record["weights"]} for record in stage.records["eval"]]
+def _weights(phase: Phase) -> list[dict[str, Any]]:
+    return [{"step": record["step"], "weights": record["weights"]} for record in phase.records["eval"]]
 
 
-def _told(recorded: list[Stage], played: list[Stage]) -> str:
-    """A table a stage: each domain's weight as recorded and as simulated, at the end and in the mean."""
+def _told(recorded: list[Phase], played: list[Phase]) -> str:
+    """A table a phase: each domain's weight as recorded and as simulated, at the end and in the mean."""
     texts = []
     for one, other in zip(recorded, played, strict=True):
-        pairs = [[record["weights"] for record in stage.records["eval"]] for stage in (one, other)]
+        pairs = [[record["weights"] for record in phase.records["eval"]] for phase in (one, other)]
         rows = [
             [
                 name,

@@ -15,9 +15,9 @@ from megashear.mixture.loader import HeldOut
 from megashear.phases.run_folder import Context, read_record
 
 SOURCE_LOSSES = "source_losses.json"
-"""On the windows of the run's first stage."""
+"""On the windows of the run's first phase."""
 PRETRAIN_LOSSES = "source_losses_pretrain.json"
-"""On those of pre-training, where it follows a pruning stage that takes others (`batch.eval_sequences`)."""
+"""On those of pre-training, where it follows a pruning phase that takes others (`batch.eval_sequences`)."""
 
 
 def open_heldout(context: Context, sequences: int) -> HeldOut:
@@ -27,15 +27,15 @@ def open_heldout(context: Context, sequences: int) -> HeldOut:
 
 
 def source_losses(
-    context: Context, stage: str, chunks: Sequence[Module], micro_batch: int, checkpoint: Path | None
+    context: Context, phase: str, chunks: Sequence[Module], micro_batch: int, checkpoint: Path | None
 ) -> Losses | None:
     """Held-out losses of the source model on the windows of `prune` or `pretrain`.
 
-    They are evaluated once a run, while its weights are what the first stage starts from; where pre-training takes
+    They are evaluated once a run, while its weights are what the first phase starts from; where pre-training takes
     other windows than pruning, on those too. None for a run from scratch. They are the references of
-    `references: source`, what pruning is watched by, and (of the first stage) a column of the run's last table.
+    `references: source`, what pruning is watched by, and (of the first phase) a column of the run's last table.
     """
-    known = on_main(context.layout, lambda: _known(context.folder, stage))
+    known = on_main(context.layout, lambda: _known(context.folder, phase))
     if known is not None or context.source is None:
         return known
     path = context.folder / SOURCE_LOSSES
@@ -46,8 +46,8 @@ def source_losses(
         )
     config, losses = context.config, None
     pruning, pretraining = config.prune.batch.eval_sequences, config.pretrain.batch.eval_sequences
-    wanted = {path: pretraining if stage == "pretrain" else pruning}
-    if stage == "prune" and pretraining != pruning:  # first, so that the run's own file tells that both are there
+    wanted = {path: pretraining if phase == "pretrain" else pruning}
+    if phase == "prune" and pretraining != pruning:  # first, so that the run's own file tells that both are there
         wanted = {context.folder / PRETRAIN_LOSSES: pretraining, **wanted}
     for file, sequences in wanted.items():
         with context.evaluating():
@@ -56,8 +56,8 @@ def source_losses(
     return losses
 
 
-def _known(folder: Path, stage: str) -> Losses | None:
-    own = read_losses(folder / PRETRAIN_LOSSES) if stage == "pretrain" else None
+def _known(folder: Path, phase: str) -> Losses | None:
+    own = read_losses(folder / PRETRAIN_LOSSES) if phase == "pretrain" else None
     return read_losses(folder / SOURCE_LOSSES) if own is None else own
 
 

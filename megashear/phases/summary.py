@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megashear.config.resolve import DONE
-from megashear.config.schema import STAGES
+from megashear.config.schema import PHASES
 from megashear.engine.collectives import on_main
 from megashear.errors import MegashearError
 from megashear.evaluation.losses import Losses, from_json, loss_table
@@ -71,12 +71,12 @@ def draw_pictures(folder: Path) -> list[Path]:
 
 
 def read_records(context: Context) -> dict[str, dict[str, Any]]:
-    """Records of the finished stages, whether or not the run file still names them."""
+    """Records of the finished phases, whether or not the run file still names them."""
     found = {}
-    for stage in STAGES:
-        record = read_record(context.folder / stage / DONE)
+    for phase in PHASES:
+        record = read_record(context.folder / phase / DONE)
         if record is not None:
-            found[stage] = record
+            found[phase] = record
     return found
 
 
@@ -86,9 +86,9 @@ def read_columns(context: Context, records: dict[str, dict[str, Any]]) -> dict[s
     source = read_losses(context.folder / SOURCE_LOSSES)
     if source is not None:
         columns["source"] = source
-    for stage, column in COLUMNS.items():
-        if stage in records:
-            record = records[stage]
+    for phase, column in COLUMNS.items():
+        if phase in records:
+            record = records[phase]
             columns[column] = from_json({d: (record["losses"][d], record["errors"][d]) for d in record["losses"]})
     return columns
 
@@ -99,15 +99,15 @@ def outcome_table(
     seconds: Mapping[str, float],
     evaluation: Mapping[str, float],
 ) -> str:
-    """Parameters of each model, tokens and wall time of each stage, and the share of held-out evaluation in it.
+    """Parameters of each model, tokens and wall time of each phase, and the share of held-out evaluation in it.
 
-    evaluation: seconds of `seconds`, by stage.
+    evaluation: seconds of `seconds`, by phase.
     """
     rows = [[f"parameters, {name}", f"{number:,}"] for name, number in parameters.items()]
-    rows += [[f"tokens, {stage}", f"{number:,}"] for stage, number in tokens.items()]
-    rows += [[f"time (h:mm), {stage}", duration(value)] for stage, value in seconds.items()]
+    rows += [[f"tokens, {phase}", f"{number:,}"] for phase, number in tokens.items()]
+    rows += [[f"time (h:mm), {phase}", duration(value)] for phase, value in seconds.items()]
     if len(seconds) > 1:
         rows.append(["time (h:mm), all", duration(sum(seconds.values()))])
-    shares = {stage: evaluation[stage] / value for stage, value in seconds.items() if stage in evaluation and value > 0}
-    rows += [[f"of it held-out evaluation, {stage}", f"{share:.1%}"] for stage, share in shares.items()]
+    shares = {phase: evaluation[phase] / value for phase, value in seconds.items() if phase in evaluation and value > 0}
+    rows += [[f"of it held-out evaluation, {phase}", f"{share:.1%}"] for phase, share in shares.items()]
     return table("Run", ["", ""], rows)

@@ -1,9 +1,9 @@
-"""A training stage of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
+"""A training phase of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
 
-Key property: with the checkpoint's state filled in, nothing is left that the rest of the stage depends on. Read next:
+Key property: with the checkpoint's state filled in, nothing is left that the rest of the phase depends on. Read next:
 `train/loop.py`, `checkpoint/store.py`.
 
-The teacher of a training stage: the run's source, frozen, on the run's layout.
+The teacher of a training phase: the run's source, frozen, on the run's layout.
 
 Read next: `../train/teacher.py`.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 from megashear.checkpoint.checkpoint_store import load_checkpoint, newest_valid, save_checkpoint
 from megashear.config.model_shape import ModelShape
-from megashear.config.resolve import Teaching, peak_learning_rate, teacher_flops_per_token
-from megashear.config.schema import STAGES
+from megashear.config.resolve import DistillationPlan, peak_learning_rate, teacher_flops_per_token
+from megashear.config.schema import PHASES
 from megashear.config.training_schema import BatchConfig, PretrainConfig, PruneConfig
 from megashear.engine.collectives import on_main
 from megashear.engine.device import device_name
@@ -33,7 +33,7 @@ from megashear.mixture.loader import Batches, Loader
 from megashear.mixture.reference_losses import reference_losses
 from megashear.model.micro_batch import local_rows
 from megashear.model.weight_io import RandomWeights, TensorSource, filled_chunks, write_model
-from megashear.phases.attention_choice import settle_attention
+from megashear.phases.attention_choice import choose_attention_backend
 from megashear.phases.moments import drop_moments, take_moments, write_moments
 from megashear.phases.rotate_source import principal, pruning_source
 from megashear.phases.run_folder import Context
@@ -45,20 +45,20 @@ from megashear.train.profiler import traced
 from megashear.train.progress import Progress
 from megashear.train.step import Stepper
 from megashear.train.teacher import Teacher
-from megashear.train.training_phase import Counters, Stage
+from megashear.train.training_phase import Counters, Phase
 
 logger = logging.getLogger(__name__)
 
 
 def run_training(context: Context, name: str) -> None:
-    """Run the stage `prune` or `pretrain` from its newest checkpoint, or from its start, and write the model it makes.
+    """Run the phase `prune` or `pretrain` from its newest checkpoint, or from its start, and write the model it makes.
 
     `prune` makes the model folder `masked` (the source's shape, to be cut by `finalize`), `pretrain` makes `final`.
     """
     config = context.config
     section = config.prune if name == "prune" else config.pretrain
     shape = context.target_shape if name == "pretrain" and context.target_shape is not None else context.source_shape
-    settle_attention(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
+    choose_attention_backend(context, shape, section.batch.micro_batch, masked=isinstance(section, PruneConfig))
     started, evaluated = time.monotonic(), context.evaluation_seconds
     scores = importance_scores(context) if name == "prune" else None
     calibrated = time.monotonic() - started - (context.evaluation_seconds - evaluated)
@@ -78,18 +78,18 @@ def run_training(context: Context, name: str) -> None:
     )
     traces = config.logging.profile_steps if context.layout.is_main else 0
     with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
-        stage = build_stage(context, name, section, shape, weights, masks, metrics)
-        stage.tick, stage.on_step = tick, context.on_step
-        if masks is not None and not stage.counters.step:
-            stage.counters.calibration_seconds = calibrated
-        with closing(stage.batches):
-            losses = train(stage, lambda: save_stage(context, stage), config.checkpoint.interval, context.stop)
-    undecided = [] if masks is None else stage.counters.undecided or masks.unfinished()
+        phase = build_phase(context, name, section, shape, weights, masks, metrics)
+        phase.tick, phase.on_step = tick, context.on_step
+        if masks is not None and not phase.counters.step:
+            phase.counters.calibration_seconds = calibrated
+        with closing(phase.batches):
+            losses = train(phase, lambda: save_phase(context, phase), config.checkpoint.interval, context.stop)
+    undecided = [] if masks is None else phase.counters.undecided or masks.describe_undecided()
     if masks is not None and not masks.closing.settled(section.batch.steps):
         for problem in undecided:
             logger.warning("%s: masks at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
-    record = stage_record(stage, losses)
+    record = phase_record(phase, losses)
     if masks is not None:
         record |= {"principal": principal(context), "undecided": undecided} | calibration_record(context)
     write_model(
@@ -99,21 +99,21 @@ def run_training(context: Context, name: str) -> None:
         output,
         context.layout,
         context.hf_config(),
-        context.companions(),
+        context.tokenizer_and_license_files(),
         context.provenance([*earlier_records(context, name), record]),
     )
     if masks is not None:
         write_moments(context, weights, masks)
-    times = {"seconds": stage.counters.seconds, "evaluation_seconds": stage.counters.evaluation_seconds}
+    times = {"seconds": phase.counters.seconds, "evaluation_seconds": phase.counters.evaluation_seconds}
     if masks is not None:
-        times["calibration_seconds"] = stage.counters.calibration_seconds
-    context.finish(name, record | times | {"stream": stage.stream.state_dict()})
+        times["calibration_seconds"] = phase.counters.calibration_seconds
+    context.finish(name, record | times | {"stream": phase.stream.state_dict()})
     if name == "pretrain":
         drop_moments(context)
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
-    """Where a stage's first weights come from: the pruned model, the source, or nothing but the seed.
+    """Where a phase's first weights come from: the pruned model, the source, or nothing but the seed.
 
     Raises CheckpointError where pre-training should follow a finalisation that is not done.
     """
@@ -138,7 +138,7 @@ def build_weights(
     return WeightOptimizer(modules, section.optimizer, context.dtype, config.parallel.distributed_optimizer)
 
 
-def build_stage(
+def build_phase(
     context: Context,
     name: str,
     section: PruneConfig | PretrainConfig,
@@ -146,8 +146,8 @@ def build_stage(
     weights: WeightOptimizer,
     masks: MaskState | None,
     metrics: Metrics,
-) -> Stage:
-    """Put the stage together and fill in its newest checkpoint's state, if there is one."""
+) -> Phase:
+    """Put the phase together and fill in its newest checkpoint's state, if there is one."""
     config, layout, dataset = context.config, context.layout, context.dataset
     length, batch = config.data.sequence_length, section.batch
     heldout = open_heldout(context, batch.eval_sequences)
@@ -159,24 +159,24 @@ def build_stage(
     if name == "pretrain":
         _start_pretraining_mixture(context, mixture)
     stream = open_stream(context, mixture)
-    taken = take_up_stream(context, stream) if name == "pretrain" else stream.tokens()
+    taken = resume_stream(context, stream) if name == "pretrain" else stream.tokens()
     counters, losses = Counters(), None
     if checkpoint is not None:
-        counters, losses = take_up(checkpoint, weights, masks, stream, mixture)
+        counters, losses = resume_from(checkpoint, weights, masks, stream, mixture)
         if layout.is_main:
             print(f"{name}: going on from {checkpoint}", flush=True)
     elif name == "pretrain":
         take_moments(context, weights)
     metrics.resume(name, counters.step)
-    how, flops = context.teaching(name), shape.flops_per_token(length)
-    teaching = teacher_flops_per_token(context.source_shape, length) if how.weight else 0.0
+    how, flops = context.distillation_plans(name), shape.flops_per_token(length)
+    distillation_plans = teacher_flops_per_token(context.source_shape, length) if how.weight else 0.0
     if counters.taught is not None:  # it has gone: its weights are not read again
         how = replace(how, weight=0.0)
     stepper = build_stepper(context, section, weights, masks, how)
-    now = flops + (teaching if stepper.teacher is not None else 0.0)
+    now = flops + (distillation_plans if stepper.teacher is not None else 0.0)
     done = counters.step * batch.global_batch * length
     progress = Progress(name, batch.steps, now, device_name(), layout.world_size, counters.step, done)
-    return Stage(
+    return Phase(
         name,
         batch,
         section.optimizer,
@@ -194,14 +194,14 @@ def build_stage(
         losses=losses,
         source_loss=None if before is None else mean_loss(before),
         taken=taken,
-        teacher_flops=teaching / flops if teaching else None,
+        teacher_flops=distillation_plans / flops if distillation_plans else None,
     )
 
 
-def take_up(
+def resume_from(
     checkpoint: Path, weights: WeightOptimizer, masks: MaskState | None, stream: BlendedStream, mixture: Mixture
 ) -> tuple[Counters, Losses | None]:
-    """Fill a stage's state from its checkpoint; returns its counters and last held-out losses."""
+    """Fill a phase's state from its checkpoint; returns its counters and last held-out losses."""
     state = load_checkpoint(checkpoint, weights, masks)
     stream.load_state_dict(state["stream"])
     mixture.load_state_dict(state["mixture"])
@@ -213,9 +213,9 @@ def build_stepper(
     section: PruneConfig | PretrainConfig,
     weights: WeightOptimizer,
     masks: MaskState | None,
-    how: Teaching,
+    how: DistillationPlan,
 ) -> Stepper:
-    """What runs the stage's steps, with its teacher where it has one."""
+    """What runs the phase's steps, with its teacher where it has one."""
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
     teacher = build_teacher(context, how)
     seed, clip = context.config.run.seed, section.optimizer.clip_norm
@@ -237,7 +237,7 @@ def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) ->
     return Batches(loader, rows, batch.global_batch, data.prefetch, layout.device.type == "cuda")
 
 
-def take_up_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
+def resume_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
     """Have pre-training go on where pruning left the stream: no sample comes twice before its domain is used up.
 
     Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
@@ -263,36 +263,36 @@ def _means(losses: Losses | None) -> dict[str, float] | None:
     return None if losses is None else {name: loss for name, (loss, _) in losses.items()}
 
 
-def save_stage(context: Context, stage: Stage) -> None:
-    """Write a checkpoint of a stage as it is."""
-    assert stage.losses is not None
+def save_phase(context: Context, phase: Phase) -> None:
+    """Write a checkpoint of a phase as it is."""
+    assert phase.losses is not None
     state = {
-        "counters": asdict(stage.counters),
-        "stream": stage.stream.state_dict(),
-        "mixture": stage.mixture.state_dict(),
-        "losses": to_json(stage.losses),
+        "counters": asdict(phase.counters),
+        "stream": phase.stream.state_dict(),
+        "mixture": phase.mixture.state_dict(),
+        "losses": to_json(phase.losses),
     }
-    stepper = stage.stepper
-    folder = context.folder / stage.name
+    stepper = phase.stepper
+    folder = context.folder / phase.name
     keep = context.config.checkpoint.keep
-    save_checkpoint(folder, stage.counters.step, stepper.weights, stepper.masks, state, context.layout, keep)
+    save_checkpoint(folder, phase.counters.step, stepper.weights, stepper.masks, state, context.layout, keep)
 
 
-def stage_record(stage: Stage, losses: Losses) -> dict[str, Any]:
-    """What a finished stage did: for the next stages, the model card and the last table."""
+def phase_record(phase: Phase, losses: Losses) -> dict[str, Any]:
+    """What a finished phase did: for the next phases, the model card and the last table."""
     return {
-        "name": stage.name,
-        "steps": stage.counters.step,
-        "tokens": stage.tokens,
-        "skipped": stage.counters.skipped,
+        "name": phase.name,
+        "steps": phase.counters.step,
+        "tokens": phase.tokens,
+        "skipped": phase.counters.skipped,
         **loss_record(losses),
-        "weights": stage.mixture.weights,
-        "epochs": stage.stream.epochs(),
+        "weights": phase.mixture.weights,
+        "epochs": phase.stream.epochs(),
     }
 
 
 def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
-    """Losses and their errors as a stage's record has them; an error that is not known is null."""
+    """Losses and their errors as a phase's record has them; an error that is not known is null."""
     values = to_json(losses)
     return {
         "losses": {name: loss for name, (loss, _) in values.items() if loss is not None},
@@ -301,16 +301,16 @@ def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
 
 
 def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
-    """Records of the stages before this one that are done, whether or not the run file still names them."""
+    """Records of the phases before this one that are done, whether or not the run file still names them."""
     found = []
-    for stage in STAGES[: STAGES.index(name)]:
-        record = context.done(stage)
+    for phase in PHASES[: PHASES.index(name)]:
+        record = context.done(phase)
         if record is not None:
             found.append(record)
     return found
 
 
-def build_teacher(context: Context, how: Teaching) -> Teacher | None:
+def build_teacher(context: Context, how: DistillationPlan) -> Teacher | None:
     """The source model on this rank, filled, in the run's dtype; None where `how.weight` is 0.
 
     Raises ConfigError for a run from scratch (which `megashear check` tells as well).

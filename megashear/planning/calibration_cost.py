@@ -1,7 +1,7 @@
 """What calibration before pruning reads and costs: tokens, FLOPs, and the memory that the fit's sequences wait in.
 
 Key property: arithmetic on sizes alone, free of torch. Read next: `../importance/registry.py` (what criteria measure),
-`stages.py` (what null stands for).
+`phases.py` (what null stands for).
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PASSES = {
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """Tokens of text, FLOPs of all ranks, and bytes of host memory over the data-parallel ranks of a stage.
+    """Tokens of text, FLOPs of all ranks, and bytes of host memory over the data-parallel ranks of a phase.
 
     Each tensor-parallel rank keeps as many bytes of its own.
     """

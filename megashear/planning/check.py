@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megashear.config.model_shape import ModelShape
 from megashear.config.presets import resolve_shape
-from megashear.config.resolve import prunes, refit_batches, teaching, training_stages
-from megashear.config.schema import STAGES, Config, ShapeConfig
+from megashear.config.resolve import distillation_plans, refit_batches, run_prunes, training_phases
+from megashear.config.schema import PHASES, Config, ShapeConfig
 from megashear.config.shape_legality import granularity_problems, shape_problems
 from megashear.config.training_schema import BatchConfig
 from megashear.errors import ConfigError, DataError
@@ -18,8 +18,13 @@ from megashear.planning.calibration_cost import PASSES, criteria_of
 from megashear.planning.dataset_plan import Dataset, dataset_problems, dataset_warnings, read_dataset
 from megashear.planning.memory_estimate import Memory, Work, one_shot_memory, stage_memory
 from megashear.planning.mixture_checks import mixture_problems
-from megashear.planning.phase_checks import batch_problems, importance_problems, schedule_problems, teacher_problems
-from megashear.planning.unused_keys import moments_warnings, pruning_warnings, teacher_warnings
+from megashear.planning.phase_checks import (
+    batch_problems,
+    distillation_problems,
+    importance_problems,
+    schedule_problems,
+)
+from megashear.planning.unused_keys import distillation_warnings, moments_warnings, pruning_warnings
 
 
 @dataclass
@@ -54,20 +59,20 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     _world(config, world_size, report)
     _data(config, report)
     _shapes(config, source_shape, report)
-    report.problems += _stage_order(config.run.stages)
+    report.problems += _phase_order(config.run.phases)
     report.problems += mixture_problems(config)
     report.problems += importance_problems(config, report.world_size)
     if report.source is not None and report.target is not None:
         report.warnings += pruning_warnings(config, report.source, report.target)
-    report.warnings += teacher_warnings(config, report.source, report.target) + moments_warnings(config)
-    for name, stage in training_stages(config).items():
-        report.problems += schedule_problems(config, name, stage.optimizer, stage.batch)
-        report.problems += batch_problems(name, stage.batch, config.parallel, report.world_size)
-        report.problems += teacher_problems(config, name)
-        if stage.batch.eval_interval > stage.batch.steps and config.mixture.rule != "static":
-            when = "before the first step alone" if name == "pretrain" else "never in this stage"
+    report.warnings += distillation_warnings(config, report.source, report.target) + moments_warnings(config)
+    for name, phase in training_phases(config).items():
+        report.problems += schedule_problems(config, name, phase.optimizer, phase.batch)
+        report.problems += batch_problems(name, phase.batch, config.parallel, report.world_size)
+        report.problems += distillation_problems(config, name)
+        if phase.batch.eval_interval > phase.batch.steps and config.mixture.rule != "static":
+            when = "before the first step alone" if name == "pretrain" else "never in this phase"
             report.warnings.append(
-                f"{name}.batch.eval_interval: {stage.batch.eval_interval} is more than the {stage.batch.steps} steps, "
+                f"{name}.batch.eval_interval: {phase.batch.eval_interval} is more than the {phase.batch.steps} steps, "
                 f"so the mixture's weights change {when}"
             )
     if not report.problems:
@@ -75,12 +80,12 @@ def examine(config: Config, source_shape: ModelShape | None, world_size: int | N
     return report
 
 
-def _stage_order(stages: list[str]) -> list[str]:
-    if not stages:
-        return [f"run.stages: the list is empty; name some of {', '.join(STAGES)}"]
-    ordered = [stage for stage in STAGES if stage in stages]
-    if stages != ordered:
-        return [f"run.stages: {', '.join(stages)} are not in order or not distinct; write [{', '.join(ordered)}]"]
+def _phase_order(phases: list[str]) -> list[str]:
+    if not phases:
+        return [f"run.phases: the list is empty; name some of {', '.join(PHASES)}"]
+    ordered = [phase for phase in PHASES if phase in phases]
+    if phases != ordered:
+        return [f"run.phases: {', '.join(phases)} are not in order or not distinct; write [{', '.join(ordered)}]"]
     return []
 
 
@@ -96,14 +101,14 @@ def _world(config: Config, launched: int | None, report: Report) -> None:
 
 
 def _data(config: Config, report: Report) -> None:
-    stages = {name: stage.batch for name, stage in training_stages(config).items()}
+    phases = {name: phase.batch for name, phase in training_phases(config).items()}
     if config.data.repeat_limit is not None and config.data.exhausted != "repeat":
         report.problems.append(
             f"data.repeat_limit: {config.data.repeat_limit}, but data.exhausted is {config.data.exhausted}; a limit is "
             "for `repeat`, set one of them"
         )
     if config.data.folder is None:
-        if stages or "prune" in config.run.stages:
+        if phases or "prune" in config.run.phases:
             report.problems.append("data.folder: missing; give a folder made by tools/preprocess_data.py")
         return
     folder = Path(config.data.folder)
@@ -115,7 +120,7 @@ def _data(config: Config, report: Report) -> None:
     except DataError as error:
         report.problems.append(f"data.folder: {error}")
         return
-    report.warnings += dataset_warnings(config, report.dataset, stages)
+    report.warnings += dataset_warnings(config, report.dataset, phases)
 
 
 def _shapes(config: Config, source_shape: ModelShape | None, report: Report) -> None:
@@ -124,9 +129,9 @@ def _shapes(config: Config, source_shape: ModelShape | None, report: Report) -> 
     except ConfigError as error:
         report.problems += error.problems
     source = report.source
-    if prunes(config) and config.target == ShapeConfig():
+    if run_prunes(config) and config.target == ShapeConfig():
         report.problems.append("target: missing; name a preset (`megashear check --presets`) or give sizes")
-    elif prunes(config) and source is not None:
+    elif run_prunes(config) and source is not None:
         try:
             report.target = resolve_shape(config.target, source)
         except ConfigError as error:
@@ -165,24 +170,24 @@ def _source(config: Config, found: ModelShape | None, report: Report) -> ModelSh
 
 
 def _estimate_memory(config: Config, report: Report) -> None:
-    """Of the stages that train, and of pruning in one shot."""
+    """Of the phases that train, and of pruning in one shot."""
     if report.world_size is None:
         return
     source, target, prune = report.source, report.target, config.prune
-    if "prune" in config.run.stages and prune.method == "one_shot" and source is not None and target is not None:
+    if "prune" in config.run.phases and prune.method == "one_shot" and source is not None and target is not None:
         gradients = any(PASSES[one] > 1 for one in criteria_of(prune.importance, source).values())
         work, fits = _work(config, report.world_size, prune.batch), refit_batches(prune) > 0
         report.memory["prune"] = one_shot_memory(source, target, config.parallel, work, gradients, fits)
-    taught = teaching(config, source, target)
-    for name, stage in training_stages(config).items():
-        shape = target if name == "pretrain" and prunes(config) else source
+    taught = distillation_plans(config, source, target)
+    for name, phase in training_phases(config).items():
+        shape = target if name == "pretrain" and run_prunes(config) else source
         if shape is None:
             continue
         work = replace(
-            _work(config, report.world_size, stage.batch),
+            _work(config, report.world_size, phase.batch),
             masked=name == "prune",
             teacher=source if taught[name].weight else None,
-            chunk=stage.distillation.chunk,
+            chunk=phase.distillation.chunk,
         )
         report.memory[name] = stage_memory(shape, config.parallel, work)
 

@@ -15,7 +15,7 @@ from megashear.errors import DataError
 from megashear.files.file_digests import NAME, read_manifest
 
 COSTLY_EVALUATION = 0.15
-"""Share of a stage's time above which held-out evaluation is worth a warning; the defaults take less than 0.05."""
+"""Share of a phase's time above which held-out evaluation is worth a warning; the defaults take less than 0.05."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -
     return problems
 
 
-def dataset_warnings(config: Config, dataset: Dataset, stages: dict[str, BatchConfig]) -> list[str]:
+def dataset_warnings(config: Config, dataset: Dataset, phases: dict[str, BatchConfig]) -> list[str]:
     """What will work otherwise than expected: domains that repeat too often, evaluations smaller than asked for."""
     warnings = []
     total = run_tokens(config)
@@ -113,23 +113,23 @@ def dataset_warnings(config: Config, dataset: Dataset, stages: dict[str, BatchCo
                 f"data: domain {name} would be read {epochs:.1f} times with the weights at the start, more than "
                 f"data.max_epochs {config.data.max_epochs:g}; once read, data.exhausted: {config.data.exhausted}"
             )
-    wanted = max((batch.eval_sequences for batch in stages.values()), default=0)
+    wanted = max((batch.eval_sequences for batch in phases.values()), default=0)
     for name, domain in dataset.domains.items():
         there = domain.heldout_tokens // (config.data.sequence_length + 1)
         if 0 < there < wanted:
             warnings.append(f"data: domain {name} has {there} held-out sequences, eval_sequences asks for {wanted}")
-    for name, batch in stages.items():
+    for name, batch in phases.items():
         share = evaluation_share(batch, config.data.sequence_length, dataset)
         if share > COSTLY_EVALUATION:
             warnings.append(
-                f"{name}.batch: held-out evaluation would take about {share:.0%} of the stage's time; raise "
+                f"{name}.batch: held-out evaluation would take about {share:.0%} of the phase's time; raise "
                 "eval_interval or lower eval_sequences"
             )
     return warnings
 
 
 def evaluation_share(batch: BatchConfig, sequence_length: int, dataset: Dataset) -> float:
-    """Share of a stage's time that evaluations take, where a forward pass is a third of a training step's work."""
+    """Share of a phase's time that evaluations take, where a forward pass is a third of a training step's work."""
     there = (domain.heldout_tokens // (sequence_length + 1) for domain in dataset.domains.values())
     evaluated = sum(min(batch.eval_sequences, windows) for windows in there) / 3
     return evaluated / (evaluated + batch.eval_interval * batch.global_batch)

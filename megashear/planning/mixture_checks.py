@@ -3,13 +3,13 @@
 Read next: `schema.py` (MixtureConfig), `dataset.py` (the dataset's domains).
 """
 
-from megashear.config.resolve import training_stages
+from megashear.config.resolve import training_phases
 from megashear.config.schema import ADAPTIVE, ASCENDING, Config, MixtureConfig
 
 
 def mixture_problems(config: Config) -> list[str]:
-    """What stops dynamic batch loading, whatever the dataset; empty where no stage trains."""
-    if not training_stages(config):
+    """What stops dynamic batch loading, whatever the dataset; empty where no phase trains."""
+    if not training_phases(config):
         return []
     mixture = config.mixture
     problems = []

@@ -3,7 +3,7 @@
 Read next: `../masks/closing.py` (what happens at each step).
 """
 
-from megashear.config.resolve import settled_steps, training_stages
+from megashear.config.resolve import frozen_steps, training_phases
 from megashear.config.schema import Config, ParallelConfig
 from megashear.config.shape_legality import either, near_multiples
 from megashear.config.training_schema import BatchConfig, OptimizerConfig, PruneConfig
@@ -11,7 +11,7 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Prune
 
 def importance_problems(config: Config, world_size: int | None) -> list[str]:
     """What stops units from being scored, in a run that prunes."""
-    if "prune" not in config.run.stages:
+    if "prune" not in config.run.phases:
         return []
     prune, problems = config.prune, []
     if prune.importance.criterion is None and prune.importance.layer_criterion is not None:
@@ -34,7 +34,7 @@ def importance_problems(config: Config, world_size: int | None) -> list[str]:
     return problems + batch_problems("prune", prune.batch, config.parallel, world_size)
 
 
-def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
+def batch_problems(phase: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
     """What does not divide: the global batch over ranks and micro-batches, micro-batches over a virtual pipeline."""
     replica = parallel.tensor * parallel.pipeline
     if world_size is None or world_size % replica:  # the layout's own problem is reported with the shapes
@@ -43,7 +43,7 @@ def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, wor
     at_once = batch.micro_batch * data_parallel
     if batch.global_batch % at_once:
         return [
-            f"{stage}.batch.global_batch: {batch.global_batch} is not divisible by micro_batch {batch.micro_batch} x "
+            f"{phase}.batch.global_batch: {batch.global_batch} is not divisible by micro_batch {batch.micro_batch} x "
             f"{data_parallel} data-parallel ranks = {at_once}; "
             f"use {either(near_multiples(batch.global_batch, at_once))}"
         ]
@@ -51,40 +51,40 @@ def batch_problems(stage: str, batch: BatchConfig, parallel: ParallelConfig, wor
     if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
         legal = [near * at_once for near in near_multiples(count, parallel.pipeline)]
         return [
-            f"{stage}.batch.global_batch: {batch.global_batch} makes {count} micro-batches, and virtual_pipeline needs "
+            f"{phase}.batch.global_batch: {batch.global_batch} makes {count} micro-batches, and virtual_pipeline needs "
             f"a multiple of parallel.pipeline {parallel.pipeline}; use {either(legal)}"
         ]
     return []
 
 
-def schedule_problems(config: Config, stage: str, optimizer: OptimizerConfig, batch: BatchConfig) -> list[str]:
+def schedule_problems(config: Config, phase: str, optimizer: OptimizerConfig, batch: BatchConfig) -> list[str]:
     """Warm-ups and decays that do not fit into the steps."""
     problems = []
     warmup, decay = optimizer.warmup_steps or 0, optimizer.decay_steps or 0
     if warmup >= batch.steps:
         problems.append(
-            f"{stage}.optimizer.warmup_steps: {warmup} leaves nothing of {batch.steps} steps; use fewer, or null"
+            f"{phase}.optimizer.warmup_steps: {warmup} leaves nothing of {batch.steps} steps; use fewer, or null"
         )
     elif optimizer.schedule == "wsd" and warmup + decay > batch.steps:
         problems.append(
-            f"{stage}.optimizer.decay_steps: {decay} and a warm-up of {warmup} are more than {batch.steps} steps; "
+            f"{phase}.optimizer.decay_steps: {decay} and a warm-up of {warmup} are more than {batch.steps} steps; "
             f"use at most {batch.steps - warmup}"
         )
-    return problems + (closing_problems(config.prune) if stage == "prune" else [])
+    return problems + (schedule_length_problems(config.prune) if phase == "prune" else [])
 
 
-def teacher_problems(config: Config, stage: str) -> list[str]:
+def distillation_problems(config: Config, phase: str) -> list[str]:
     """A teacher that is not there: it is the model of the source's folder."""
-    weight = training_stages(config)[stage].distillation.weight
+    weight = training_phases(config)[phase].distillation.weight
     if not weight or config.source.folder is not None:
         return []
     return [
-        f"{stage}.distillation.weight: {weight:g}, but a run from scratch has no source to be the teacher; set it to "
+        f"{phase}.distillation.weight: {weight:g}, but a run from scratch has no source to be the teacher; set it to "
         "0, or give source.folder"
     ]
 
 
-def closing_problems(prune: PruneConfig) -> list[str]:
+def schedule_length_problems(prune: PruneConfig) -> list[str]:
     """Mask schedules that do not fit into the steps, and a granularity that closes twice."""
     problems, steps = [], prune.batch.steps
     sparsity, settled, closing = prune.sparsity_warmup_steps or 0, prune.settle_steps or 0, prune.closing or []
@@ -100,7 +100,7 @@ def closing_problems(prune: PruneConfig) -> list[str]:
             f"prune.settle_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
             f"would be fixed before they are at their target; use at most {steps - sparsity}, or null"
         )
-    elif settled_steps(prune) >= steps and prune.importance.criterion is None:
+    elif frozen_steps(prune) >= steps and prune.importance.criterion is None:
         problems.append(
             f"prune.batch.steps: {steps} leaves none in which masks are learned, and prune.importance.criterion is "
             "null, so that units would be kept by chance; use more steps, or name a criterion"

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from megashear.config.model_shape import ModelShape
 from megashear.config.presets import PRESETS
 from megashear.config.resolve import (
+    distillation_plans,
     in_principal_basis,
     peak_learning_rate,
-    prunes,
+    phase_tokens,
     refit_batches,
-    stage_tokens,
+    run_prunes,
     teacher_flops_per_token,
-    teaching,
-    training_stages,
+    training_phases,
 )
 from megashear.config.schema import CheckpointConfig, Config, ParallelConfig
 from megashear.config.training_schema import BatchConfig
@@ -36,13 +36,13 @@ FOLDED_BYTES = 4
 
 def render(config: Config, report: Report) -> str:
     """The tables of everything that a check could see, and what it could not."""
-    stages = {name: stage.batch for name, stage in training_stages(config).items()}
+    phases = {name: phase.batch for name, phase in training_phases(config).items()}
     parts = []
     if report.source is not None:
         parts.append(shape_table(report.source, report.target))
-    if stages:
-        parts.append(stage_table(stages, learning_rates(config, report), config.data.sequence_length))
-    if teachers := teacher_rows(config, report):
+    if phases:
+        parts.append(phase_table(phases, learning_rates(config, report), config.data.sequence_length))
+    if teachers := distillation_rows(config, report):
         header = ["", "share of the loss", "temperature", "until", "FLOPs/token", "of the teacher", "as a share"]
         parts.append(table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers))
     if rows := calibration_rows(config, report):
@@ -51,28 +51,28 @@ def render(config: Config, report: Report) -> str:
         parts.append(layout_table(config.parallel, report.world_size))
     if report.memory:
         parts.append(memory_table(report.memory))
-    if report.dataset is not None and stages:
-        parts.append(epochs_table(_epochs(config, report, stages), config.data.max_epochs))
-    if stages:
-        parts.append(checkpoint_table(config.run.folder, config.checkpoint, stages))
-    if stages and report.source is not None:
+    if report.dataset is not None and phases:
+        parts.append(epochs_table(_epochs(config, report, phases), config.data.max_epochs))
+    if phases:
+        parts.append(checkpoint_table(config.run.folder, config.checkpoint, phases))
+    if phases and report.source is not None:
         parts.append(disk_table(config, report))
     notes = [f"warning: {text}" for text in report.warnings] + [f"not checked: {text}" for text in report.not_checked]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
 
 
 def learning_rates(config: Config, report: Report) -> dict[str, float]:
-    """Peak learning rate of each training stage, where the shapes are known that the derived ones follow."""
+    """Peak learning rate of each training phase, where the shapes are known that the derived ones follow."""
     made = report.target if report.target is not None else report.source
     if made is None:
         return {}
-    stages = training_stages(config).items()
-    return {name: peak_learning_rate(stage.optimizer, made.hidden_size) for name, stage in stages}
+    phases = training_phases(config).items()
+    return {name: peak_learning_rate(phase.optimizer, made.hidden_size) for name, phase in phases}
 
 
 def memory_table(memory: dict[str, list[Memory]]) -> str:
-    """Estimated GiB on a rank of each pipeline stage, by training stage."""
-    header = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "teacher", "all"]
+    """Estimated GiB on a rank of each pipeline stage, by training phase."""
+    header = ["phase", "parameters", "weights", "gradients", "optimizer", "activations", "logits", "teacher", "all"]
     rows = []
     for name, ranks in memory.items():
         for index, rank in enumerate(ranks):
@@ -82,10 +82,10 @@ def memory_table(memory: dict[str, list[Memory]]) -> str:
     return table("Memory per rank, estimated (GiB, without CUDA's and NCCL's own)", header, rows)
 
 
-def teacher_rows(config: Config, report: Report) -> list[list[str]]:
-    """What the source as teacher costs each stage that has it as one; nothing where shapes are not known."""
-    rows, taught = [], teaching(config, report.source, report.target)
-    for name in training_stages(config):
+def distillation_rows(config: Config, report: Report) -> list[list[str]]:
+    """What the source as teacher costs each phase that has it as one; nothing where shapes are not known."""
+    rows, taught = [], distillation_plans(config, report.source, report.target)
+    for name in training_phases(config):
         how = taught[name]
         if not how.weight or report.source is None:
             continue
@@ -99,7 +99,7 @@ def teacher_rows(config: Config, report: Report) -> list[list[str]]:
 
 def calibration_rows(config: Config, report: Report) -> list[list[str]]:
     """What basis, scores and fit will cost; nothing where shapes are not known or nothing is calibrated."""
-    if "prune" not in config.run.stages or report.source is None or report.target is None:
+    if "prune" not in config.run.phases or report.source is None or report.target is None:
         return []
     length, source, target = config.data.sequence_length, report.source, report.target
     directions = in_principal_basis(config.prune, source, target)
@@ -107,8 +107,8 @@ def calibration_rows(config: Config, report: Report) -> list[list[str]]:
     if not cost.tokens:
         return []
     trained = sum(
-        stage_tokens(stage.batch, length) * (source if name == "prune" else target).flops_per_token(length)
-        for name, stage in training_stages(config).items()
+        phase_tokens(phase.batch, length) * (source if name == "prune" else target).flops_per_token(length)
+        for name, phase in training_phases(config).items()
     )
     rows = [["tokens", count(cost.tokens)], ["FLOPs", f"{cost.flops:.2e}"]]
     if trained:
@@ -120,9 +120,9 @@ def calibration_rows(config: Config, report: Report) -> list[list[str]]:
 
 
 def disk_table(config: Config, report: Report) -> str:
-    """GiB of one checkpoint of each stage, of those kept with the one that is being written, and of model folders."""
+    """GiB of one checkpoint of each phase, of those kept with the one that is being written, and of model folders."""
     rows = []
-    for name in training_stages(config):
+    for name in training_phases(config):
         shape = report.target if name == "pretrain" and report.target is not None else report.source
         assert shape is not None
         size = STATE_BYTES[config.precision] * shape.parameters() / 2**30
@@ -135,7 +135,7 @@ def _model_bytes(config: Config, report: Report) -> float:
     """Bytes of a run's model folders while most of them are there: at the cut, where the run prunes."""
     assert report.source is not None
     size = STORED_BYTES[config.precision]
-    if not prunes(config) or report.target is None:
+    if not run_prunes(config) or report.target is None:
         return size * report.source.parameters()
     rotated = in_principal_basis(config.prune, report.source, report.target)
     learned = config.prune.method == "learned"  # the masked model and two moments; both are cut with it
@@ -155,16 +155,16 @@ def presets_table() -> str:
     return table("Shapes", header, rows)
 
 
-def _epochs(config: Config, report: Report, stages: dict[str, BatchConfig]) -> dict[str, dict[str, float]]:
+def _epochs(config: Config, report: Report, phases: dict[str, BatchConfig]) -> dict[str, dict[str, float]]:
     assert report.dataset is not None
     weights = planned_weights(config, report.dataset)
     there = {name: max(domain.train_tokens, 1) for name, domain in report.dataset.domains.items()}
     return {
-        stage: {
-            name: weight * stage_tokens(batch, config.data.sequence_length) / there[name]
+        phase: {
+            name: weight * phase_tokens(batch, config.data.sequence_length) / there[name]
             for name, weight in weights.items()
         }
-        for stage, batch in stages.items()
+        for phase, batch in phases.items()
     }
 
 
@@ -189,10 +189,10 @@ def shape_table(source: ModelShape, target: ModelShape | None) -> str:
     return table("Model", ["", "source", "target", "kept"][: 2 * len(shapes)], rows)
 
 
-def stage_table(stages: Mapping[str, BatchConfig], rates: Mapping[str, float], sequence_length: int) -> str:
-    """Steps, sequences and tokens of each training stage; rates: their peak learning rates, as far as known."""
+def phase_table(phases: Mapping[str, BatchConfig], rates: Mapping[str, float], sequence_length: int) -> str:
+    """Steps, sequences and tokens of each training phase; rates: their peak learning rates, as far as known."""
     rows = []
-    for name, batch in stages.items():
+    for name, batch in phases.items():
         tokens = batch.global_batch * sequence_length
         rows.append(
             [
@@ -206,7 +206,7 @@ def stage_table(stages: Mapping[str, BatchConfig], rates: Mapping[str, float], s
             ]
         )
     header = ["", "steps", "sequences/step", "tokens/step", "tokens", "steps/evaluation", "learning rate"]
-    return table(f"Stages (sequences of {sequence_length:,} tokens)", header, rows)
+    return table(f"Phases (sequences of {sequence_length:,} tokens)", header, rows)
 
 
 def layout_table(parallel: ParallelConfig, world_size: int, memory: Mapping[str, float] | None = None) -> str:
@@ -228,17 +228,17 @@ def layout_table(parallel: ParallelConfig, world_size: int, memory: Mapping[str,
     return table("Layout", ["", ""], rows)
 
 
-def checkpoint_table(folder: str, checkpoint: CheckpointConfig, stages: Mapping[str, BatchConfig]) -> str:
+def checkpoint_table(folder: str, checkpoint: CheckpointConfig, phases: Mapping[str, BatchConfig]) -> str:
     """Where checkpoints go, how often one is written, how many there will be and how many stay on the disk."""
     rows = []
-    for name, batch in stages.items():
+    for name, batch in phases.items():
         written = math.ceil(batch.steps / checkpoint.interval)
         rows.append([name, f"{checkpoint.interval:,}", f"{written:,}", f"{min(written, checkpoint.keep):,}"])
     return table(f"Checkpoints in {folder}", ["", "steps apart", "written", "kept"], rows)
 
 
 def epochs_table(epochs: Mapping[str, Mapping[str, float]], max_epochs: float) -> str:
-    """Epochs of each domain that the planned weights need, too many marked `!`; epochs: stage -> domain -> epochs."""
+    """Epochs of each domain that the planned weights need, too many marked `!`; epochs: phase -> domain -> epochs."""
     domains = list(dict.fromkeys(domain for planned in epochs.values() for domain in planned))
     rows = []
     for domain in domains:

@@ -1,7 +1,7 @@
 """Keys that a user has set and that cannot do in this run what they are for, most because nothing reads them: said by
 `check` and at a run's start, refused nowhere.
 
-Read next: `training_schema.py` (the keys), `stages.py`.
+Read next: `training_schema.py` (the keys), `phases.py`.
 """
 
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from typing import Any
 
 from megashear.config.model_shape import ModelShape
 from megashear.config.presets import PAPER
-from megashear.config.resolve import settled_steps, teaching, training_stages
+from megashear.config.resolve import distillation_plans, frozen_steps, training_phases
 from megashear.config.schema import Config
 from megashear.config.shape_legality import granularity_sizes
 from megashear.config.training_schema import DistillationConfig, OptimizerConfig, PruneConfig
@@ -42,7 +42,7 @@ ONE_SHOT = (
 def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
     """What is set and changes nothing, in a run that prunes."""
     prune, said = config.prune, []
-    if "prune" not in config.run.stages:
+    if "prune" not in config.run.phases:
         return []
     layer = prune.importance.layer_criterion
     if layer is not None and source.num_layers == target.num_layers:
@@ -77,17 +77,17 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
 
 def moments_warnings(config: Config) -> list[str]:
     """A fresh Adam asked for where there is nothing else."""
-    prune, stages = config.prune, config.run.stages
-    if config.pretrain.moments != "fresh" or "pretrain" not in stages:
+    prune, phases = config.prune, config.run.phases
+    if config.pretrain.moments != "fresh" or "pretrain" not in phases:
         return []
-    if "prune" in stages and prune.method == "learned" and settled_steps(prune):
+    if "prune" in phases and prune.method == "learned" and frozen_steps(prune):
         return []
     return ["pretrain.moments: fresh changes nothing: pruning hands none on where its masks do not settle"]
 
 
 def _unused_weight(config: Config) -> list[str]:
     """Of one-shot pruning, whose share of the teacher is what an open one of pre-training stands for, and no more."""
-    followed = "pretrain" in config.run.stages and config.pretrain.distillation.weight is None
+    followed = "pretrain" in config.run.phases and config.pretrain.distillation.weight is None
     if followed or not config.prune.distillation.weight:
         return []
     return ["prune.distillation.weight: changes nothing under method one_shot but an open pretrain.distillation.weight"]
@@ -105,20 +105,20 @@ def _at(values: dict[str, Any], key: str) -> Any:
     return values
 
 
-def teacher_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
+def distillation_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
     """A teacher that is the very model that training starts from; what is said of a teacher where there is none."""
-    said, plain, taught = [], vars(DistillationConfig()), teaching(config, source, target)
+    said, plain, taught = [], vars(DistillationConfig()), distillation_plans(config, source, target)
     published = PAPER["distillation"] if config.prune.preset == "paper" else plain
-    for name, stage in training_stages(config).items():
-        if taught[name].weight or (stage.distillation.weight is None and None in (source, target)):
+    for name, phase in training_phases(config).items():
+        if taught[name].weight or (phase.distillation.weight is None and None in (source, target)):
             continue
         said += [
             f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
             for key in ("temperature", "chunk", "until")
-            if getattr(stage.distillation, key) not in (plain[key], published[key])
+            if getattr(phase.distillation, key) not in (plain[key], published[key])
         ]
-    weight, stages = config.pretrain.distillation.weight, config.run.stages
-    if not weight or "pretrain" not in stages or {"prune", "finalize"} & set(stages) or config.source.folder is None:
+    weight, phases = config.pretrain.distillation.weight, config.run.phases
+    if not weight or "pretrain" not in phases or {"prune", "finalize"} & set(phases) or config.source.folder is None:
         return said
     comes = (
         "holds it there at the cost of its forward passes; set it to 0"

@@ -1,4 +1,4 @@
-"""A run's records as arrays: per stage and kind, in the order of steps.
+"""A run's records as arrays: per phase and kind, in the order of steps.
 
 Key properties: a value that is absent or null is NaN, so that lines have gaps where nothing was measured; of two
 records of one step the later counts. The schema is in `train/metrics.py`. Read next: `weights.py`, `losses.py`.
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-STAGES = ("prune", "pretrain")
+PHASES = ("prune", "pretrain")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The records of one stage: kind (train, mask, eval) -> records by ascending step."""
+class Phase:
+    """The records of one phase: kind (train, mask, eval) -> records by ascending step."""
 
     name: str
     records: Mapping[str, list[dict[str, Any]]]
@@ -39,38 +39,38 @@ class Stage:
         return max([1, *(int(record["step"]) for records in self.records.values() for record in records)])
 
 
-def stages_of(records: Iterable[Mapping[str, Any]]) -> list[Stage]:
-    """The stages that have records, in the order in which a run walks them."""
-    by_stage: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+def phases_of(records: Iterable[Mapping[str, Any]]) -> list[Phase]:
+    """The phases that have records, in the order in which a run walks them."""
+    by_phase: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for record in records:
-        kinds = by_stage.setdefault(record["stage"], {})
+        kinds = by_phase.setdefault(record["phase"], {})
         kinds.setdefault(record["kind"], {})[record["step"]] = dict(record)
-    order = sorted(by_stage, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+    order = sorted(by_phase, key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
     return [
-        Stage(name, {kind: [by_step[s] for s in sorted(by_step)] for kind, by_step in by_stage[name].items()})
+        Phase(name, {kind: [by_step[s] for s in sorted(by_step)] for kind, by_step in by_phase[name].items()})
         for name in order
     ]
 
 
-def names_in(stages: Iterable[Stage], kind: str, field: str) -> list[str]:
+def names_in(phases: Iterable[Phase], kind: str, field: str) -> list[str]:
     """Keys (domains, granularities) that any record of a kind has under `field`, in the order of first appearance."""
     return list(
-        dict.fromkeys(name for s in stages for record in s.records.get(kind, []) for name in record.get(field) or {})
+        dict.fromkeys(name for s in phases for record in s.records.get(kind, []) for name in record.get(field) or {})
     )
 
 
-def realised_mix(stage: Stage, domains: list[str], intervals: int = 24) -> tuple[np.ndarray, np.ndarray]:
+def realised_mix(phase: Phase, domains: list[str], intervals: int = 24) -> tuple[np.ndarray, np.ndarray]:
     """Share of each domain in the tokens read between evaluations, at most about `intervals` of them.
 
     Returns the intervals' middle steps, [intervals], and the shares, [domains, intervals], which sum to 1 over domains.
     """
-    steps = np.concatenate([[0.0], stage.steps("train")])
-    tokens = np.stack([np.concatenate([[0.0], stage.values("train", "domain_tokens", name)]) for name in domains])
+    steps = np.concatenate([[0.0], phase.steps("train")])
+    tokens = np.stack([np.concatenate([[0.0], phase.values("train", "domain_tokens", name)]) for name in domains])
     known = ~np.isnan(tokens).all(axis=0)
     steps, tokens = steps[known], np.nan_to_num(tokens[:, known])
     if len(steps) < 2:
         return np.empty(0), np.empty((len(domains), 0))
-    inner = stage.steps("eval")
+    inner = phase.steps("eval")
     edges = np.unique(np.concatenate([[0.0], inner[(inner > 0) & (inner < steps[-1])], [steps[-1]]]))
     if len(inner) < 2:
         edges = np.linspace(0.0, steps[-1], min(intervals, len(steps) - 1) + 1)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megashear.files.atomic import atomic_file
-from megashear.plots.metric_series import Stage
+from megashear.plots.metric_series import Phase
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
@@ -82,23 +82,23 @@ def panel(figure: Figure, left: float, bottom: float, width: float, height: floa
     )
 
 
-def stage_panels(
+def phase_panels(
     figure: Figure,
     box: tuple[float, float, float, float],
-    stages: Sequence[Stage],
+    phases: Sequence[Phase],
     shared: bool = True,
     named: bool = True,
 ) -> list[Axes]:
-    """One axes a stage side by side in `box` (left, bottom, width, height in inches); x is the step.
+    """One axes a phase side by side in `box` (left, bottom, width, height in inches); x is the step.
 
-    shared: one y axis for all stages; otherwise the later stage has its own, on the right. named: the stage's name is
+    shared: one y axis for all phases; otherwise the later phase has its own, on the right. named: the phase's name is
     above its axes, where there are several.
     """
     left, bottom, width, height = box
     gap = 0.09
-    each = (width - gap * (len(stages) - 1)) / len(stages)
+    each = (width - gap * (len(phases) - 1)) / len(phases)
     axes: list[Axes] = []
-    for index, stage in enumerate(stages):
+    for index, phase in enumerate(phases):
         place = (left + index * (each + gap), bottom, each, height)
         new = panel(figure, *place, sharey=axes[0] if axes and shared else None)
         if axes:
@@ -106,26 +106,26 @@ def stage_panels(
             new.spines["left"].set_color("#CCCCCC")
             new.spines["left"].set_linestyle((0, (2, 2)))
             new.spines["right"].set_visible(not shared)
-        step_axis(new, stage.last_step(), each, last=index == len(stages) - 1)
-        if named and len(stages) > 1:
-            new.text(0.5, 1.0, stage.name, transform=new.transAxes, ha="center", va="bottom", fontsize=8, color=GREY)
+        step_axis(new, phase.last_step(), each, last=index == len(phases) - 1)
+        if named and len(phases) > 1:
+            new.text(0.5, 1.0, phase.name, transform=new.transAxes, ha="center", va="bottom", fontsize=8, color=GREY)
         axes.append(new)
     return axes
 
 
 def domain_lines(
-    title: str, subtitle: str, domains: Sequence[str], stages: Sequence[Stage]
+    title: str, subtitle: str, domains: Sequence[str], phases: Sequence[Phase]
 ) -> tuple[Figure, list[Axes], dict[str, dict[str, Any]]]:
-    """A figure for a line a domain: one axes a stage, room for the names right of the last, and the lines' styles."""
+    """A figure for a line a domain: one axes a phase, room for the names right of the last, and the lines' styles."""
     figure = new_figure(8.05 + label_room(domains), 4.6, title, subtitle)
-    axes = stage_panels(figure, (0.75, 0.55, 7.3, 3.2), stages)
+    axes = phase_panels(figure, (0.75, 0.55, 7.3, 3.2), phases)
     for one in axes:
         one.set_xlabel("step")
     return figure, axes, line_styles(domains)
 
 
 def step_axis(axes: Axes, last_step: int, width: float, last: bool = True) -> None:
-    """Steps from 0 to the stage's last, in thousands from 10 000 on.
+    """Steps from 0 to the phase's last, in thousands from 10 000 on.
 
     width: inches, says how many labels have room; last: nothing stands to the right, so that a label may reach out.
     """

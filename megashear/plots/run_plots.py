@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 
 from megashear.errors import DataError
 from megashear.plots.mask_plots import draw_masks, within_layers
-from megashear.plots.metric_series import Stage, stages_of
+from megashear.plots.metric_series import Phase, phases_of
 from megashear.plots.mixture_plots import draw_epochs, draw_losses, draw_weights
 from megashear.plots.plot_style import STYLE, save
 from megashear.plots.score_plots import importance_picture
 from megashear.plots.training_plots import draw_multipliers, draw_sparsity, draw_speed, draw_training
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, SCORES_NAME, read_metrics
 
-PICTURES: dict[str, Callable[[Sequence[Stage]], Figure | None]] = {
+PICTURES: dict[str, Callable[[Sequence[Phase]], Figure | None]] = {
     "weights": draw_weights,
     "epochs": draw_epochs,
     "losses": draw_losses,
@@ -57,13 +57,13 @@ def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
         raise DataError(f"{run_folder}: no {FILE_NAME} here; give the folder of a run that has trained (run.folder)")
     records = read_metrics(run_folder / FILE_NAME) if (run_folder / FILE_NAME).exists() else []
     try:
-        stages = stages_of(records)
+        phases = phases_of(records)
     except KeyError as error:
         raise DataError(f"{run_folder / FILE_NAME}: a record without {error}; not a file of a run") from None
     masks = read_masks(run_folder / MASKS_NAME)
     output = Path(output) if output is not None else run_folder / "plots"
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        drawn = chain(draw_pictures(stages, masks), importance_picture(run_folder))
+        drawn = chain(draw_pictures(phases, masks), importance_picture(run_folder))
         written = [save(figure, output / f"{name}.png") for name, figure in drawn]
     if not written:
         raise DataError(
@@ -72,10 +72,10 @@ def plot_run(run_folder: Path, output: Path | None = None) -> list[Path]:
     return written
 
 
-def draw_pictures(stages: Sequence[Stage], masks: dict[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
+def draw_pictures(phases: Sequence[Phase], masks: dict[str, np.ndarray]) -> Iterator[tuple[str, Figure]]:
     """Every picture for which something is recorded, with its name; the caller has set the style."""
     for name, draw in PICTURES.items():
-        figure = draw(stages)
+        figure = draw(phases)
         if figure is not None:
             yield name, figure
     figure = draw_masks(masks)

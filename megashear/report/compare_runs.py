@@ -43,7 +43,7 @@ def comparison(first: RunRecord, second: RunRecord) -> Html:
     parts.append(cost_beside(names, (first, second)))
     figure = draw_curves(names, (first, second))
     if figure is not None:
-        caption = "Held-out loss over tokens and over training FLOPs of all stages; a line breaks where a stage ends."
+        caption = "Held-out loss over tokens and over training FLOPs of all phases; a line breaks where a phase ends."
         parts.append(picture(figure, caption))
     return section("Comparison", parts)
 
@@ -127,13 +127,13 @@ def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
         shown = [count(trained_tokens(spent)), "not known" if math.isnan(flops) else f"{flops:.3g}"]
         size = "not known" if run.target is None else count(run.target.parameters())
         rows.append([name, size, *shown, "not known" if math.isnan(hours) else f"{hours:.2f}"])
-    caption = "All training stages together; FLOPs with what calibration took."
+    caption = "All training phases together; FLOPs with what calibration took."
     return table(["run", "parameters", "tokens", "training FLOPs", "hours"], rows, caption)
 
 
 def draw_curves(names: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None:
     """Left: mean loss over tokens; right: over training FLOPs. None where the runs share no evaluated domain."""
-    found = [names_in(run.stages, "eval", "loss") for run in runs]
+    found = [names_in(run.phases, "eval", "loss") for run in runs]
     shared = [domain for domain in found[0] if domain in found[1]]
     if not shared:
         return None

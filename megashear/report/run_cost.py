@@ -1,8 +1,8 @@
-"""What a run has cost: tokens, training FLOPs and wall time by stage, and the FLOPs at every step.
+"""What a run has cost: tokens, training FLOPs and wall time by phase, and the FLOPs at every step.
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
 counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as recorded, for the steps that had one; what calibration took before pruning is a stage
+a teacher's forward pass counts as recorded, for the steps that had one; what calibration took before pruning is a phase
 of its own, by the run file until pruning has recorded it (but not its time); evaluation is told in seconds alone. Read
 next: `report.py`.
 """
@@ -15,21 +15,21 @@ import numpy as np
 from megashear.config.model_shape import ModelShape
 from megashear.config.resolve import in_principal_basis
 from megashear.planning.calibration_cost import calibration_cost
-from megashear.plots.metric_series import Stage
+from megashear.plots.metric_series import Phase
 from megashear.report.run_record import RunRecord
 
 CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """One training stage, or calibration, which trains nothing: tokens; FLOPs of the model and of a teacher, and of the
+class PhaseCost:
+    """One training phase, or calibration, which trains nothing: tokens; FLOPs of the model and of a teacher, and of the
     whole source on the same tokens (NaN where the shape is not known); live: mean share of the source's FLOPs in
     pruning (NaN: not measured, counted as 1); seconds, and how many of them were held-out evaluation (NaN where not
     recorded).
     """
 
-    stage: str
+    phase: str
     tokens: float
     flops: float
     teacher_flops: float
@@ -39,35 +39,35 @@ class StageCost:
     evaluation_seconds: float
 
 
-def costs(run: RunRecord) -> list[StageCost]:
-    """The cost of calibration where there was one, and of every training stage that has begun."""
+def costs(run: RunRecord) -> list[PhaseCost]:
+    """The cost of calibration where there was one, and of every training phase that has begun."""
     found = []
     pruned = run.done.get("prune") or planned_calibration(run)
     if pruned.get("calibration_flops"):
         tokens, flops = float(pruned["calibration_tokens"]), float(pruned["calibration_flops"])
-        one_shot = pruned.get("method") == "one_shot"  # its stage is calibration and one evaluation
+        one_shot = pruned.get("method") == "one_shot"  # its phase is calibration and one evaluation
         seconds = float(pruned.get("seconds" if one_shot else "calibration_seconds", math.nan))
         times = [seconds, float(pruned.get("evaluation_seconds", math.nan)) if one_shot else 0.0]
-        found.append(StageCost(CALIBRATION, tokens, flops, 0.0, 0.0, math.nan, *times))
+        found.append(PhaseCost(CALIBRATION, tokens, flops, 0.0, 0.0, math.nan, *times))
     for name in ("prune", "pretrain"):
-        stage, tokens = run.stage(name), run.tokens(name)
+        phase, tokens = run.phase(name), run.tokens(name)
         if not tokens:
             continue
         dense = flops_per_token(run, name)
-        steps = np.array([stage.last_step()])
-        live = float(live_steps(stage, steps)[0] / steps[0]) if name == "prune" else 1.0
-        measured = name == "prune" and np.isfinite(stage.values("mask", "live_flops")).any()
+        steps = np.array([phase.last_step()])
+        live = float(live_steps(phase, steps)[0] / steps[0]) if name == "prune" else 1.0
+        measured = name == "prune" and np.isfinite(phase.values("mask", "live_flops")).any()
         done = run.done.get(name, {})
-        recorded = {key: stage.values("train", key) for key in ("seconds", "evaluation_seconds")}
+        recorded = {key: phase.values("train", key) for key in ("seconds", "evaluation_seconds")}
         seconds, evaluating = (
             float(done.get(key, values[-1] if len(values) else math.nan)) for key, values in recorded.items()
         )
         found.append(
-            StageCost(
+            PhaseCost(
                 name,
                 tokens,
                 tokens * dense * live,
-                tokens * dense * teacher_share(run, name) * float(taught_steps(stage, steps)[0] / steps[0]),
+                tokens * dense * teacher_share(run, name) * float(distilled_steps(phase, steps)[0] / steps[0]),
                 tokens * _per_token(run, run.source),
                 live if measured else math.nan,
                 seconds,
@@ -88,9 +88,9 @@ def planned_calibration(run: RunRecord) -> dict[str, float]:
     return {"calibration_tokens": planned.tokens, "calibration_flops": planned.flops}
 
 
-def flops_per_token(run: RunRecord, stage: str) -> float:
-    """Training FLOPs per token of the whole model of a stage; NaN where its shape or the run file is not known."""
-    return _per_token(run, run.source if stage == "prune" else run.target)
+def flops_per_token(run: RunRecord, phase: str) -> float:
+    """Training FLOPs per token of the whole model of a phase; NaN where its shape or the run file is not known."""
+    return _per_token(run, run.source if phase == "prune" else run.target)
 
 
 def _per_token(run: RunRecord, shape: ModelShape | None) -> float:
@@ -99,33 +99,33 @@ def _per_token(run: RunRecord, shape: ModelShape | None) -> float:
     return float(shape.flops_per_token(run.config.data.sequence_length))
 
 
-def teacher_share(run: RunRecord, stage: str) -> float:
+def teacher_share(run: RunRecord, phase: str) -> float:
     """FLOPs of a teacher's forward pass as a share of those of training the whole model, while the teacher is there; 0
     without one.
     """
-    recorded = run.stage(stage).values("train", "teacher_flops")
+    recorded = run.phase(phase).values("train", "teacher_flops")
     known = recorded[np.isfinite(recorded)]
     return float(known[-1]) if len(known) else 0.0
 
 
-def taught_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
-    """Steps so far that had a teacher where the stage has one, [n] -> [n]; all where its records do not say."""
-    known = np.isfinite(stage.values("train", "taught"))
-    at, taught = stage.steps("train")[known], stage.values("train", "taught")[known]
+def distilled_steps(phase: Phase, steps: np.ndarray) -> np.ndarray:
+    """Steps so far that had a teacher where the phase has one, [n] -> [n]; all where its records do not say."""
+    known = np.isfinite(phase.values("train", "taught"))
+    at, taught = phase.steps("train")[known], phase.values("train", "taught")[known]
     if not len(at):
         return np.asarray(steps, dtype=np.float64)
     found: np.ndarray = np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))
     return found
 
 
-def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
+def live_steps(phase: Phase, steps: np.ndarray) -> np.ndarray:
     """Steps so far, each counted as the share of the source's FLOPs that it needed: [n] -> [n].
 
     The recorded count where a record has one. It has none once live units were off: from there on a step counts as
     the mean share of the records around it, or whole. Beyond the last record a step counts as it did there.
     """
-    at, share = stage.steps("mask"), stage.values("mask", "live_flops")
-    counted = stage.values("mask", "live_steps")
+    at, share = phase.steps("mask"), phase.values("mask", "live_flops")
+    counted = phase.values("mask", "live_steps")
     if not np.isfinite([share, counted]).any():
         return np.asarray(steps, dtype=np.float64)
     edges = np.concatenate([[0.0], at])
@@ -138,36 +138,36 @@ def live_steps(stage: Stage, steps: np.ndarray) -> np.ndarray:
     return found
 
 
-def trained_tokens(spent: list[StageCost]) -> float:
+def trained_tokens(spent: list[PhaseCost]) -> float:
     """Tokens that a model was trained on."""
-    return sum(cost.tokens for cost in spent if cost.stage != CALIBRATION)
+    return sum(cost.tokens for cost in spent if cost.phase != CALIBRATION)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean held-out loss over domains at the evaluations of one stage, and what the run had cost by then, [n] each."""
+    """Mean held-out loss over domains at the evaluations of one phase, and what the run had cost by then, [n] each."""
 
-    stage: str
+    phase: str
     tokens: np.ndarray
     flops: np.ndarray
     loss: np.ndarray
 
 
 def curves(run: RunRecord, domains: list[str]) -> list[Curve]:
-    """The evaluations of every stage, over all that the run cost before; domains: whose mean is taken."""
+    """The evaluations of every phase, over all that the run cost before; domains: whose mean is taken."""
     found, tokens, flops = [], 0.0, 0.0
     for cost in costs(run):
-        if cost.stage == CALIBRATION:
+        if cost.phase == CALIBRATION:
             flops += cost.flops
             continue
-        stage = run.stage(cost.stage)
-        steps, last = stage.steps("eval"), stage.last_step()
+        phase = run.phase(cost.phase)
+        steps, last = phase.steps("eval"), phase.last_step()
         if len(steps):
-            loss = np.mean([stage.values("eval", "loss", domain) for domain in domains], axis=0)
-            share = (live_steps(stage, steps) if cost.stage == "prune" else steps) / last
-            whole = live_steps(stage, np.array([last]))[0] / last if cost.stage == "prune" else 1.0
-            taught = taught_steps(stage, steps) / max(1.0, taught_steps(stage, np.array([last]))[0])
+            loss = np.mean([phase.values("eval", "loss", domain) for domain in domains], axis=0)
+            share = (live_steps(phase, steps) if cost.phase == "prune" else steps) / last
+            whole = live_steps(phase, np.array([last]))[0] / last if cost.phase == "prune" else 1.0
+            taught = distilled_steps(phase, steps) / max(1.0, distilled_steps(phase, np.array([last]))[0])
             spent = cost.flops * share / whole + cost.teacher_flops * taught
-            found.append(Curve(cost.stage, tokens + cost.tokens * steps / last, flops + spent, loss))
+            found.append(Curve(cost.phase, tokens + cost.tokens * steps / last, flops + spent, loss))
         tokens, flops = tokens + cost.tokens, flops + cost.flops + cost.teacher_flops
     return found

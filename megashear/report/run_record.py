@@ -3,7 +3,7 @@
 Key property: nothing is computed by a shape that is not the run's: what neither a folder, nor a manifest, nor a key
 tells is None. Read next: `record.py`.
 
-What a run folder tells, for a report: config, shapes, finished stages, losses, metrics, masks.
+What a run folder tells, for a report: config, shapes, finished phases, losses, metrics, masks.
 
 Key properties: reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
 source is still there; what is missing is said, what is damaged is one DataError. Read next: `shapes.py`, `cost.py`,
@@ -20,14 +20,14 @@ import numpy as np
 from megashear.config.load import load_config
 from megashear.config.model_shape import ModelShape, RopeScaling
 from megashear.config.presets import resolve_shape
-from megashear.config.resolve import DONE, IDENTITY, known_stages
+from megashear.config.resolve import DONE, IDENTITY, known_phases
 from megashear.config.schema import Config
 from megashear.errors import ConfigError, DataError, MegashearError, ModelError
 from megashear.evaluation.losses import DomainSequences, Losses, from_json, number, read_sequences
 from megashear.files.file_digests import read_manifest
 from megashear.hf.hf_config import read_config, shape_of_config
 from megashear.planning.dataset_plan import read_dataset
-from megashear.plots.metric_series import Stage, stages_of
+from megashear.plots.metric_series import Phase, phases_of
 from megashear.plots.run_plots import read_masks
 from megashear.train.metrics import FILE_NAME, MASKS_NAME, read_metrics
 
@@ -84,17 +84,17 @@ def _resolved(section: Any, source: ModelShape | None, vocab_size: int | None = 
 
 
 CONFIG, SOURCE_LOSSES = "config.yaml", "source_losses.json"
-COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a stage's losses are of
+COLUMNS = {"finalize": "pruned", "pretrain": "final"}  # the model that a phase's losses are of
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What a run folder holds.
 
-    config: its `run.stages` with those done before, None where the run file cannot be read any more; sheared: whether
+    config: its `run.phases` with those done before, None where the run file cannot be read any more; sheared: whether
     the run prunes or has pruned; source, target: the shapes that it begins and ends with, None where not known; done:
-    records of the finished stages; stages: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation
-    while pruning; losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a stage
+    records of the finished phases; phases: of `metrics.jsonl`; masks: of the cut, before it of the last evaluation
+    while pruning; losses: by model (source, masked until it is cut, pruned, final, or the last evaluation of a phase
     that goes on), {domain: (nats per token, standard error)}; sequences: of the last of these models, by domain the
     losses that they are the means of, where they are recorded; missing: what the run has not, in sentences.
     """
@@ -105,7 +105,7 @@ class RunRecord:
     source: ModelShape | None
     target: ModelShape | None
     done: dict[str, dict[str, Any]]
-    stages: list[Stage]
+    phases: list[Phase]
     masks: dict[str, np.ndarray]
     losses: dict[str, Losses]
     sequences: dict[str, DomainSequences]
@@ -116,14 +116,14 @@ class RunRecord:
         """The folder's own name."""
         return self.folder.resolve().name
 
-    def stage(self, name: str) -> Stage:
-        """The metrics of a stage; none of any kind where it has not begun."""
-        return next((stage for stage in self.stages if stage.name == name), Stage(name, {}))
+    def phase(self, name: str) -> Phase:
+        """The metrics of a phase; none of any kind where it has not begun."""
+        return next((phase for phase in self.phases if phase.name == name), Phase(name, {}))
 
-    def tokens(self, stage: str) -> float:
-        """Tokens that a stage trained on so far."""
-        recorded = self.stage(stage).values("train", "tokens")
-        return float(self.done.get(stage, {}).get("tokens") or (recorded[-1] if len(recorded) else 0))
+    def tokens(self, phase: str) -> float:
+        """Tokens that a phase trained on so far."""
+        recorded = self.phase(phase).values("train", "tokens")
+        return float(self.done.get(phase, {}).get("tokens") or (recorded[-1] if len(recorded) else 0))
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -133,23 +133,23 @@ def read_run(folder: Path) -> RunRecord:
         raise DataError(f"{folder}: no {IDENTITY} and no {FILE_NAME} here; give the folder of a run (run.folder)")
     missing: list[str] = []
     config = _config(folder / CONFIG, missing)
-    names = known_stages(folder, ["prune", "finalize", "pretrain"] if config is None else config.run.stages)
+    names = known_phases(folder, ["prune", "finalize", "pretrain"] if config is None else config.run.phases)
     if config is not None:
-        config = replace(config, run=replace(config.run, stages=names))
+        config = replace(config, run=replace(config.run, phases=names))
     done = {name: record for name in names if (record := read_json(folder / name / DONE)) is not None}
     try:
-        stages = stages_of(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).is_file() else []
-        losses = _losses(folder, done, stages)
+        phases = phases_of(read_metrics(folder / FILE_NAME)) if (folder / FILE_NAME).is_file() else []
+        losses = _losses(folder, done, phases)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: a record that is not one of a run ({error!r}); restore the file") from None
-    missing += [f"The stage {name} has not finished." for name in names if name not in done]
-    named = {*(config.run.stages if config is not None else ()), *done, *(stage.name for stage in stages)}
+    missing += [f"The phase {name} has not finished." for name in names if name not in done]
+    named = {*(config.run.phases if config is not None else ()), *done, *(phase.name for phase in phases)}
     sheared = not named.isdisjoint(("prune", "finalize"))
     source, target = shapes(folder, config, sheared)
     if source is None:
         missing.append("The source's shape is not known here, so FLOPs are not counted.")
     masks, sequences = read_masks(folder / MASKS_NAME), _sequences(folder, names, losses)
-    return RunRecord(folder, config, sheared, source, target, done, stages, masks, losses, sequences, missing)
+    return RunRecord(folder, config, sheared, source, target, done, phases, masks, losses, sequences, missing)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -173,21 +173,21 @@ def _config(path: Path, missing: list[str]) -> Config | None:
         return None
 
 
-def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) -> dict[str, Losses]:
+def _losses(folder: Path, done: dict[str, dict[str, Any]], phases: list[Phase]) -> dict[str, Losses]:
     """Held-out losses by model, in the order in which a run makes them."""
     columns: dict[str, Losses] = {}
     source = read_json(folder / SOURCE_LOSSES)
     if source is not None:
         columns["source"] = from_json(source)
-    for stage, column in COLUMNS.items():
-        if stage in done:
-            record = done[stage]
+    for phase, column in COLUMNS.items():
+        if phase in done:
+            record = done[phase]
             columns[column] = {n: (number(v), number(record["errors"].get(n))) for n, v in record["losses"].items()}
     pruned = done.get("prune", {})
     if "finalize" not in done and pruned.get("losses"):
         errors = pruned.get("errors", {})
         columns["masked"] = {name: (number(v), number(errors.get(name))) for name, v in pruned["losses"].items()}
-    last = stages[-1] if stages else None
+    last = phases[-1] if phases else None
     if last is not None and last.name not in done and last.records.get("eval"):
         record = last.records["eval"][-1]
         name = f"{last.name}, step {int(record['step']):,}"
@@ -195,11 +195,11 @@ def _losses(folder: Path, done: dict[str, dict[str, Any]], stages: list[Stage]) 
     return columns
 
 
-def _sequences(folder: Path, stages: list[str], losses: dict[str, Losses]) -> dict[str, DomainSequences]:
+def _sequences(folder: Path, phases: list[str], losses: dict[str, Losses]) -> dict[str, DomainSequences]:
     """Losses by sequence of the model of the last column: those whose means are the column's."""
     last = next(reversed(losses.values()), {})
-    for stage in reversed(stages):
-        found = read_sequences(folder / stage)
+    for phase in reversed(phases):
+        found = read_sequences(folder / phase)
         if found and all(name in last and float(one.loss_N.mean()) == last[name][0] for name, one in found.items()):
             return found
     return {}

@@ -113,25 +113,25 @@ def losses(run: RunRecord) -> list[Html]:
 
 
 def cost(run: RunRecord) -> list[Html]:
-    """Tokens, FLOPs and time by stage."""
+    """Tokens, FLOPs and time by phase."""
     found = costs(run)
     if not found:
         return []
     rows = []
     for one in found:
         evaluation = one.evaluation_seconds / one.seconds if one.seconds else math.nan
-        live = "-" if one.stage != "prune" else "not measured" if math.isnan(one.live) else f"{one.live:.1%}"
+        live = "-" if one.phase != "prune" else "not measured" if math.isnan(one.live) else f"{one.live:.1%}"
         others = (one.teacher_flops, one.source_flops)
         cells = [number(one.flops), *(number(flops) if flops else "-" for flops in others)]
         time = "not known" if math.isnan(one.seconds) else duration(one.seconds) if one.seconds else "-"
         share = "-" if not one.seconds else "not known" if math.isnan(evaluation) else f"{evaluation:.1%}"
-        rows.append([one.stage, count(one.tokens), live, *cells, time, share])
+        rows.append([one.phase, count(one.tokens), live, *cells, time, share])
     sums = [sum(getattr(one, key) for one in found) for key in ("flops", "teacher_flops", "source_flops")]
     seconds = sum(one.seconds for one in found)
     time = "not known" if math.isnan(seconds) else duration(seconds)
     cells = [number(sums[0]), number(sums[1]) if sums[1] else "-", number(sums[2])]
     rows.append(["all", count(trained_tokens(found)), "", *cells, time, ""])
-    header = ["stage", "tokens", "live share", "training FLOPs", "teacher FLOPs", "the source on these tokens"]
+    header = ["phase", "tokens", "live share", "training FLOPs", "teacher FLOPs", "the source on these tokens"]
     caption = (
         "FLOPs of products, forward and backward: 6 per weight and token, causal attention counted half. Live share: "
         "the mean share of the source's FLOPs that units with an open mask needed. Teacher: its forward pass, a third "
@@ -150,13 +150,13 @@ def number(value: float) -> str:
 def mixture(run: RunRecord) -> list[Html]:
     """Weights of the domains and epochs of their data."""
     columns: dict[str, dict[str, float]] = {}
-    for stage in run.stages:
-        evaluated, trained = stage.records.get("eval", []), stage.records.get("train", [])
+    for phase in run.phases:
+        evaluated, trained = phase.records.get("eval", []), phase.records.get("train", [])
         first: dict[str, float] = next((record["weights"] for record in evaluated if record.get("weights")), {})
-        last = run.done.get(stage.name, {}).get("weights") or (evaluated[-1].get("weights") if evaluated else {})
-        epochs = run.done.get(stage.name, {}).get("epochs") or (trained[-1].get("domain_epochs") if trained else {})
-        columns |= {f"{stage.name}, first weight": first, f"{stage.name}, last weight": last or {}}
-        columns[f"{stage.name}, epochs"] = epochs or {}
+        last = run.done.get(phase.name, {}).get("weights") or (evaluated[-1].get("weights") if evaluated else {})
+        epochs = run.done.get(phase.name, {}).get("epochs") or (trained[-1].get("domain_epochs") if trained else {})
+        columns |= {f"{phase.name}, first weight": first, f"{phase.name}, last weight": last or {}}
+        columns[f"{phase.name}, epochs"] = epochs or {}
     columns = {name: values for name, values in columns.items() if values}
     domains = list(dict.fromkeys(domain for values in columns.values() for domain in values))
     if not domains:
@@ -171,12 +171,12 @@ def mixture(run: RunRecord) -> list[Html]:
         ]
         for d in domains
     ]
-    caption = "First weight: after the first evaluation of the stage. Epochs: of a domain's training data, so far."
+    caption = "First weight: after the first evaluation of the phase. Epochs: of a domain's training data, so far."
     return [section("Mixture", [table(["domain", *columns], rows, caption)])]
 
 
 def pictures(run: RunRecord) -> list[Html]:
     """All that `megashear plot` draws."""
-    figures = chain(draw_pictures(run.stages, run.masks), importance_picture(run.folder))
+    figures = chain(draw_pictures(run.phases, run.masks), importance_picture(run.folder))
     drawn = [picture(figure, CAPTIONS[name]) for name, figure in figures]
     return [section("Pictures", drawn)] if drawn else []

@@ -1,10 +1,10 @@
-"""Watching a pruning stage's loss: a run whose masks destroy the model says so early, and which granularity does it.
+"""Watching a pruning phase's loss: a run whose masks destroy the model says so early, and which granularity does it.
 
 The training loss, smoothed, is compared with the source model's held-out loss. Where it has gone a third of the way
 from there to ln V, the loss of a model that knows nothing, the masks are laid over the present weights and evaluated
 on a few held-out sequences: all together, which tells a loss that the text is to blame for, then one granularity at a
 time. Masks that close far ahead of their schedule are told as well, before the loss shows it. Each is said once a
-stage; nothing that is computed changes.
+phase; nothing that is computed changes.
 Read next: `loop.py`.
 """
 
@@ -18,15 +18,15 @@ from megashear.evaluation.heldout import evaluate
 from megashear.evaluation.losses import mean_loss
 from megashear.masks.mask_values import Masks
 from megashear.train.step import StepResult
-from megashear.train.training_phase import Stage
+from megashear.train.training_phase import Phase
 
 logger = logging.getLogger(__name__)
 
 SHARE = 1.0 / 3.0
 """Way from the source's loss to ln V at which a warning is due."""
-LEAST_RISE = 0.5
+MIN_RISE = 0.5
 """Nats per token that the loss must have risen in any case."""
-MEMORY = 0.8
+SMOOTHING = 0.8
 """Share of the smoothed loss that the next step keeps."""
 SEQUENCES = 2
 """Held-out sequences a domain by which granularities are told apart."""
@@ -34,53 +34,53 @@ AHEAD = 0.1
 """Share of a granularity's units that may be closed beyond what the schedule asks for."""
 
 
-def watch_step(stage: Stage, result: StepResult) -> None:
-    """Warn once where a pruning stage's loss says that its masks destroy the model, and which of them (every rank)."""
-    counters, masks = stage.counters, stage.stepper.masks
-    if masks is None or stage.source_loss is None:
+def check_divergence(phase: Phase, result: StepResult) -> None:
+    """Warn once where a pruning phase's loss says that its masks destroy the model, and which of them (every rank)."""
+    counters, masks = phase.counters, phase.stepper.masks
+    if masks is None or phase.source_loss is None:
         return
     counters.smoothed_loss = average = smoothed(counters.smoothed_loss, result.loss)
-    if average is None or counters.warned or not average > limit(stage.source_loss, masks.source.vocab_size):
+    if average is None or counters.warned or not average > limit(phase.source_loss, masks.source.vocab_size):
         return
-    if counters.step < counters.look_again:
+    if counters.step < counters.recheck_step:
         return
-    few, batch = stage.heldout.first(SEQUENCES), stage.batch.micro_batch
+    few, batch = phase.heldout.first(SEQUENCES), phase.batch.micro_batch
 
     def loss(mask: Masks | None) -> float:
-        return mean_loss(evaluate(few, stage.layout, stage.stepper.weights.chunks, batch, mask))
+        return mean_loss(evaluate(few, phase.layout, phase.stepper.weights.chunks, batch, mask))
 
-    seed, step = stage.stepper.seed, counters.step
+    seed, step = phase.stepper.seed, counters.step
     with torch.no_grad():
         together = masks.sample(seed, step, 0)
     means = {"open": loss(None)}
-    if not confirmed(stage.source_loss, means["open"], loss(together)):
-        counters.look_again = 2 * step
+    if not confirmed(phase.source_loss, means["open"], loss(together)):
+        counters.recheck_step = 2 * step
         return
     counters.warned = True
     means |= {name: loss(mask) for name, mask in masks.alone(seed, step, 0).items()}
-    logger.warning("%s: %s", stage.name, verdict(counters.step, average, stage.source_loss, means, masks.config))
+    logger.warning("%s: %s", phase.name, verdict(counters.step, average, phase.source_loss, means, masks.config))
 
 
-def warn_ahead(stage: Stage, expected: dict[str, float], target: dict[str, float]) -> None:
+def warn_ahead(phase: Phase, expected: dict[str, float], target: dict[str, float]) -> None:
     """Warn once where masks close far ahead of their schedule."""
-    if stage.counters.ahead:
+    if phase.counters.ahead:
         return
-    text = ahead(stage.counters.step, expected, target)
+    text = ahead(phase.counters.step, expected, target)
     if text is not None:
-        stage.counters.ahead = True
-        logger.warning("%s: %s", stage.name, text)
+        phase.counters.ahead = True
+        logger.warning("%s: %s", phase.name, text)
 
 
 def smoothed(average: float | None, loss: float) -> float | None:
     """The exponential average after one more loss; a loss that is not finite (its step was skipped) does not enter."""
     if not math.isfinite(loss):
         return average
-    return loss if average is None else MEMORY * average + (1.0 - MEMORY) * loss
+    return loss if average is None else SMOOTHING * average + (1.0 - SMOOTHING) * loss
 
 
 def limit(source_loss: float, vocab_size: int) -> float:
     """The smoothed loss, in nats per token, above which a model counts as being destroyed."""
-    return source_loss + max(LEAST_RISE, SHARE * (math.log(vocab_size) - source_loss))
+    return source_loss + max(MIN_RISE, SHARE * (math.log(vocab_size) - source_loss))
 
 
 def confirmed(source_loss: float, open_loss: float, masked_loss: float) -> bool:
@@ -88,7 +88,7 @@ def confirmed(source_loss: float, open_loss: float, masked_loss: float) -> bool:
 
     open_loss, masked_loss: held-out losses of the present weights without and with the step's masks.
     """
-    return max(open_loss - source_loss, masked_loss - open_loss) >= LEAST_RISE
+    return max(open_loss - source_loss, masked_loss - open_loss) >= MIN_RISE
 
 
 def verdict(step: int, loss: float, source_loss: float, means: dict[str, float], prune: PruneConfig) -> str:

@@ -1,25 +1,25 @@
 """What a run writes down while it trains: `metrics.jsonl`, TensorBoard events, Weights & Biases, `masks.npz`, and
-`heldout.json` of each stage (`sequences.py`).
+`heldout.json` of each phase (`sequences.py`).
 
 Key properties: `metrics.jsonl` is the record of truth and holds an unbroken run, whatever was killed and resumed; a
 logger that fails (a full disk, a lost network) warns once, is switched off and never stops training. Torch is imported
 only for TensorBoard. Read next: `progress.py` (the line on the screen), `plot/run.py` (pictures of these records).
 
 Records, schema 1: one JSON object a line; a number that is not finite is null.
-  train  {"stage": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,
+  train  {"phase": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,
           with a teacher "distillation": float (T^2 KL in nats per token) and "teacher_loss": float (its own loss on
           the step's text), both absent once it is gone,
           "teacher_flops": float (the teacher's as a share of those of training the whole model) and "taught": int
           (steps so far that had the teacher),
-          "grad_norm": float, "tokens": int (of the stage so far), "tokens_per_second": float, "step_seconds": float
-          (of this step alone), "seconds": float (since the stage's start), "evaluation_seconds": float (of these, in
+          "grad_norm": float, "tokens": int (of the phase so far), "tokens_per_second": float, "step_seconds": float
+          (of this step alone), "seconds": float (since the phase's start), "evaluation_seconds": float (of these, in
           held-out evaluations), "domain_tokens": {domain: int (so far)},
           "domain_epochs": {domain: float (of the run)}, "skipped": int (steps so far)}
-  mask   {"stage", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
+  mask   {"phase", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
           "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float,
           "live_flops": share of the source's FLOPs that this step's live units needed | null,
-          "live_steps": the same summed over the stage's steps so far | null}
-  eval   {"stage", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
+          "live_steps": the same summed over the phase's steps so far | null}
+  eval   {"phase", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
           "reference": {domain: float} | null, "weights": {domain: weight after the update}}
 `masks.npz` holds the deterministic masks of the last evaluation while pruning, then those of the cut, fp32: hidden
 [d], head [L, H], intermediate [L, I], layer [L]; a granularity that is not learned is absent.
@@ -86,8 +86,8 @@ class Sink(Protocol):
 
     name: str
 
-    def resume(self, stage: str, step: int) -> None:
-        """Forget the stage's records after `step`; all of them where `step` is 0."""
+    def resume(self, phase: str, step: int) -> None:
+        """Forget the phase's records after `step`; all of them where `step` is 0."""
 
     def write(self, record: Record) -> None:
         """Write one record."""
@@ -108,9 +108,9 @@ class JsonLines:
         self._file.seek(0)
         self._file.truncate(self._file.readall().rfind(b"\n") + 1)
 
-    def resume(self, stage: str, step: int) -> None:
-        """Forget the stage's records after `step` (all where it is 0); the file is replaced whole."""
-        kept = [r for r in read_metrics(self.path) if r.get("stage") != stage or 0 < step >= r.get("step", 0)]
+    def resume(self, phase: str, step: int) -> None:
+        """Forget the phase's records after `step` (all where it is 0); the file is replaced whole."""
+        kept = [r for r in read_metrics(self.path) if r.get("phase") != phase or 0 < step >= r.get("step", 0)]
         self._file.close()
         try:
             write_text(self.path, "".join(orjson.dumps(r).decode() + "\n" for r in kept))
@@ -131,7 +131,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard events in `folder/tensorboard/STAGE`: stages are its runs, so equal tags lie over each other."""
+    """TensorBoard events in `folder/tensorboard/PHASE`: phases are its runs, so equal tags lie over each other."""
 
     name = "TensorBoard"
 
@@ -144,20 +144,20 @@ class TensorBoard:
         self._writers: dict[str, Any] = {}
         self._purge: dict[str, int] = {}
 
-    def resume(self, stage: str, step: int) -> None:
+    def resume(self, phase: str, step: int) -> None:
         """Have events after `step` purged (all where it is 0), by the mark that TensorBoard itself reads."""
-        writer = self._writers.pop(stage, None)
+        writer = self._writers.pop(phase, None)
         if writer is not None:
             writer.close()
-        self._purge[stage] = step + 1 if step > 0 else 0
+        self._purge[phase] = step + 1 if step > 0 else 0
 
     def write(self, record: Record) -> None:
         """Write every number of the record."""
-        stage = record["stage"]
-        if stage not in self._writers:
-            self._writers[stage] = self._open(str(self._folder / stage), purge_step=self._purge.get(stage))
+        phase = record["phase"]
+        if phase not in self._writers:
+            self._writers[phase] = self._open(str(self._folder / phase), purge_step=self._purge.get(phase))
         for tag, number in scalars(record):
-            self._writers[stage].add_scalar(tag, number, record["step"])
+            self._writers[phase].add_scalar(tag, number, record["step"])
 
     def close(self) -> None:
         """Flush and close the event files."""
@@ -182,16 +182,16 @@ class WeightsAndBiases:
             write_text(path, uuid.uuid4().hex[:12])
         identity = path.read_text(encoding="utf-8").strip()
         self._run = wandb.init(project=project, name=run_name, id=identity, resume="allow", dir=str(folder))
-        for stage in ("prune", "pretrain"):
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        for phase in ("prune", "pretrain"):
+            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
 
-    def resume(self, stage: str, step: int) -> None:
+    def resume(self, phase: str, step: int) -> None:
         """Nothing to do: what W&B has received stays."""
 
     def write(self, record: Record) -> None:
-        """Log every number of the record under its stage."""
-        values = {f"{record['stage']}/{tag}": number for tag, number in scalars(record)}
-        self._run.log({**values, f"{record['stage']}/step": record["step"]})
+        """Log every number of the record under its phase."""
+        values = {f"{record['phase']}/{tag}": number for tag, number in scalars(record)}
+        self._run.log({**values, f"{record['phase']}/step": record["step"]})
 
     def close(self) -> None:
         """Finish the run: what is still queued is sent."""
@@ -222,12 +222,12 @@ class Metrics:
         if wandb_project is not None:
             self._add("Weights & Biases", lambda: WeightsAndBiases(self._folder, wandb_project, run_name))
 
-    def resume(self, stage: str, step: int) -> None:
-        """Take up `stage` after `step`: its records with a larger step are cut off, all of them where `step` is 0.
+    def resume(self, phase: str, step: int) -> None:
+        """Take up `phase` after `step`: its records with a larger step are cut off, all of them where `step` is 0.
 
-        To be called once at the start of every stage, before anything is written.
+        To be called once at the start of every phase, before anything is written.
         """
-        self._each(lambda sink: sink.resume(stage, step))
+        self._each(lambda sink: sink.resume(phase, step))
 
     def write(self, record: Record) -> None:
         """Write a record of the schema above; values are Python's or numpy's numbers."""
@@ -237,10 +237,10 @@ class Metrics:
         """Replace `masks.npz`; masks: deterministic masks by granularity, shapes in the module's docstring."""
         self._save(save_masks, self._folder / MASKS_NAME, self._folder, masks)
 
-    def write_sequences(self, stage: str, losses: SequenceLosses, digests: Callable[[], Mapping[str, str]]) -> None:
-        """Replace the stage's `heldout.json`; losses of its held-out sequences, what gives digests of their text."""
+    def write_sequences(self, phase: str, losses: SequenceLosses, digests: Callable[[], Mapping[str, str]]) -> None:
+        """Replace the phase's `heldout.json`; losses of its held-out sequences, what gives digests of their text."""
         if save_sequences in self._files:
-            folder = self._folder / stage
+            folder = self._folder / phase
             self._save(save_sequences, folder / SEQUENCES_NAME, folder, losses, digests())
 
     def _save(self, save: Callable[..., None], path: Path, *arguments: Any) -> None:

@@ -22,7 +22,7 @@ Tick = Callable[[], None]
 
 @contextmanager
 def traced(path: Path, steps: int) -> Iterator[Tick]:
-    """Write the trace of `steps` steps to `path` (NAME.json.gz), fewer where the stage ends before; none where it is 0.
+    """Write the trace of `steps` steps to `path` (NAME.json.gz), fewer where the phase ends before; none where it is 0.
 
     Raises StorageError where the trace cannot be written.
     """

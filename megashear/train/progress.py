@@ -3,7 +3,7 @@
 Key properties: bf16 products with fp32 accumulation, dense (data sheets print twice that, "with sparsity"); a device
 that is not in the table has no MFU, rather than a wrong one. Read next: `progress.py`.
 
-The progress line of a training stage.
+The progress line of a training phase.
 
     prune 1200/3200  loss 2.4310  grad 0.84  lr 7.31e-05  29,504 tok/s  MFU 38.2%  sparsity hidden 35/37% ...  ETA 3:07
 
@@ -76,11 +76,11 @@ HALF_LIFE_STEPS = 50
 
 
 class Progress:
-    """Rate, ETA and progress line of one stage."""
+    """Rate, ETA and progress line of one phase."""
 
     def __init__(
         self,
-        stage: str,
+        phase: str,
         steps: int,
         flops_per_token: float,
         device_name: str,
@@ -89,8 +89,8 @@ class Progress:
         tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """steps: of the whole stage; step, tokens: done before this process; devices: ranks that share the work."""
-        self.stage = stage
+        """steps: of the whole phase; step, tokens: done before this process; devices: ranks that share the work."""
+        self.phase = phase
         self.steps = steps
         self.flops_per_token = flops_per_token
         self._devices = (device_name, devices)
@@ -100,7 +100,7 @@ class Progress:
         self._sum_steps = self._sum_tokens = self._sum_seconds = 0.0
 
     def advance(self, step: int, tokens: int) -> None:
-        """Take note that `step` steps and `tokens` tokens of the stage are done; call it at every line."""
+        """Take note that `step` steps and `tokens` tokens of the phase are done; call it at every line."""
         now = self._clock()
         decay = 0.5 ** ((step - self._step) / HALF_LIFE_STEPS)
         self._sum_steps = self._sum_steps * decay + step - self._step
@@ -120,7 +120,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds to the end of the stage at the present rate; None before the first step."""
+        """Seconds to the end of the phase at the present rate; None before the first step."""
         if not self._sum_steps:
             return None
         return (self.steps - self._step) * self._sum_seconds / self._sum_steps
@@ -139,7 +139,7 @@ class Progress:
         distillation: KL from the teacher, and the teacher's FLOPs as a share of the model's own, or None.
         """
         parts = [
-            f"{self.stage} {self._step:>{len(str(self.steps))}}/{self.steps}",
+            f"{self.phase} {self._step:>{len(str(self.steps))}}/{self.steps}",
             f"loss {loss:.4f}",
             *([] if distillation is None else [f"distillation {distillation:.4f} (+{teacher_flops or 0:.0%} FLOPs)"]),
             f"grad {grad_norm:.3g}",

@@ -71,11 +71,11 @@ class Stepper:
 
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
-            lesson = None
+            targets = None
             if self.teacher is not None and unwrap(chunk).post_process:
-                lesson = self.teacher.lesson(taught.pop(batch.index))
-            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS, lesson)
-            return output, _mean_loss if lesson is None else _mean_losses
+                targets = self.teacher.teacher_targets(taught.pop(batch.index))
+            output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS, targets)
+            return output, _mean_loss if targets is None else _mean_losses
 
         self.weights.zero_gradients()
         if self.masks is not None:

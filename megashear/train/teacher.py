@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 from megashear.engine.layout import Layout
 from megashear.engine.parallel import gather_sequence
 from megashear.engine.pipeline import run_micro_batches
-from megashear.model.llama import Lesson, Llama
+from megashear.model.llama import Llama, TeacherTargets
 
 if TYPE_CHECKING:
     from megashear.model.micro_batch import MicroBatch
     from megashear.train.step import StepResult
-    from megashear.train.training_phase import Stage
+    from megashear.train.training_phase import Phase
 
 
-WINDOW = 8
+WINDOW_STEPS = 8
 """Last steps in whose mean a student is no worse than its teacher when that goes."""
 
 
 class Teacher:
     """A frozen model that gives the lessons of a step, one a micro-batch."""
 
-    def __init__(self, chunks: list[Llama], how: Teaching, layout: Layout) -> None:
+    def __init__(self, chunks: list[Llama], how: DistillationPlan, layout: Layout) -> None:
         """chunks: this rank's, filled; of the student's vocabulary, any other size may differ."""
         self.chunks, self.how, self.layout = chunks, how, layout
         for chunk in chunks:
@@ -52,35 +52,35 @@ class Teacher:
         kept = run_micro_batches(forward, list(self.chunks), batches, length, micro_batch, forward_only=True)
         return {batch.index: states for batch, states in zip(batches, kept, strict=bool(kept))}
 
-    def lesson(self, states_SBD: Tensor) -> Lesson:
+    def teacher_targets(self, states_SBD: Tensor) -> TeacherTargets:
         """The lesson of a micro-batch from its final states; on every tensor-parallel rank of the last stage."""
         if self.layout.sequence:
             states_SBD = gather_sequence(states_SBD)
-        return Lesson(states_SBD, self.chunks[-1].output_weight(), self.how)
+        return TeacherTargets(states_SBD, self.chunks[-1].output_weight(), self.how)
 
 
-def dismiss_teacher(stage: "Stage", result: "StepResult") -> None:
+def stop_if_student_is_better(phase: "Phase", result: "StepResult") -> None:
     """Go on without the teacher once the student is no worse than it (every rank), by their cross entropy on the very
     text of the last WINDOW steps: that costs nothing, waits for no evaluation, and is of equal text.
 
     A student whose masks are open is its teacher, so that pruning asks once each granularity has half of its target
     sparsity. A skipped step does not count; after the last one there is nothing left to ask.
     """
-    teacher, masks, counters = stage.stepper.teacher, stage.stepper.masks, stage.counters
+    teacher, masks, counters = phase.stepper.teacher, phase.stepper.masks, phase.counters
     if teacher is None or teacher.how.until == "end" or result.teacher_loss is None or result.skipped:
         return
-    counters.behind = [*counters.behind, result.loss - result.teacher_loss][-WINDOW:]
-    mean = sum(counters.behind) / WINDOW
-    if len(counters.behind) < WINDOW or mean > 0 or counters.step == stage.batch.steps:
+    counters.behind = [*counters.behind, result.loss - result.teacher_loss][-WINDOW_STEPS:]
+    mean = sum(counters.behind) / WINDOW_STEPS
+    if len(counters.behind) < WINDOW_STEPS or mean > 0 or counters.step == phase.batch.steps:
         return
     expected = {} if result.sparsity is None else result.sparsity["expected"]
-    if masks is not None and not masks.closing.half_closed(counters.step - 1, expected):
+    if masks is not None and not masks.closing.at_half_target(counters.step - 1, expected):
         return
     counters.taught = counters.step
-    stage.go_untaught()
-    if stage.layout.is_main:
+    phase.stop_distillation()
+    if phase.layout.is_main:
         print(
-            f"{stage.name}: step {counters.step}: over {WINDOW} steps the model's loss is {-mean:.4f} below the "
+            f"{phase.name}: step {counters.step}: over {WINDOW_STEPS} steps the model's loss is {-mean:.4f} below the "
             "source's on the same text: the teacher goes",
             flush=True,
         )

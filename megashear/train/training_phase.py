@@ -1,4 +1,4 @@
-"""What a training stage is made of, and how far it is. Read next: `loop.py`."""
+"""What a training phase is made of, and how far it is. Read next: `loop.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from megashear.train.step import Stepper
 
 @dataclass
 class Counters:
-    """Plain numbers of a stage that are saved with it."""
+    """Plain numbers of a phase that are saved with it."""
 
     step: int = 0
     seconds: float = 0.0
@@ -34,11 +34,11 @@ class Counters:
     skipped_in_a_row: int = 0
     smoothed_loss: float | None = None
     warned: bool = False
-    """Whether the stage has said that its masks destroy the model."""
-    look_again: int = 0
+    """Whether the phase has said that its masks destroy the model."""
+    recheck_step: int = 0
     """Step before which a loss that is high for another reason (of the text, say) is not looked into again."""
     ahead: bool = False
-    """Whether the stage has said that its masks close ahead of their schedule."""
+    """Whether the phase has said that its masks close ahead of their schedule."""
     undecided: list[str] = field(default_factory=list)
     """What was open about the masks when they settled."""
     live_steps: float | None = 0.0
@@ -49,13 +49,13 @@ class Counters:
     """The model's loss less the teacher's in the last steps, by which the teacher goes."""
 
 
-def do_nothing(_: "Stage") -> None:
+def do_nothing(_: "Phase") -> None:
     """Default callback."""
 
 
 @dataclass
-class Stage:
-    """A training stage: what it is made of, and how far it is."""
+class Phase:
+    """A training phase: what it is made of, and how far it is."""
 
     name: str
     batch: BatchConfig
@@ -81,14 +81,14 @@ class Stage:
     losses: Losses | None = None
     """Held-out losses of the last evaluation; None before the first one, which precedes the first step."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Tokens of each domain that earlier stages took of the stream."""
+    """Tokens of each domain that earlier phases took of the stream."""
     source_loss: float | None = None
     """Mean held-out loss of the source model, by which pruning is watched; None: from scratch."""
     teacher_flops: float | None = None
-    """A teacher's FLOPs as a share of those of training the whole model; None: the stage began without one."""
+    """A teacher's FLOPs as a share of those of training the whole model; None: the phase began without one."""
 
-    def go_untaught(self) -> None:
-        """Drop the teacher: its memory is free, its FLOPs are no longer the stage's."""
+    def stop_distillation(self) -> None:
+        """Drop the teacher: its memory is free, its FLOPs are no longer the phase's."""
         self.stepper.teacher = None
         self.progress.flops_per_token = self.shape.flops_per_token(self.batches.loader.sequence_length)
 
@@ -109,5 +109,5 @@ class Stage:
         return PRUNE_WARMUP_SHARE if self.name == "prune" else PRETRAIN_WARMUP_SHARE
 
 
-OnStep: TypeAlias = Callable[[Stage], None]
+OnStep: TypeAlias = Callable[[Phase], None]
 """Callback after each training step; see `megashear.phases.runner.run`."""

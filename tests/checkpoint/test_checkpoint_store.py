@@ -36,7 +36,7 @@ def test_the_newest_are_kept(tiny: Tiny, tmp_path: Path, keep: int, left: list[i
 
 
 def test_what_a_checkpoint_holds(unbroken_folder: Path) -> None:
-    pruned, trained = (list_checkpoints(unbroken_folder / stage)[0] for stage in ("prune", "pretrain"))
+    pruned, trained = (list_checkpoints(unbroken_folder / phase)[0] for phase in ("prune", "pretrain"))
     state = read_state(pruned)
     assert state.keys() == {"counters", "stream", "mixture", "losses"}
     assert state["counters"]["step"] == 8

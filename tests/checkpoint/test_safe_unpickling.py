@@ -25,8 +25,8 @@ class Calls:
 
 
 def test_metadata_of_a_real_checkpoint_passes(unbroken_folder: Path) -> None:
-    for stage in ("prune", "pretrain"):
-        for path in list_checkpoints(unbroken_folder / stage):
+    for phase in ("prune", "pretrain"):
+        for path in list_checkpoints(unbroken_folder / phase):
             assert (path / "weights/.metadata").is_file()
             refuse_foreign_pickles(path)
 

@@ -40,7 +40,7 @@ def test_override_wins_over_file_wins_over_default(tmp_path: Path) -> None:
 
 def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
     text = (
-        "run:\n  sead: 3\n  stages: [prune, finalise]\n"
+        "run:\n  sead: 3\n  phases: [prune, finalise]\n"
         "prune:\n  steps: 3\n  mask_learning_rate: fast\n"
         "data: 5\n"
         "precison: bf16\n"
@@ -53,7 +53,7 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
         "FILE:8: unknown key precison; did you mean precision?",
         "override 'nonsense': has no `key=value`; write for example run.seed=1",
         "override 'seed=3': unknown key seed; did you mean run.seed?",
-        "FILE:3: run.stages is 'finalise', expected one of prune, finalize, pretrain, export; did you mean finalize?",
+        "FILE:3: run.phases is 'finalise', expected one of prune, finalize, pretrain, export; did you mean finalize?",
         "override 'parallel.sequence=1': parallel.sequence is 1, expected true or false",
         "override 'prune.batch.micro_batch=0': prune.batch.micro_batch is 0, expected at least 1",
         "FILE:6: prune.mask_learning_rate is 'fast', expected a finite number",
@@ -69,7 +69,7 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
         ("run: {seed: -1}", "at least 0"),
         ("run: {folder: 12}", "quotes"),
         ("run: {folder: null}", "text"),
-        ("run: {stages: prune}", "a list"),
+        ("run: {phases: prune}", "a list"),
         ("mixture: {initial_weights: [1]}", "a mapping"),
         ("mixture: {initial_weights: {no: 1}}", "text"),
         ("mixture: {smoothing: 1.5}", "at most 0.999"),

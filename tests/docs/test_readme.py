@@ -167,8 +167,8 @@ def test_exit_codes_and_verbs_are_those_of_the_command_line() -> None:
     codes = set(re.findall(r"^ +(\d+)  ", help_text, re.MULTILINE))
     assert codes == set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE))
     verbs = set(re.findall(r"^    (\w+) {2,}\w", help_text.split("exit codes:")[0], re.MULTILINE))
-    stages = {"prune", "finalize", "pretrain", "export"}
-    assert verbs == stages | {"import", "check", "run", "eval", "mixture", "env", "plot", "report"}
+    phases = {"prune", "finalize", "pretrain", "export"}
+    assert verbs == phases | {"import", "check", "run", "eval", "mixture", "env", "plot", "report"}
     for verb in verbs:
         assert f"megashear {verb}" in README
 

@@ -70,9 +70,9 @@ def test_the_losses_of_a_finished_run_are_these(unbroken_folder: Path, tiny: Tin
 
 def test_a_finished_run_keeps_the_losses_of_its_sequences(unbroken_folder: Path) -> None:
     texts = []
-    for stage in ("prune", "finalize", "pretrain"):
-        recorded = json.loads((unbroken_folder / stage / "done.json").read_text())
-        found = read_sequences(unbroken_folder / stage)
+    for phase in ("prune", "finalize", "pretrain"):
+        recorded = json.loads((unbroken_folder / phase / "done.json").read_text())
+        found = read_sequences(unbroken_folder / phase)
         assert {name: float(one.loss_N.mean()) for name, one in found.items()} == recorded["losses"]
         texts.append({name: one.text for name, one in found.items()})
     assert texts[0] == texts[1] == texts[2]

@@ -89,7 +89,7 @@ def test_source_shear_and_scratch_agree() -> None:
     target = yaml.safe_load((QUICKSTART / "shear.yaml").read_text())["target"]
     assert target.items() <= given.items()
     assert given["head_dim"] * source.source.shape.num_heads == source.source.shape.hidden_size
-    steps = [stage.batch.steps * stage.batch.global_batch for stage in (shear.prune, shear.pretrain, scratch.pretrain)]
+    steps = [phase.batch.steps * phase.batch.global_batch for phase in (shear.prune, shear.pretrain, scratch.pretrain)]
     assert steps[0] + steps[1] == steps[2]
 
 

@@ -13,17 +13,17 @@ from helpers.tiny import finish
 from megashear.config.load import load_config
 from megashear.engine.collectives import gather_objects
 from megashear.train import loop, step
-from megashear.train.training_phase import Stage
+from megashear.train.training_phase import Phase
 
 LOSS, GRADIENT = 3, 5
 
 
-def digest(stage: Stage) -> str:
+def digest(phase: Phase) -> str:
     """Everything that a step may change; the weights' part is this rank's whole copy (data parallel)."""
     seen = hashlib.sha256()
-    masks = stage.stepper.masks
+    masks = phase.stepper.masks
     assert masks is not None
-    parameters = [p.detach() for chunk in stage.stepper.weights.chunks for p in chunk.parameters()]
+    parameters = [p.detach() for chunk in phase.stepper.weights.chunks for p in chunk.parameters()]
     for tensor in [*parameters, *masks.state_dict().values()]:
         seen.update(tensor.contiguous().numpy().tobytes())
     return seen.hexdigest()
@@ -36,20 +36,20 @@ def poisoned_run(file: str) -> dict[str, Any]:
     original_step, original_loss = loop.train_step, step._mean_loss
     now = 0
 
-    def train_step(stage: Stage) -> Any:
+    def train_step(phase: Phase) -> Any:
         nonlocal now
         if not ranks:
-            ranks.append(gather_objects(digest(stage)))
+            ranks.append(gather_objects(digest(phase)))
             skipped.append(0)
-        now = stage.counters.step + 1
+        now = phase.counters.step + 1
         if now == GRADIENT and dist.get_rank() == 1:
-            parameter = next(stage.stepper.weights.chunks[0].parameters())
+            parameter = next(phase.stepper.weights.chunks[0].parameters())
             handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
-        result = original_step(stage)
+        result = original_step(phase)
         if now == GRADIENT and dist.get_rank() == 1:
             handle.remove()
-        ranks.append(gather_objects(digest(stage)))
-        skipped.append(stage.counters.skipped)
+        ranks.append(gather_objects(digest(phase)))
+        skipped.append(phase.counters.skipped)
         return result
 
     def mean_loss(losses: torch.Tensor) -> Any:
@@ -58,5 +58,5 @@ def poisoned_run(file: str) -> dict[str, Any]:
 
     with world_kept(), patch.object(loop, "train_step", train_step), patch.object(step, "_mean_loss", mean_loss):
         # masks that settle by schedule would move in a skipped step too
-        finish(load_config(Path(file), ["run.stages=[prune]", "prune.batch.steps=6", "prune.settle_steps=0"]))
+        finish(load_config(Path(file), ["run.phases=[prune]", "prune.batch.steps=6", "prune.settle_steps=0"]))
     return {"ranks": [list(one) for one in zip(*ranks, strict=True)], "skipped": skipped}

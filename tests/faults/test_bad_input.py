@@ -102,7 +102,7 @@ def test_a_folder_that_another_process_holds(tiny: Tiny, tmp_path: Path, refused
 
 
 @pytest.mark.parametrize(("verb", "words"), [("finalize", "pruning is not finished"), ("pretrain", "not finalized")])
-def test_a_stage_whose_turn_it_is_not(tiny: Tiny, tmp_path: Path, refused: Refuse, verb: str, words: str) -> None:
+def test_a_phase_whose_turn_it_is_not(tiny: Tiny, tmp_path: Path, refused: Refuse, verb: str, words: str) -> None:
     refused(5, [words, "first"], verb, tiny.file(tmp_path / "run"))
 
 

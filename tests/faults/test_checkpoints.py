@@ -175,10 +175,10 @@ def test_a_full_disk_while_the_model_is_written(
 
     monkeypatch.setattr(write, name, full)
     with pytest.raises(StorageError, match=r"masked: could not be written .the disk is full"):
-        finish(tiny.config(tmp_path / "run", "run.stages=[prune]"))
+        finish(tiny.config(tmp_path / "run", "run.phases=[prune]"))
     assert not list((tmp_path / "run").glob("*masked*"))
     monkeypatch.undo()
-    finish(tiny.config(tmp_path / "run", "run.stages=[prune]"))
+    finish(tiny.config(tmp_path / "run", "run.phases=[prune]"))
     assert (tmp_path / "run/masked/model.safetensors").read_bytes() == unbroken["masked/model.safetensors"]
 
 
@@ -196,8 +196,8 @@ def kill_while_saving(tiny: Tiny, folder: Path, kills: int, seed: int) -> int:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-        for stage in ("prune", "pretrain"):
-            for path in list_checkpoints(folder / stage):
+        for phase in ("prune", "pretrain"):
+            for path in list_checkpoints(folder / phase):
                 assert newest_valid(path.parent) is not None
     return kills
 

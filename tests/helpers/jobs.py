@@ -33,15 +33,15 @@ def signal_the_last_rank() -> None:
 
 
 def run_all(jobs: list[dict[str, Any]]) -> None:
-    """Run jobs one after another: {"file": run file, "overrides": [...], "stop": [[stage, step], ...], "finish": bool}.
+    """Run jobs one after another: {"file": run file, "overrides": [...], "stop": [[phase, step], ...], "finish": bool}.
 
     A stop is a signal to the last rank only, and all ranks must stop.
     """
     with world_kept():
         for job in jobs:
             config = load_config(Path(job["file"]), job["overrides"])
-            for stage, step in job["stop"]:
-                assert break_off(config, (stage, step), signal_the_last_rank)
+            for phase, step in job["stop"]:
+                assert break_off(config, (phase, step), signal_the_last_rank)
             if job["finish"]:
                 finish(config)
 

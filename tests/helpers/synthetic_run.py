@@ -22,12 +22,12 @@ KEYS = [
     "target.preset=sheared-1.3b",
     "data.folder=data",
     "data.sequence_length=4096",
-    "run.stages=[prune,finalize,pretrain]",
+    "run.phases=[prune,finalize,pretrain]",
 ]
 
 
 class SyntheticRun:
-    """Writes the records of one run, stage after stage."""
+    """Writes the records of one run, phase after phase."""
 
     def __init__(self, folder: Path, extra_domains: int = 0, seed: int = 0) -> None:
         self.noise = np.random.default_rng(seed)
@@ -39,37 +39,37 @@ class SyntheticRun:
     def named(self, values: np.ndarray) -> dict[str, float]:
         return dict(zip(self.domains, map(float, values), strict=True))
 
-    def stage(self, stage: str, steps: int, batch: int, interval: int, log: int) -> None:
+    def phase(self, phase: str, steps: int, batch: int, interval: int, log: int) -> None:
         """Losses that rise with the sparsity and fall again while pruning, fall alone while pre-training."""
-        weights = np.concatenate([PRUNE_WEIGHTS if stage == "prune" else PRETRAIN_WEIGHTS, self.extra])
+        weights = np.concatenate([PRUNE_WEIGHTS if phase == "prune" else PRETRAIN_WEIGHTS, self.extra])
         weights /= weights.sum()
         tokens = np.zeros(len(self.domains))
-        speed = 29_500 if stage == "prune" else 79_300
+        speed = 29_500 if phase == "prune" else 79_300
         for step in range(0, steps + 1, log):
-            excess = self.excess(stage, step, steps)
+            excess = self.excess(phase, step, steps)
             if step:
                 tokens += np.floor(weights * batch * log) * 4096
-                self.train(stage, step, steps, float(weights @ (self.reference + excess)), tokens, speed)
-                if stage == "prune":
+                self.train(phase, step, steps, float(weights @ (self.reference + excess)), tokens, speed)
+                if phase == "prune":
                     self.mask(step, steps)
-            if step % interval == 0 and (step or stage == "pretrain"):
+            if step % interval == 0 and (step or phase == "pretrain"):
                 error = self.noise.uniform(0.008, 0.02, len(self.domains))
                 loss = self.reference + excess + error * self.noise.normal(size=len(error))
                 weights = weights * np.exp(np.clip(loss - self.reference, 0, None) * 0.06)
                 weights /= weights.sum()
                 named = self.named
                 record = {"loss": named(loss), "error": named(error), "reference": named(self.reference)}
-                self.metrics.write({"stage": stage, "step": step, "kind": "eval", **record, "weights": named(weights)})
+                self.metrics.write({"phase": phase, "step": step, "kind": "eval", **record, "weights": named(weights)})
 
-    def excess(self, stage: str, step: int, steps: int) -> np.ndarray:
+    def excess(self, phase: str, step: int, steps: int) -> np.ndarray:
         scale = np.linspace(0.7, 1.3, len(self.domains))
         done = step / steps
-        if stage == "prune":
+        if phase == "prune":
             rise = 2.2 * np.exp(-((done - 0.16) ** 2) / 0.012) + 0.55 * (1 - np.exp(-done / 0.05))
             return scale * (rise - 0.12 * done)
         return scale * (0.05 + 0.42 * np.exp(-done / 0.08)) - 0.04 * done
 
-    def train(self, stage: str, step: int, steps: int, loss: float, tokens: np.ndarray, speed: float) -> None:
+    def train(self, phase: str, step: int, steps: int, loss: float, tokens: np.ndarray, speed: float) -> None:
         record = {
             "loss": loss + 0.05 * self.noise.normal() if step % 4100 else None,
             "lr": 1e-4,
@@ -84,7 +84,7 @@ class SyntheticRun:
             },
             "skipped": step // 4100,
         }
-        self.metrics.write({"stage": stage, "step": step, "kind": "train", **record})
+        self.metrics.write({"phase": phase, "step": step, "kind": "train", **record})
 
     def mask(self, step: int, steps: int) -> None:
         grown = min(1.0, step / (0.2 * steps))
@@ -96,7 +96,7 @@ class SyntheticRun:
         multipliers = {"lambda1": rise, "lambda2": {name: 2.5 * value + step / 300 for name, value in rise.items()}}
         record = {"expected": expected, "target": target, **multipliers, "lagrangian": 0.01}
         record |= {"live_flops": live[-1], "live_steps": live.sum()}
-        self.metrics.write({"stage": "prune", "step": step, "kind": "mask", **record})
+        self.metrics.write({"phase": "prune", "step": step, "kind": "mask", **record})
 
     def masks(self, layers: int = 32, heads: int = 32, intermediate: int = 1376, hidden: int = 512) -> None:
         """Deterministic masks: soft values above 0.9, and exactly the target's share of zeros in each row."""
@@ -116,10 +116,10 @@ class SyntheticRun:
         )
 
     def whole(self) -> None:
-        """Both stages and the masks, at the published lengths."""
-        self.stage("prune", steps=3200, batch=32, interval=50, log=10)
+        """Both phases and the masks, at the published lengths."""
+        self.phase("prune", steps=3200, batch=32, interval=50, log=10)
         self.masks()
-        self.stage("pretrain", steps=48_000, batch=256, interval=400, log=100)
+        self.phase("pretrain", steps=48_000, batch=256, interval=400, log=100)
         self.metrics.close()
 
 
@@ -141,32 +141,32 @@ class Page(HTMLParser):
         self.cells.append(data)
 
 
-def stage_done(folder: Path, stage: str, names: tuple[str, ...], loss: float, **more: object) -> None:
-    """The record of a finished stage; losses rise by 0.1 from domain to domain."""
+def phase_done(folder: Path, phase: str, names: tuple[str, ...], loss: float, **more: object) -> None:
+    """The record of a finished phase; losses rise by 0.1 from domain to domain."""
     losses = {name: loss + 0.1 * number for number, name in enumerate(names)}
-    (folder / stage).mkdir(parents=True, exist_ok=True)
-    record = {"name": stage, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
-    (folder / stage / "done.json").write_text(json.dumps(record))
+    (folder / phase).mkdir(parents=True, exist_ok=True)
+    record = {"name": phase, "losses": losses, "errors": dict.fromkeys(names, 0.01), **more}
+    (folder / phase / "done.json").write_text(json.dumps(record))
 
 
 def make_run(folder: Path, keys=(), names=DOMAINS, finished: bool = True, final: float = 1.8) -> Path:
-    """A run of both stages, as `megashear run` leaves it; unfinished: while it prunes."""
+    """A run of both phases, as `megashear run` leaves it; unfinished: while it prunes."""
     folder.mkdir()
     save_config(load_config(None, [*KEYS, f"run.folder={folder}", *keys]), folder / "config.yaml")
     (folder / "identity.json").write_text("{}")
     (folder / "source_losses.json").write_text(json.dumps({name: [1.5, 0.01] for name in names}))
     run = SyntheticRun(folder)
     run.domains = names
-    run.stage("prune", steps=40, batch=8, interval=20, log=10)
+    run.phase("prune", steps=40, batch=8, interval=20, log=10)
     run.masks(layers=4, heads=8, intermediate=64, hidden=32)
     if finished:
-        run.stage("pretrain", steps=40, batch=8, interval=20, log=10)
+        run.phase("pretrain", steps=40, batch=8, interval=20, log=10)
         near = [{"granularity": "head", "kept": 20, "below_half": 3, "worst": 0.125}]
         times = {"seconds": 7200.0, "evaluation_seconds": 1800.0}
-        stage_done(folder, "prune", names, 2.5, tokens=1_000_000, **times)
+        phase_done(folder, "prune", names, 2.5, tokens=1_000_000, **times)
         kept = {"hidden": 20, "layer": 3, "group": 15, "head": 15, "intermediate": 120}
-        stage_done(folder, "finalize", names, 2.4, kept=kept, borderline=near)
-        stage_done(folder, "pretrain", names, final, tokens=3_000_000, **times)
+        phase_done(folder, "finalize", names, 2.4, kept=kept, borderline=near)
+        phase_done(folder, "pretrain", names, final, tokens=3_000_000, **times)
     run.metrics.close()
     return folder
 

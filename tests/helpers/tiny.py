@@ -24,7 +24,7 @@ from megashear.files.file_digests import read_manifest
 from megashear.phases import summary
 from megashear.phases.runner import run
 from megashear.processes import stop_on_signals
-from megashear.train.training_phase import OnStep, Stage
+from megashear.train.training_phase import OnStep, Phase
 
 SEQUENCE = 32
 LAYOUTS = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
@@ -43,7 +43,7 @@ SOURCE: dict[str, Any] = {
     "eos_token_id": 0,
 }
 RUN: dict[str, Any] = {
-    "run": {"seed": 3, "stages": ["prune", "finalize", "pretrain"]},
+    "run": {"seed": 3, "phases": ["prune", "finalize", "pretrain"]},
     "target": {
         "hidden_size": 24,
         "num_layers": 2,
@@ -103,7 +103,7 @@ class Killed(BaseException):
 def after_step(where: tuple[str, int] | None, action: Callable[[], None]) -> OnStep:
     """A callback that acts after one (phase, step), before its evaluation and checkpoint; None: after every step."""
 
-    def act(running: Stage) -> None:
+    def act(running: Phase) -> None:
         if where in (None, (running.name, running.counters.step)):
             action()
 
@@ -151,11 +151,11 @@ def results(folder: Path) -> dict[str, Any]:
         found[str(path.relative_to(folder))] = without_times(json.loads(path.read_text()))
     for path in folder.glob("*/model.safetensors"):
         found[str(path.relative_to(folder))] = path.read_bytes()
-    for stage in ("prune", "pretrain"):
-        last = list_checkpoints(folder / stage)[0]
+    for phase in ("prune", "pretrain"):
+        last = list_checkpoints(folder / phase)[0]
         files = read_manifest(last, CheckpointError)["files"]
         kept = {name: file["sha256"] for name, file in files.items() if name.endswith((".distcp", ".safetensors"))}
-        found[f"{stage} {last.name}"] = (kept, without_times(json.loads((last / "state.json").read_text())))
+        found[f"{phase} {last.name}"] = (kept, without_times(json.loads((last / "state.json").read_text())))
     return found
 
 

@@ -10,11 +10,11 @@ SHAPE = ModelShape(32, 3, 4, 2, 8, 48, 96)
 
 def test_full_provenance():
     source = asdict(replace(SHAPE, hidden_size=64, num_layers=6))
-    stages = [
+    phases = [
         {"name": "prune", "steps": 3200, "tokens": 419430400, "losses": {"cc": 2.71828, "github": 1.5}},
         {"name": "pretrain", "steps": 48000, "tokens": 50331648000},
     ]
-    card = model_card(SHAPE, "bfloat16", {"source": {"path": "llama", "shape": source}, "stages": stages})
+    card = model_card(SHAPE, "bfloat16", {"source": {"path": "llama", "shape": source}, "phases": phases})
     assert "Made by megashear from `llama`" in card
     assert "| hidden size | 32 | 64 |" in card and "| layers | 3 | 6 |" in card
     assert "3,200 steps, 419,430,400 tokens." in card and "50,331,648,000 tokens" in card
@@ -23,19 +23,19 @@ def test_full_provenance():
 
 
 def test_units_kept_by_scores_alone():
-    stage = {"name": "prune", "method": "one_shot", "steps": 0, "tokens": 0, "calibration_tokens": 65536}
-    stage["criteria"] = {"hidden": "activation", "intermediate": "activation", "layer": "block_influence"}
-    card = model_card(SHAPE, "float32", {"stages": [stage]})
+    phase = {"name": "prune", "method": "one_shot", "steps": 0, "tokens": 0, "calibration_tokens": 65536}
+    phase["criteria"] = {"hidden": "activation", "intermediate": "activation", "layer": "block_influence"}
+    card = model_card(SHAPE, "float32", {"phases": [phase]})
     assert "(activation, block_influence; 65,536 tokens of text), without training." in card
     assert "0 steps" not in card and "principal" not in card
-    assert "among the principal directions" in model_card(SHAPE, "float32", {"stages": [stage | {"principal": True}]})
-    assert "fitted to the source by least squares" in model_card(SHAPE, "float32", {"stages": [stage | {"refit": 16}]})
-    by_weights = stage | {"criteria": {"hidden": "magnitude"}, "calibration_tokens": 0}
-    assert "(magnitude), without training." in model_card(SHAPE, "float32", {"stages": [by_weights]})
+    assert "among the principal directions" in model_card(SHAPE, "float32", {"phases": [phase | {"principal": True}]})
+    assert "fitted to the source by least squares" in model_card(SHAPE, "float32", {"phases": [phase | {"refit": 16}]})
+    by_weights = phase | {"criteria": {"hidden": "magnitude"}, "calibration_tokens": 0}
+    assert "(magnitude), without training." in model_card(SHAPE, "float32", {"phases": [by_weights]})
 
 
 def test_absent_keys_are_not_mentioned():
-    for provenance in ({}, {"source": None, "stages": None}, {"stages": [{}]}, {"source": {}, "stages": []}):
+    for provenance in ({}, {"source": None, "phases": None}, {"phases": [{}]}, {"source": {}, "phases": []}):
         card = model_card(SHAPE, "float32", provenance)
         assert card.startswith("---\nlibrary_name: transformers\n") and "| hidden size | 32 |" in card
         assert "None" not in card and "source" not in card and "`" not in card.split("## Use")[0]

@@ -13,8 +13,8 @@ from helpers.models import Drawn
 from helpers.tiny import Tiny
 from importance.oracle import llama
 from megashear.importance.least_squares_fit import RIDGE, LeastSquares
-from megashear.masks.fold import Fold
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.fold import Folding
+from megashear.masks.kept_units import kept_units_of
 from megashear.masks.mask_specs import mask_specs
 from megashear.model.micro_batch import MicroBatch, document_starts
 from parallel.importance_case import BATCHES, drawn_shape, open_loader
@@ -62,8 +62,8 @@ def test_sums_that_are_not_finite_are_told_by_nan(layout) -> None:
 @pytest.mark.parametrize("shape", ["grouped", "multi-head"])
 def test_a_cut_model_against_transformers(layout, tiny: Tiny, shape: str) -> None:
     source_shape, masks = drawn_shape(shape, LAYERS), kept_masks(shape, LAYERS)
-    keep = keep_sets(drawn_scores(shape, LAYERS), mask_specs(source_shape, target_of(shape, LAYERS)), source_shape)
-    fold = Fold(source_shape, keep, masks)
+    keep = kept_units_of(drawn_scores(shape, LAYERS), mask_specs(source_shape, target_of(shape, LAYERS)), source_shape)
+    fold = Folding(source_shape, keep, masks)
     drawn = Drawn(source_shape)
     pruned = llama(replace(target_of(shape, LAYERS), tie_word_embeddings=False))
     load(pruned, {name: drawn.read(name).double() for name in drawn.shapes}, fold)
@@ -97,7 +97,7 @@ def test_documents_of_one_sequence_are_fitted_as_sequences_of_their_own(layout) 
     assert (across[name] - apart[name]).abs().max() > 0.01 * apart[name].abs().max()
 
 
-def load(model: LlamaForCausalLM, weights: dict[str, Tensor], fold: Fold) -> None:
+def load(model: LlamaForCausalLM, weights: dict[str, Tensor], fold: Folding) -> None:
     """Give a cut model its part of the whole model's weights."""
     cut = dict(part for name, value in weights.items() if (part := fold(name, value)) is not None)
     cut.setdefault("lm_head.weight", cut["model.embed_tokens.weight"])

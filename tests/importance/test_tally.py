@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megashear.importance.calibrate import Tally
+from megashear.importance.calibrate import ScoreSums
 
 
 @given(
@@ -20,7 +20,7 @@ def test_sums_are_those_of_all_values(seed: int, batches: int, sequences: int, s
     generator = np.random.default_rng(seed)
     value = scale * generator.exponential(size=(batches, sequences, 2, 3))
     domain = generator.integers(0, 3, size=(batches, sequences))
-    tally = Tally(3, root)
+    tally = ScoreSums(3, root)
     for one, own in zip(value, domain, strict=True):
         tally.add(torch.from_numpy(own), torch.from_numpy(one))
     batch = value.sum(1)
@@ -42,7 +42,7 @@ def test_sums_are_those_of_all_values(seed: int, batches: int, sequences: int, s
 
 
 def test_a_unit_that_nothing_flows_through_has_no_error() -> None:
-    tally = Tally(1, root=True)
+    tally = ScoreSums(1, root=True)
     for _ in range(2):
         tally.add(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3))
     assert [value.tolist() for value in tally.score()] == [[0.0] * 3] * 2
@@ -54,7 +54,7 @@ def test_the_error_is_the_spread_of_the_score_between_drawings() -> None:
     for root in (False, True):
         pairs = []
         for _ in range(500):
-            tally = Tally(1, root)
+            tally = ScoreSums(1, root)
             for _ in range(16):
                 tally.add(torch.zeros(4, dtype=torch.int64), torch.rand(4, 1, generator=generator).square())
             pairs.append([float(value) for value in tally.score()])

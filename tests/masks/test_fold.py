@@ -9,8 +9,8 @@ import torch
 from masks.masked_llama import forward, weights
 from megashear.config.training_schema import PruneConfig
 from megashear.errors import ModelError
-from megashear.masks.fold import Fold, cut
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.fold import Folding, cut
+from megashear.masks.kept_units import kept_units_of
 from megashear.masks.mask_state import MaskState
 from megashear.masks.mask_values import Masks
 
@@ -24,8 +24,8 @@ def fold_of(source, target, seed=0, masking="exact", granularities=None, dtype=D
     with torch.no_grad():
         for value in state.log_alpha.values():
             value.copy_(torch.randn(value.shape, generator=generator, dtype=dtype))
-    keep = keep_sets(state.log_alpha, state.specs, source)
-    return Fold(source, keep, state.deterministic(), masking)
+    keep = kept_units_of(state.log_alpha, state.specs, source)
+    return Folding(source, keep, state.deterministic(), masking)
 
 
 def folded(fold, named):
@@ -74,7 +74,7 @@ def published_fold(published, source, target):
     with torch.no_grad():
         for name, value in published.masks("B/log_alpha_clamped").items():
             state.log_alpha[name].copy_(value)
-    return Fold(source, keep_sets(state.log_alpha, state.specs, source), state.deterministic())
+    return Folding(source, kept_units_of(state.log_alpha, state.specs, source), state.deterministic())
 
 
 def test_pruned_tensors_match_the_published_ones(published, source, target):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megashear.config.model_shape import ModelShape
 from megashear.config.training_schema import PruneConfig
-from megashear.masks.kept_units import borderline_units, forced_units, keep_sets, unfinished
+from megashear.masks.kept_units import borderline_units, describe_undecided, forced_units, kept_units_of
 from megashear.masks.mask_specs import mask_specs
 from megashear.masks.mask_state import MaskState
 
@@ -20,7 +20,7 @@ def masks_and_keep(source, target, seed, spread=2):
     with torch.no_grad():
         for value in state.log_alpha.values():
             value.copy_(torch.randint(-spread, spread + 1, value.shape, generator=generator))
-    return state.deterministic(), keep_sets(state.log_alpha, state.specs, source)
+    return state.deterministic(), kept_units_of(state.log_alpha, state.specs, source)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 3))
@@ -41,7 +41,7 @@ def test_kept_units_are_the_open_ones_in_order(seed, groups, queries, hidden, la
 
 def test_ties_keep_the_lower_index(source, target):
     specs = mask_specs(source, target)
-    keep = keep_sets({spec.name: torch.ones(spec.shape) for spec in specs}, specs, source)
+    keep = kept_units_of({spec.name: torch.ones(spec.shape) for spec in specs}, specs, source)
     assert keep.hidden.tolist() == list(range(40)) and keep.layer.tolist() == [0, 1, 2]
     assert keep.head.tolist() == keep.group.tolist() == [list(range(5))] * 4
 
@@ -73,15 +73,15 @@ def test_masks_that_miss_their_targets_are_named(source, target):
         rows = torch.full((spec.rows, spec.units), -16.0)
         rows[:, : spec.target_units] = 16.0
         settled[spec.name] = rows.view(spec.shape)
-    assert unfinished(settled, specs, PruneConfig()) == []
+    assert describe_undecided(settled, specs, PruneConfig()) == []
     half = {name: value.clone() for name, value in settled.items()}
     hidden = next(spec for spec in specs if spec.name == "hidden")
     half["hidden"][: hidden.target_units] = -1.0
-    problems = unfinished(half, specs, PruneConfig())
+    problems = describe_undecided(half, specs, PruneConfig())
     assert len(problems) == 2 and all(problem.startswith("hidden: ") for problem in problems)
     assert "closed beyond" in problems[0] and f"{hidden.target_units} of {hidden.target_units} kept" in problems[1]
     wide = {name: torch.full_like(value, 4.6) for name, value in settled.items()}
-    problems = unfinished(wide, specs, PruneConfig())
+    problems = describe_undecided(wide, specs, PruneConfig())
     assert [problem.split(":")[0] for problem in problems] == [spec.name for spec in specs]
 
 
@@ -95,11 +95,11 @@ def test_what_is_cut_away_is_not_counted(grouped_source, grouped_target):
     for name in ("group", "query", "intermediate"):
         log_alpha[name][2] = 0.1  # the layer that goes
     log_alpha["query"][:, 3] = -0.1  # the group that goes
-    assert unfinished(log_alpha, specs, PruneConfig()) == []
+    assert describe_undecided(log_alpha, specs, PruneConfig()) == []
     counted = {one.granularity: one.kept for one in borderline_units(log_alpha, specs)}
     assert counted == {"hidden": 10, "group": 2 * 3, "query": 2 * 3 * 2, "intermediate": 2 * 12, "layer": 2}
     log_alpha["query"][1, 0] = -0.1
-    assert len(unfinished(log_alpha, specs, PruneConfig())) == 2
+    assert len(describe_undecided(log_alpha, specs, PruneConfig())) == 2
 
 
 def test_units_that_a_limit_forces_shut_are_told_from_undecided_ones(source):
@@ -111,9 +111,9 @@ def test_units_that_a_limit_forces_shut_are_told_from_undecided_ones(source):
     assert 2 < forced_units(spec, config.log_alpha_limit) < 3 and forced_units(spec, None) == 0.0
     rows = torch.full(spec.shape, 4.605)
     rows[:, :50] = -4.605
-    (said,) = unfinished({"intermediate": rows}, [spec], config)
+    (said,) = describe_undecided({"intermediate": rows}, [spec], config)
     assert "prune.log_alpha_limit alone forces some 2 of each row's 96" in said
-    (said,) = unfinished({"intermediate": rows}, [spec], PruneConfig())
+    (said,) = describe_undecided({"intermediate": rows}, [spec], PruneConfig())
     assert "prune.sharpening" in said
 
 
@@ -121,6 +121,6 @@ def test_what_a_limit_does_not_explain_is_called_undecided(source):
     """Every unit far from both limits, and more of them below a half than the limit forces there."""
     (spec,) = mask_specs(source, dataclasses.replace(source, intermediate_size=48))
     rows = torch.linspace(-2.6, -0.6, 96).expand(spec.shape)
-    said = unfinished({"intermediate": rows}, [spec], PruneConfig(constraint="lagrangian"))[-1]
+    said = describe_undecided({"intermediate": rows}, [spec], PruneConfig(constraint="lagrangian"))[-1]
     assert f"{48 * spec.rows} of {48 * spec.rows} kept units" in said
     assert "prune.mask_learning_rate" in said and "log_alpha_limit" not in said

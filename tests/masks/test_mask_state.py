@@ -212,7 +212,7 @@ def test_deterministic_masks_by_target_and_by_expectation(grouped_source, groupe
 
 
 @pytest.mark.parametrize("steps", [100, 200, 400])
-def test_multipliers_reach_their_targets_in_short_stages(source, target, steps):
+def test_multipliers_reach_their_targets_in_short_phases(source, target, steps):
     """By derived rates and the default cap, where nothing of the data pulls."""
     state = MaskState(source, target, PruneConfig(constraint="lagrangian", batch=BatchConfig(steps=steps)), seed=0)
     generator = torch.Generator().manual_seed(steps)

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megashear.config.training_schema import BatchConfig, ImportanceConfig, PruneConfig
-from megashear.masks.constraint import LEAST, expected_sparsity, project
+from megashear.masks.constraint import MIN_SPARSITY, expected_sparsity, project
 from megashear.masks.mask_state import MaskState
 
 
-@given(st.integers(1, 5), st.integers(1, 300), st.floats(LEAST, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31))
+@given(
+    st.integers(1, 5), st.integers(1, 300), st.floats(MIN_SPARSITY, 0.999), st.floats(0.0, 300.0), st.integers(0, 2**31)
+)
 @settings(max_examples=60, deadline=None)
 def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsity, spread, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +46,7 @@ def test_every_row_is_on_its_scheduled_target_at_every_step(source, target):
     masks = state(source, target, mask_learning_rate=0.3)
     for step in range(30):
         for spec in masks.specs:
-            wanted = max(masks.closing.targets(step)[spec.name], LEAST)
+            wanted = max(masks.closing.targets(step)[spec.name], MIN_SPARSITY)
             found = expected_sparsity(masks.log_alpha[spec.name].detach().reshape(spec.rows, spec.units))
             assert (found - wanted).abs().max() < 1e-5, (step, spec.name)
         walk(masks, [step])

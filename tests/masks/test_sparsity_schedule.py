@@ -6,7 +6,7 @@ import pytest
 
 from megashear.config.training_schema import BatchConfig, PruneConfig
 from megashear.masks.mask_specs import mask_specs
-from megashear.masks.sparsity_schedule import Closing
+from megashear.masks.sparsity_schedule import SparsitySchedule
 
 
 @pytest.fixture
@@ -16,16 +16,16 @@ def specs(source, target):
 
 def closing(specs, **keys):
     published = {"constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0}
-    return Closing(PruneConfig(batch=BatchConfig(steps=100), **(published | keys)), specs)
+    return SparsitySchedule(PruneConfig(batch=BatchConfig(steps=100), **(published | keys)), specs)
 
 
 def test_lengths_follow_the_number_of_steps(specs):
     published, ours = closing(specs), closing(specs, constraint="projected", settle_steps=None)
-    assert (published.warmup_steps, published.settle_step) == (20, 100)
-    assert (ours.warmup_steps, ours.settle_step) == (50, 90)
+    assert (published.warmup_steps, published.freeze_step) == (20, 100)
+    assert (ours.warmup_steps, ours.freeze_step) == (50, 90)
     assert not any(published.settled(step) for step in range(101))
     assert [ours.settled(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
-    longer = Closing(PruneConfig(batch=BatchConfig(steps=3200), constraint="lagrangian"), specs)
+    longer = SparsitySchedule(PruneConfig(batch=BatchConfig(steps=3200), constraint="lagrangian"), specs)
     assert longer.warmup_steps == 640 and longer.rates() == (1.0, 1.0)
     assert closing(specs, constraint="projected").rates() == (1 / 32, 32.0)
     assert closing(specs).rates() == (pytest.approx(16 * math.log(100) / 100), 32.0)
@@ -37,11 +37,11 @@ def test_what_is_left_open_gives_way_to_what_is_set(specs):
     """Masks never settle before their targets are reached: 90 settled steps of 100 leave 10 to close in, and so on."""
     ours = {"constraint": "projected", "settle_steps": None}
     assert closing(specs, **ours | {"settle_steps": 90}).warmup_steps == 10
-    assert closing(specs, **ours, sparsity_warmup_steps=95).settle_step == 95
+    assert closing(specs, **ours, sparsity_warmup_steps=95).freeze_step == 95
     for keys in ({"settle_steps": 90}, {"sparsity_warmup_steps": 95}):
         schedule = closing(specs, **ours | keys)
         full = {s.name: s.target_sparsity for s in specs}
-        assert schedule.targets(schedule.settle_step) == pytest.approx(full)
+        assert schedule.targets(schedule.freeze_step) == pytest.approx(full)
 
 
 def test_granularities_close_together_by_default(specs):
@@ -63,18 +63,18 @@ def test_granularities_close_one_after_another_in_the_order_asked_for(specs):
 
 def test_sharpening_multiplies_up_until_masks_settle(specs):
     schedule = closing(specs, sharpening=10.0, settle_steps=20)
-    assert schedule.growth() ** 80 == pytest.approx(10.0)
-    assert closing(specs).growth() == 1.0
+    assert schedule.sharpening_factor() ** 80 == pytest.approx(10.0)
+    assert closing(specs).sharpening_factor() == 1.0
 
 
 def test_half_closed_is_half_of_the_final_target_in_each_granularity(specs):
     one, half = closing(specs), {spec.name: spec.target_sparsity / 2 for spec in specs}
-    assert one.half_closed(50, half)
+    assert one.at_half_target(50, half)
     for name in half:
-        assert not one.half_closed(50, half | {name: half[name] - 1e-3}), name
+        assert not one.at_half_target(50, half | {name: half[name] - 1e-3}), name
 
 
 def test_while_the_schedule_asks_for_less_than_half_the_device_is_not_waited_for(specs):
     one = closing(specs, sparsity_warmup_steps=40)
-    assert not one.half_closed(19, {})  # nothing is read of it
-    assert one.half_closed(20, {spec.name: spec.target_sparsity / 2 for spec in specs})
+    assert not one.at_half_target(19, {})  # nothing is read of it
+    assert one.at_half_target(20, {spec.name: spec.target_sparsity / 2 for spec in specs})

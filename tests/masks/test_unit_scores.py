@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megashear.config.model_shape import ModelShape
 from megashear.errors import CheckpointError
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.kept_units import kept_units_of
 from megashear.masks.mask_specs import MaskSpec, mask_specs
 from megashear.masks.unit_scores import Scores, load_scores, near_cut, not_finite, open_units, save_scores
 
@@ -27,7 +27,7 @@ def draw(seed: int, levels: int = 1000) -> dict[str, torch.Tensor]:
 @given(seed=st.integers(0, 10**6), levels=st.sampled_from([1, 2, 5, 1000]))
 def test_masks_are_one_exactly_where_units_are_kept(seed: int, levels: int) -> None:
     scores = draw(seed, levels)
-    keep, masks = keep_sets(scores, SPECS, SOURCE), open_units(scores, SPECS, SOURCE)
+    keep, masks = kept_units_of(scores, SPECS, SOURCE), open_units(scores, SPECS, SOURCE)
     for kept, mask in ((keep.hidden, masks.hidden), (keep.layer, masks.layer)):
         assert mask is not None
         assert mask.nonzero()[:, 0].tolist() == kept.tolist()

@@ -29,7 +29,7 @@ def walk(mixture: Mixture, steps: range) -> None:
         mixture.update(losses_at(max(step, 1)), step)
 
 
-def test_a_schedule_is_interpolated_over_the_stage():
+def test_a_schedule_is_interpolated_over_the_phase():
     mixture = Mixture(SCHEDULE, TOKENS, {}, steps=100)
     assert mixture.weights == {"web": 0.75, "book": 0.0, "code": 0.25}
     due = ((0, [0.75, 0, 0.25]), (25, [0.5, 0.25, 0.25]), (50, [0.25, 0.5, 0.25]), (100, [0.25, 0, 0.75]))

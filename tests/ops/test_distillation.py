@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 from megashear.ops.distillation_loss import VocabularyPart, distillation_losses
 
 
-def reference(logits: Tensor, labels: Tensor, teacher: Tensor, how: Teaching, columns: int) -> list[Tensor]:
+def reference(logits: Tensor, labels: Tensor, teacher: Tensor, how: DistillationPlan, columns: int) -> list[Tensor]:
     """Loss, cross entropy, T^2 KL and the teacher's cross entropy per token in float64 by torch's own functions;
     autograd gives the gradient.
     """
@@ -40,7 +40,7 @@ def draw(tokens: int, width: int, columns: int, seed: int, dtype: torch.dtype = 
 
 
 def ours(
-    student: Tensor, teacher: Tensor, labels: Tensor, counts: Tensor, how: Teaching, columns: int
+    student: Tensor, teacher: Tensor, labels: Tensor, counts: Tensor, how: DistillationPlan, columns: int
 ) -> tuple[Tensor, Tensor]:
     """The four numbers [4, tokens] and the gradient of the counted loss."""
     leaf = student.clone().requires_grad_()
@@ -66,7 +66,7 @@ def test_loss_and_gradient_against_float64(
 ) -> None:
     columns = max(1, width - padding)
     student, teacher, labels, counts = draw(tokens, width, columns, seed)
-    how = Teaching(share, temperature, chunk)
+    how = DistillationPlan(share, temperature, chunk)
     found, gradient = ours(student, teacher, labels, counts, how, columns)
     leaf = student.double().requires_grad_()
     expected = reference(leaf, labels, teacher, how, columns)
@@ -80,7 +80,7 @@ def test_loss_and_gradient_against_float64(
 
 def test_float64_stays_float64() -> None:
     student, teacher, labels, counts = draw(20, 50, 47, 9, torch.float64)
-    how = Teaching(0.6, 1.7, 6)
+    how = DistillationPlan(0.6, 1.7, 6)
     found, gradient = ours(student, teacher, labels, counts, how, 47)
     leaf = student.clone().requires_grad_()
     expected = reference(leaf, labels, teacher, how, 47)
@@ -92,7 +92,7 @@ def test_float64_stays_float64() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_mean_divergence_to_1e_6(temperature: float) -> None:
     student, teacher, labels, counts = draw(256, 5000, 5000, 1)
-    how = Teaching(0.5, temperature, 100)
+    how = DistillationPlan(0.5, temperature, 100)
     found, _ = ours(student, teacher, labels, counts, how, 5000)
     expected = reference(student, labels, teacher, how, 5000)
     for one, other in zip(found, expected, strict=True):
@@ -103,7 +103,7 @@ def test_a_small_divergence_keeps_its_digits() -> None:
     """Of nearly equal models; the plain difference of two sums would be rounding alone."""
     student, _, labels, counts = draw(64, 1000, 1000, 2)
     teacher = student + 1e-3 * draw(64, 1000, 1000, 3)[0]
-    how = Teaching(0.5, 1.0, 64)
+    how = DistillationPlan(0.5, 1.0, 64)
     found, _ = ours(student, teacher, labels, counts, how, 1000)
     expected = reference(student, labels, teacher, how, 1000)[2]
     assert float(expected.mean()) < 1e-4
@@ -113,14 +113,14 @@ def test_a_small_divergence_keeps_its_digits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_an_equal_teacher_has_nothing_to_say(dtype: torch.dtype) -> None:
     student, _, labels, counts = draw(33, 500, 497, 4, dtype)
-    found, gradient = ours(student, student, labels, counts, Teaching(1.0, 2.0, 10), 497)
+    found, gradient = ours(student, student, labels, counts, DistillationPlan(1.0, 2.0, 10), 497)
     assert not found[2].any() and not gradient.any()
 
 
 def test_bf16_logits_are_read_exactly_and_their_gradient_rounded() -> None:
     """Twice: over the logits, and times what a token counts; a bf16 rounding is up to 2^-8 of the number."""
     student, teacher, labels, counts = draw(50, 300, 290, 5, torch.bfloat16)
-    how = Teaching(0.3, 1.5, 16)
+    how = DistillationPlan(0.3, 1.5, 16)
     found, gradient = ours(student, teacher, labels, counts, how, 290)
     wide, wide_gradient = ours(student.float(), teacher.float(), labels, counts, how, 290)
     assert found.dtype == torch.float32 and gradient.dtype == torch.bfloat16
@@ -148,7 +148,7 @@ def test_no_copy_of_the_logits_in_fp32_and_the_gradient_in_their_place() -> None
     at = logits.data_ptr()
     with Wide() as seen:
         part = VocabularyPart(0, 400)
-        losses = distillation_losses(logits, labels, lambda a, b: teacher[a:b], Teaching(0.5, 2.0, 32), part)
+        losses = distillation_losses(logits, labels, lambda a, b: teacher[a:b], DistillationPlan(0.5, 2.0, 32), part)
         (gradient,) = torch.autograd.grad((losses[0] * counts).sum(), logits)
     assert seen.largest == 32 * 400
     assert gradient.data_ptr() == at
@@ -157,14 +157,16 @@ def test_no_copy_of_the_logits_in_fp32_and_the_gradient_in_their_place() -> None
 def test_without_gradients_the_logits_stay() -> None:
     student, teacher, labels, _ = draw(20, 50, 50, 7)
     before = student.clone()
-    distillation_losses(student, labels, lambda a, b: teacher[a:b], Teaching(0.5, 1.0, 8), VocabularyPart(0, 50))
+    distillation_losses(
+        student, labels, lambda a, b: teacher[a:b], DistillationPlan(0.5, 1.0, 8), VocabularyPart(0, 50)
+    )
     assert torch.equal(student, before)
 
 
 def test_the_gradient_is_given_once() -> None:
     student, teacher, labels, _ = draw(20, 50, 50, 8)
     logits = student.requires_grad_() * 1
-    how, part = Teaching(0.5, 1.0, 8), VocabularyPart(0, 50)
+    how, part = DistillationPlan(0.5, 1.0, 8), VocabularyPart(0, 50)
     loss = distillation_losses(logits, labels, lambda a, b: teacher[a:b], how, part)[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="once"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from helpers.models import SHAPES, TARGETS, Drawn, build_model
 from megashear.config.model_shape import ModelShape
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 from megashear.config.schema import ParallelConfig
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
@@ -24,11 +24,11 @@ from parallel.step_case import LENGTH, PROPORTIONAL, SEED, STEP, some_masks, who
 
 
 def taught_step(
-    shape: str, parallel: dict[str, Any], prunes: bool, how: dict[str, Any], layers: int = 5, micro: int = 4
+    shape: str, parallel: dict[str, Any], run_prunes: bool, how: dict[str, Any], layers: int = 5, micro: int = 4
 ) -> dict[str, Any]:
     """Loss, KL, gradients and weights of one step; pruning has the teacher's shape, else the student is smaller."""
     source = replace(SHAPES[shape], num_layers=layers)
-    student = source if prunes else replace(TARGETS[shape], num_heads=source.num_heads, num_layers=layers - 1)
+    student = source if run_prunes else replace(TARGETS[shape], num_heads=source.num_heads, num_layers=layers - 1)
     student = replace(student, num_query_groups=source.num_query_groups)
     layout, chunks = build_model(student, ParallelConfig(**parallel), Other(student))
     config = transformer_config(source, ParallelConfig(**parallel), torch.float32)
@@ -40,11 +40,11 @@ def taught_step(
     for chunk in taught:
         load_weights(chunk, Drawn(source))
     weights = WeightOptimizer(chunks, PROPORTIONAL, torch.float32, distributed=False)
-    masks = some_masks(source, TARGETS[shape], layout) if prunes else None
-    teacher = Teacher(taught, Teaching(**how), layout)
+    masks = some_masks(source, TARGETS[shape], layout) if run_prunes else None
+    teacher = Teacher(taught, DistillationPlan(**how), layout)
     stepper = Stepper(layout, weights, masks, SEED, 1, clip_norm=1.0, clip_jointly=True, teacher=teacher)
     samples = torch.randint(0, 101, (micro, LENGTH + 1), generator=torch.Generator().manual_seed(3))
-    separator = None if prunes else 7
+    separator = None if run_prunes else 7
     batches = micro_batches(samples[local_rows(micro, layout, 1)], layout, 1, layout.device, separator)
     losses = stepper.forward_backward(batches, STEP)
     gradients = whole(weights, lambda parameter: parameter.main_grad)
@@ -85,7 +85,7 @@ def parts_of_a_vocabulary(how: dict[str, Any], vocabulary: int = 101, tokens: in
     leaf = student[:, mine].clone().requires_grad_()
     columns = min(max(vocabulary - rank * width, 0), width)
     part = VocabularyPart(rank * width, columns, dist.group.WORLD)
-    losses = distillation_losses(leaf * 1, labels, lambda a, b: teacher[a:b, mine], Teaching(**how), part)
+    losses = distillation_losses(leaf * 1, labels, lambda a, b: teacher[a:b, mine], DistillationPlan(**how), part)
     (losses[0] * counts).sum().backward()
     assert leaf.grad is not None
     gradients = [torch.empty_like(leaf.grad) for _ in range(world)]
@@ -95,7 +95,7 @@ def parts_of_a_vocabulary(how: dict[str, Any], vocabulary: int = 101, tokens: in
     assert all(torch.equal(one, everywhere[0]) for one in everywhere), "ranks differ"
     whole_part = VocabularyPart(0, vocabulary)
     again = student.clone().requires_grad_()
-    alone = distillation_losses(again * 1, labels, lambda a, b: teacher[a:b], Teaching(**how), whole_part)
+    alone = distillation_losses(again * 1, labels, lambda a, b: teacher[a:b], DistillationPlan(**how), whole_part)
     (alone[0] * counts).sum().backward()
     assert again.grad is not None
     return {

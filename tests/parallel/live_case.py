@@ -19,7 +19,7 @@ from megashear.model.llama import Llama
 from megashear.model.micro_batch import MicroBatch, micro_batches
 
 LAYERS, LENGTH, MICRO = 3, 24, 2
-SHUT, OPEN = -30.0, 30.0  # log-alpha of a mask that is 0, or 1, whatever the noise
+SHUT, MIN_OPEN_LOG_ALPHA = -30.0, 30.0  # log-alpha of a mask that is 0, or 1, whatever the noise
 
 
 def log_alphas(shape: ModelShape, pattern: str, seed: int) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def log_alphas(shape: ModelShape, pattern: str, seed: int) -> dict[str, Tensor]:
     for name, size in sizes.items():
         drawn = torch.rand(size, generator=generator, dtype=torch.float64)
         between = torch.randn(size, generator=generator, dtype=torch.float64)
-        found[name] = torch.where(drawn < 0.5, SHUT, torch.where(drawn < 0.75, OPEN, between))
+        found[name] = torch.where(drawn < 0.5, SHUT, torch.where(drawn < 0.75, MIN_OPEN_LOG_ALPHA, between))
     found["layer"] = torch.full((LAYERS,), 1.0, dtype=torch.float64)
     if pattern == "dead layer":
         found["layer"][1] = SHUT
@@ -43,9 +43,9 @@ def log_alphas(shape: ModelShape, pattern: str, seed: int) -> dict[str, Tensor]:
         found["layer"][:] = SHUT
     elif pattern == "one head":
         found["head"][:] = SHUT
-        found["head"][:, 5] = OPEN
+        found["head"][:, 5] = MIN_OPEN_LOG_ALPHA
     elif pattern == "half of each group":
-        found["head"] = torch.full((LAYERS, shape.num_heads), OPEN, dtype=torch.float64)
+        found["head"] = torch.full((LAYERS, shape.num_heads), MIN_OPEN_LOG_ALPHA, dtype=torch.float64)
         found["head"][:, ::2] = SHUT
     elif pattern == "dead branches":
         found["head"][0], found["intermediate"][2] = SHUT, SHUT

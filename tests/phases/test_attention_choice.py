@@ -21,7 +21,7 @@ from megashear.engine.collectives import gather_objects
 from megashear.engine.layout import distributed
 from megashear.errors import CheckpointError
 from megashear.ops.kernels import attention_backend as attention_choice
-from megashear.phases.attention_choice import CHOICES, settle_attention
+from megashear.phases.attention_choice import CHOICES, choose_attention_backend
 from megashear.phases.run_folder import open_context
 from megashear.processes import StopRequest
 
@@ -37,7 +37,7 @@ def settled(file: Path, fastest: str) -> list[str]:
             patch.object(attention_choice, "_CHOICES", {}),
             patch.object(attention_choice, "measure", lambda shape, sample: choice),
         ):
-            settle_attention(context, context.source_shape, 2, masked=True)
+            choose_attention_backend(context, context.source_shape, 2, masked=True)
             q = torch.zeros(2, 4, context.config.data.sequence_length, context.source_shape.head_dim)
             lines = ops.attention_choices()
             assert len(lines) == (attention_choice.forced() is None)

@@ -16,7 +16,7 @@ from helpers.tiny import Tiny, finish
 from megashear.errors import TrainingError
 from megashear.phases import proof
 
-CUT = ("prune.method=one_shot", "run.stages=[prune,finalize]", "prune.importance.batches=2")
+CUT = ("prune.method=one_shot", "run.phases=[prune,finalize]", "prune.importance.batches=2")
 
 
 def changed(tiny: Tiny, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.ranks import LiveRanks
 from helpers.tiny import RUN, Tiny, break_off, differing, finish, records, results
-from megashear.config.resolve import Teaching, tokens_seen
+from megashear.config.resolve import DistillationPlan, training_tokens_of
 from megashear.config.training_schema import BatchConfig
 from megashear.errors import CheckpointError, ConfigError
 from megashear.files.file_digests import NAME
@@ -21,7 +21,7 @@ from megashear.phases import summary
 from megashear.phases.runner import run
 from megashear.phases.training import build_teacher
 from megashear.train.step import StepResult
-from megashear.train.teacher import dismiss_teacher
+from megashear.train.teacher import stop_if_student_is_better
 from megashear.train.training_phase import Counters
 
 TAUGHT = [
@@ -29,7 +29,7 @@ TAUGHT = [
     *("pretrain.distillation.weight=0.75", "prune.batch.steps=5", "pretrain.batch.steps=4"),
     *("prune.distillation.until=end", "pretrain.distillation.until=end"),
 ]
-STAGES = ("prune", "pretrain")
+PHASES = ("prune", "pretrain")
 MADE, WHOLE = ["prune", "finalize"], ["prune", "finalize", "pretrain"]
 OUTGROWN = [
     *("prune.distillation.weight=0.5", "prune.batch.steps=5", "pretrain.batch.steps=20"),
@@ -46,7 +46,7 @@ def taught(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_taught_run_resumes_with_the_same_bits(tiny: Tiny, tmp_path: Path, taught: Path) -> None:
-    """Under the teacher that it began with; the chunk of a stage that is done may change, as a layout may."""
+    """Under the teacher that it began with; the chunk of a phase that is done may change, as a layout may."""
     config = tiny.config(tmp_path / "run", *TAUGHT)
     assert break_off(config, ("prune", 3)) and break_off(config, ("pretrain", 2))
     with pytest.raises(CheckpointError, match=r"pretrain\.distillation\.weight: 0\.75 -> 0\.5"):
@@ -57,7 +57,7 @@ def test_a_taught_run_resumes_with_the_same_bits(tiny: Tiny, tmp_path: Path, tau
 
 def test_records_tell_the_divergence_and_what_it_costs(taught: Path) -> None:
     train = [one for one in records(taught) if one["kind"] == "train"]
-    assert [one["stage"] for one in train] == ["prune"] * 5 + ["pretrain"] * 4
+    assert [one["phase"] for one in train] == ["prune"] * 5 + ["pretrain"] * 4
     assert all(0 < one["distillation"] < one["loss"] for one in train)
     assert train[0]["teacher_loss"] == pytest.approx(train[0]["loss"], abs=0.02), "masks are hardly closed"
     known = json.loads((taught / "source_losses.json").read_text())
@@ -72,8 +72,8 @@ def test_records_tell_the_divergence_and_what_it_costs(taught: Path) -> None:
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source that has learned a little, so that what is made of it has something to make good."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    stage = ["pretrain.batch.steps=8", "pretrain.optimizer.learning_rate=1e-2", "target=null"]
-    finish(tiny.config(folder, *stage, run={"seed": 3, "stages": ["pretrain"]}))
+    phase = ["pretrain.batch.steps=8", "pretrain.optimizer.learning_rate=1e-2", "target=null"]
+    finish(tiny.config(folder, *phase, run={"seed": 3, "phases": ["pretrain"]}))
     return folder / "final"
 
 
@@ -81,20 +81,20 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_settles_at_its_first_start_whether_it_is_taught(
     tiny: Tiny, trained: Path, tmp_path: Path, first: list[str], then: list[str], teaches: bool
 ) -> None:
-    """Its source has seen more text than pruning takes and less than all stages do, which may be named later on."""
+    """Its source has seen more text than pruning takes and less than all phases do, which may be named later on."""
     source = tmp_path / "source"
     shutil.copytree(trained, source)
     manifest = json.loads((source / NAME).read_text())
     del manifest["provenance"]["source"]  # as of a model that was trained from random weights
     (source / NAME).write_text(json.dumps(manifest))
-    assert 4 * 256 < tokens_seen(source) == 8 * 256 < 10 * 256
+    assert 4 * 256 < training_tokens_of(source) == 8 * 256 < 10 * 256
     run_file = {
         "source": {"folder": str(source)},
         "target": RUN["target"] | {"num_layers": 4, "num_heads": 4, "num_query_groups": 2},
     }
     keys = ["prune.batch.steps=4", "pretrain.batch.steps=6"]
     starts = [
-        tiny.config(tmp_path / "run", *keys, run={"seed": 3, "stages": named}, **run_file) for named in (first, then)
+        tiny.config(tmp_path / "run", *keys, run={"seed": 3, "phases": named}, **run_file) for named in (first, then)
     ]
     assert break_off(starts[0], ("prune", 2))
     finish(starts[1])
@@ -103,13 +103,13 @@ def test_a_run_settles_at_its_first_start_whether_it_is_taught(
     assert {"teacher_loss" in one for one in train} == {teaches}
 
 
-def left(found: list[dict[str, Any]], stage: str) -> int:
-    """Step after which a stage's teacher has to go by its records, of every step: the first eight in a row in whose
+def left(found: list[dict[str, Any]], phase: str) -> int:
+    """Step after which a phase's teacher has to go by its records, of every step: the first eight in a row in whose
     mean the loss is not above the teacher's; in pruning from half of every target sparsity on.
     """
-    train = [one for one in found if one["stage"] == stage and one["kind"] == "train"]
+    train = [one for one in found if one["phase"] == phase and one["kind"] == "train"]
     behind = [one["loss"] - one["teacher_loss"] for one in train if "teacher_loss" in one]
-    masks = [one for one in found if one["stage"] == stage and one["kind"] == "mask"]
+    masks = [one for one in found if one["phase"] == phase and one["kind"] == "mask"]
     for step in range(8, len(behind) + 1):
         mask = masks[step - 1] if masks else {"expected": {}}
         half = {name: share / 2 for name, share in masks[-1]["target"].items()} if masks else {}
@@ -121,20 +121,20 @@ def left(found: list[dict[str, Any]], stage: str) -> int:
 def test_a_teacher_goes_when_its_student_is_no_worse(
     tiny: Tiny, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By both losses of the text that is learned from, in the middle of a stage; killed before and after, the run has
+    """By both losses of the text that is learned from, in the middle of a phase; killed before and after, the run has
     the same bits.
     """
     source = {"folder": str(trained)}
     with patch.object(summary, "draw_pictures", lambda _: []):
         run(tiny.config(tmp_path / "whole", *OUTGROWN, source=source))
     found = records(tmp_path / "whole")
-    train = [one for one in found if one["stage"] == "pretrain" and one["kind"] == "train"]
+    train = [one for one in found if one["phase"] == "pretrain" and one["kind"] == "train"]
     last = left(found, "pretrain")
     assert 8 < last < 19
     assert [one["taught"] for one in train] == [min(step, last) for step in range(1, 21)]
     for key in ("distillation", "teacher_loss"):
         assert [key in one for one in train] == [step <= last for step in range(1, 21)]
-    assert all(one["taught"] == one["step"] for one in found if one["stage"] == "prune" and one["kind"] == "train")
+    assert all(one["taught"] == one["step"] for one in found if one["phase"] == "prune" and one["kind"] == "train")
     below = fmean(one["teacher_loss"] - one["loss"] for one in train[last - 8 : last])
     said = re.findall(r"pretrain: step (\d+): .* loss is (\S+) below .*: the teacher goes", capfd.readouterr().out)
     assert said == [(str(last), f"{below:.4f}")]
@@ -152,7 +152,7 @@ def test_in_pruning_it_stays_until_masks_have_half_of_their_targets(tiny: Tiny, 
     keys = ["prune.distillation.weight=0.5", "prune.optimizer.learning_rate=1e-2", "prune.optimizer.warmup_steps=0"]
     finish(tiny.config(tmp_path / "run", *keys, "prune.batch.steps=40", "pretrain.batch.steps=10"))
     found = records(tmp_path / "run")
-    train = {stage: [one for one in found if one["stage"] == stage and one["kind"] == "train"] for stage in STAGES}
+    train = {phase: [one for one in found if one["phase"] == phase and one["kind"] == "train"] for phase in PHASES}
     behind = [one["loss"] - one["teacher_loss"] for one in train["prune"] if "teacher_loss" in one]
     assert fmean(behind[:8]) < 0, "it is not the masks that it waits for"
     assert 8 < train["prune"][-1]["taught"] == left(found, "prune") < 40
@@ -169,12 +169,16 @@ def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
         ([0.1, *[0.0] * 6], 8, False, "outgrown", 0),
         ([9.0, *[0.0] * 7], 8, False, "outgrown", 1),
     ]:
-        stage = MagicMock(counters=Counters(step=step, behind=behind), batch=BatchConfig(steps=9))
-        stage.stepper.teacher.how, stage.stepper.masks, stage.name = Teaching(weight=0.5, until=until), None, "pretrain"
+        phase = MagicMock(counters=Counters(step=step, behind=behind), batch=BatchConfig(steps=9))
+        phase.stepper.teacher.how, phase.stepper.masks, phase.name = (
+            DistillationPlan(weight=0.5, until=until),
+            None,
+            "pretrain",
+        )
         loss = nan if skipped else 2.0
-        dismiss_teacher(stage, StepResult(loss, 0.1, 2.0, 1.0, skipped, None, None, None, 1.0))
-        assert stage.go_untaught.call_count == goes
-        assert stage.counters.taught == (step if goes else None)
+        stop_if_student_is_better(phase, StepResult(loss, 0.1, 2.0, 1.0, skipped, None, None, None, 1.0))
+        assert phase.stop_distillation.call_count == goes
+        assert phase.counters.taught == (step if goes else None)
         assert ("the teacher goes" in capsys.readouterr().out) == bool(goes)
 
 
@@ -215,5 +219,5 @@ def test_a_run_from_scratch_has_no_teacher() -> None:
         layout = None
 
     with pytest.raises(ConfigError, match="a run from scratch has no teacher"):
-        build_teacher(Scratch(), Teaching(weight=0.5))  # type: ignore[arg-type]
-    assert build_teacher(Scratch(), Teaching()) is None  # type: ignore[arg-type]
+        build_teacher(Scratch(), DistillationPlan(weight=0.5))  # type: ignore[arg-type]
+    assert build_teacher(Scratch(), DistillationPlan()) is None  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def test_evaluation_inside_documents(tiny: Tiny, unbroken_folder: Path, tmp_path
 
 
 def test_a_run_inside_documents(tiny: Tiny, unbroken_folder: Path, tmp_path: Path) -> None:
-    """Both stages and the proof of finalisation; the same when stopped and resumed without reading ahead."""
+    """Both phases and the proof of finalisation; the same when stopped and resumed without reading ahead."""
     finish(tiny.config(tmp_path / "run", "data.separate_documents=true"))
     assert break_off(tiny.config(tmp_path / "resumed", "data.separate_documents=true"), ("prune", 5))
     finish(tiny.config(tmp_path / "resumed", "data.separate_documents=true", "data.prefetch=0"))

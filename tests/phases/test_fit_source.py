@@ -19,10 +19,10 @@ from megashear.errors import Interrupted, TrainingError
 from megashear.hf.model_folder import ModelFolder
 from megashear.importance.least_squares_fit import ChunkFit
 from megashear.phases import fit_source as fit
-from megashear.phases import one_shot as stage
+from megashear.phases import one_shot as phase
 from megashear.processes import StopRequest
 
-KEYS = ["prune.method=one_shot", "run.stages=[prune,finalize]"]
+KEYS = ["prune.method=one_shot", "run.phases=[prune,finalize]"]
 
 
 def one_shot(tiny: Tiny, folder: Path, *overrides: str) -> Config:
@@ -51,7 +51,7 @@ def test_the_default_fits_output_matrices_alone(tiny: Tiny, whole: Path, tmp_pat
     assert [one["refit"] for one in records] == [16, 0]
     assert [one["calibration_tokens"] for one in records] == [16 * 8 * 32, 2 * 8 * 32]
     assert records[0]["calibration_flops"] > records[1]["calibration_flops"]
-    assert ModelFolder.open(whole / "pruned").provenance["stages"][0]["refit"] == 16
+    assert ModelFolder.open(whole / "pruned").provenance["phases"][0]["refit"] == 16
 
 
 def test_stopped_while_fitting_it_fits_again(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_was_lost_before_the_cut_is_fitted_again(tiny: Tiny, whole: Path, t
 
 def test_killed_after_the_fit_it_goes_on_from_there(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
     config = one_shot(tiny, tmp_path / "run")
-    with patch.object(stage, "source_losses", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch.object(phase, "source_losses", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         run(config, ["prune"])
     assert (tmp_path / "run/fitted").exists() and not (tmp_path / "run/prune/done.json").exists()
     with patch.object(fit, "refit", side_effect=AssertionError("fitted twice")):

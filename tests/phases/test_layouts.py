@@ -17,7 +17,7 @@ from megashear.mixture.domain_weights import Mixture
 TENSOR = ["parallel.tensor=2", "parallel.sequence=true"]
 PIPELINE = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "target.num_layers=4"]
 SHORT = [
-    *(f"{stage}.batch.{key}" for stage in ("prune", "pretrain") for key in ("micro_batch=4", "eval_sequences=2")),
+    *(f"{phase}.batch.{key}" for phase in ("prune", "pretrain") for key in ("micro_batch=4", "eval_sequences=2")),
     *("prune.batch.steps=4", "prune.batch.eval_interval=4", "pretrain.batch.steps=3", "pretrain.batch.eval_interval=3"),
     "checkpoint.interval=100",
 ]
@@ -30,7 +30,7 @@ def losses(folder: Path) -> np.ndarray:
 
 
 def data(found: dict[str, Any]) -> list[Any]:
-    """The state of the data stream at the end of each stage."""
+    """The state of the data stream at the end of each phase."""
     return [
         found[name][1]["stream"] | {"weights": None, "remainders": None} for name in sorted(found) if " step-" in name
     ]
@@ -48,7 +48,7 @@ def data(found: dict[str, Any]) -> list[Any]:
 def test_runs_of_two_ranks_resume_with_the_same_bits(
     ranks: LiveRanks, tiny: Tiny, tmp_path: Path, overrides: list[str]
 ) -> None:
-    """Tensor parallel, and an interleaved pipeline; stopped in both stages."""
+    """Tensor parallel, and an interleaved pipeline; stopped in both phases."""
     files = [tiny.file(tmp_path / name) for name in ("whole", "stopped")]
     jobs = [job(files[0], *overrides), job(files[1], *overrides, stop=[("prune", 2), ("pretrain", 2)])]
     ranks(2).call("helpers.jobs:run_all", jobs=jobs)

@@ -18,25 +18,25 @@ from megashear.mixture.loader import Loader
 from megashear.mixture.update_rules import update_weights
 
 
-def evaluations(folder: Path, stage: str) -> list[dict]:
-    """Evaluation records of a stage, in order."""
-    return [one for one in records(folder) if (one["kind"], one["stage"]) == ("eval", stage)]
+def evaluations(folder: Path, phase: str) -> list[dict]:
+    """Evaluation records of a phase, in order."""
+    return [one for one in records(folder) if (one["kind"], one["phase"]) == ("eval", phase)]
 
 
 def values(of: dict[str, float]) -> np.ndarray:
     return np.array(list(of.values()), dtype=np.float64)
 
 
-@pytest.mark.parametrize("stage", ["prune", "pretrain"])
-def test_weights_are_those_of_the_rule_and_the_recorded_losses(unbroken_folder: Path, stage: str) -> None:
+@pytest.mark.parametrize("phase", ["prune", "pretrain"])
+def test_weights_are_those_of_the_rule_and_the_recorded_losses(unbroken_folder: Path, phase: str) -> None:
     mixture = load_config(unbroken_folder / "config.yaml").mixture
-    found = evaluations(unbroken_folder, stage)
-    assert [one["step"] for one in found] == {"prune": [0, 3, 6, 8], "pretrain": [0, 2, 4, 6]}[stage]
+    found = evaluations(unbroken_folder, phase)
+    assert [one["step"] for one in found] == {"prune": [0, 3, 6, 8], "pretrain": [0, 2, 4, 6]}[phase]
     assert found[0]["reference"] == {"library": 6.2, "command": 6.0, "help": 5.0}
-    if stage == "pretrain":  # goes on from the weights at the end of pruning, and updates before its first step
+    if phase == "pretrain":  # goes on from the weights at the end of pruning, and updates before its first step
         before = evaluations(unbroken_folder, "prune")[-1]["weights"]
         found = [{"weights": before, "step": -1}, *found]
-    assert len({tuple(one["weights"].values()) for one in found}) == {"prune": 3, "pretrain": 4}[stage], (
+    assert len({tuple(one["weights"].values()) for one in found}) == {"prune": 3, "pretrain": 4}[phase], (
         "they do change"
     )
     for last, now in pairwise(found):
@@ -58,7 +58,7 @@ def test_the_data_follow_the_weights(tiny: Tiny, tmp_path: Path) -> None:
         "mixture.rule=reference",
         "mixture.eta=60",
     ]
-    finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=12", *references))
+    finish(tiny.config(tmp_path / "run", "run.phases=[prune]", "prune.batch.steps=12", *references))
     found = records(tmp_path / "run")
     known = json.loads((tmp_path / "run/source_losses.json").read_text())
     assert evaluations(tmp_path / "run", "prune")[0]["reference"] == {name: loss for name, (loss, _) in known.items()}
@@ -73,25 +73,25 @@ def test_the_data_follow_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     assert np.abs(values(ends[-1]["weights"]) - values(ends[0]["weights"])).max() > 0.2, "the weights moved far"
 
 
-def test_the_source_is_evaluated_on_the_windows_of_each_stage(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_source_is_evaluated_on_the_windows_of_each_phase(tiny: Tiny, tmp_path: Path) -> None:
     """Where pruning takes others: pre-training's references are those of a run that takes pre-training's alone."""
     keys = ["mixture.references=source", "mixture.reference_losses=null", "mixture.rule=reference"]
-    pretrain = {"seed": 3, "stages": ["pretrain"]}
+    pretrain = {"seed": 3, "phases": ["pretrain"]}
     finish(tiny.config(tmp_path / "alone", *keys, "pretrain.batch.steps=1", "target=null", run=pretrain))
     config = tiny.config(tmp_path / "run", *keys, "prune.batch.eval_sequences=2")
     assert break_off(config, ("prune", 3))
     finish(config)
     known = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/source_losses*.json"))]
     assert len(known) == 3 and known[0] == known[2] != known[1]
-    for stage, own in (("prune", known[1]), ("pretrain", known[2])):
+    for phase, own in (("prune", known[1]), ("pretrain", known[2])):
         losses = {name: loss for name, (loss, _) in own.items()}
-        assert all(one["reference"] == losses for one in evaluations(tmp_path / "run", stage))
+        assert all(one["reference"] == losses for one in evaluations(tmp_path / "run", phase))
 
 
 def test_static_weights_stay(tiny: Tiny, tmp_path: Path) -> None:
     weights = "{library: 0.5, command: 0.25, help: 0.25}"
     overrides = [
-        "run.stages=[prune]",
+        "run.phases=[prune]",
         "mixture.rule=static",
         "mixture.reference_losses=null",
         f"mixture.initial_weights={weights}",
@@ -134,7 +134,7 @@ def test_a_domain_that_runs_out_is_told_and_shared(
         "data.exhausted=renormalise",
         "mixture.rule=static",
         "mixture.reference_losses=null",
-        "run.stages=[prune]",
+        "run.phases=[prune]",
     ]
     chosen += ["prune.batch.steps=24", "mixture.initial_weights={library: 0.1, command: 0.1, help: 0.8}"]
     make_dataset(tmp_path / "data", tiny.source / "tokenizer.json", TEXTS | {"help": TEXTS["help"][:9000]})
@@ -154,6 +154,6 @@ def test_a_run_warns_at_its_start_of_many_epochs(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_file = tiny.file(tmp_path / "run")
-    chosen = ["run.stages=[prune]", "prune.batch.steps=2", "data.max_epochs=0", "prune.batch.eval_interval=2"]
+    chosen = ["run.phases=[prune]", "prune.batch.steps=2", "data.max_epochs=0", "prune.batch.eval_interval=2"]
     assert cli.main(["run", str(run_file), *chosen]) == 0
     assert "warning: data: domain help would be read 0.0 times" in capsys.readouterr().out

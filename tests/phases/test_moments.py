@@ -1,4 +1,4 @@
-"""Adam's moments go from pruning into pre-training: the two stages together are one long stage with settled masks."""
+"""Adam's moments go from pruning into pre-training: the two phases together are one long phase with settled masks."""
 
 from pathlib import Path
 
@@ -23,17 +23,17 @@ SETTLING = {
 }
 
 
-def stage(steps: int) -> dict:
+def phase(steps: int) -> dict:
     return {"steps": steps, "global_batch": 8, "micro_batch": 2, "eval_interval": 100, "eval_sequences": 2}
 
 
-def run(tiny: Tiny, folder: Path, prune_steps: int, stages: list[str], kept: str = "pruned", *overrides: str) -> list:
+def run(tiny: Tiny, folder: Path, prune_steps: int, phases: list[str], kept: str = "pruned", *overrides: str) -> list:
     """Losses of every training step; masks settle after step 5 whatever the number of steps."""
-    prune = SETTLING | {"batch": stage(prune_steps), "settle_steps": prune_steps - 5}
-    pretrain = {"batch": stage(6), "optimizer": STEADY, "moments": kept}
+    prune = SETTLING | {"batch": phase(prune_steps), "settle_steps": prune_steps - 5}
+    pretrain = {"batch": phase(6), "optimizer": STEADY, "moments": kept}
     weights = {"library": 0.5, "command": 0.25, "help": 0.25}
     sections = {
-        "run": {"seed": 3, "stages": stages},
+        "run": {"seed": 3, "phases": phases},
         "mixture": {"rule": "static", "initial_weights": weights},
         "prune": prune,
         "pretrain": pretrain,
@@ -42,7 +42,7 @@ def run(tiny: Tiny, folder: Path, prune_steps: int, stages: list[str], kept: str
     return [one["loss"] for one in records(folder) if one["kind"] == "train"]
 
 
-def test_pruning_and_pre_training_are_one_long_stage(tiny: Tiny, tmp_path: Path) -> None:
+def test_pruning_and_pre_training_are_one_long_phase(tiny: Tiny, tmp_path: Path) -> None:
     long = run(tiny, tmp_path / "long", 14, ["prune"])
     parts = run(tiny, tmp_path / "parts", 8, ["prune", "finalize", "pretrain"])
     fresh = run(tiny, tmp_path / "fresh", 8, ["prune", "finalize", "pretrain"], "fresh")
@@ -56,10 +56,10 @@ def test_moments_wait_for_a_pre_training_that_is_broken_off(tiny: Tiny, tmp_path
     whole = run(tiny, tmp_path / "whole", 8, ["prune", "finalize", "pretrain"])
     file = tiny.config(
         tmp_path / "broken",
-        run={"seed": 3, "stages": ["prune", "finalize", "pretrain"]},
+        run={"seed": 3, "phases": ["prune", "finalize", "pretrain"]},
         mixture={"rule": "static", "initial_weights": {"library": 0.5, "command": 0.25, "help": 0.25}},
-        prune=SETTLING | {"batch": stage(8), "settle_steps": 3},
-        pretrain={"batch": stage(6), "optimizer": STEADY},
+        prune=SETTLING | {"batch": phase(8), "settle_steps": 3},
+        pretrain={"batch": phase(6), "optimizer": STEADY},
     )
     assert break_off(file, ("pretrain", 2))
     for name in MOMENTS:
@@ -86,8 +86,8 @@ def test_a_run_that_was_killed_before_they_went_lets_them_go(
 
 @pytest.mark.parametrize("settle", [0, 3])
 def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path, settle: int) -> None:
-    prune = SETTLING | {"batch": stage(8), "settle_steps": settle}
-    finish(tiny.config(tmp_path / "run", run={"seed": 3, "stages": ["prune", "finalize"]}, prune=prune))
+    prune = SETTLING | {"batch": phase(8), "settle_steps": settle}
+    finish(tiny.config(tmp_path / "run", run={"seed": 3, "phases": ["prune", "finalize"]}, prune=prune))
     assert not (tmp_path / "run" / moments.FOLDER).exists(), "not settled, or nothing goes on"
 
 
@@ -95,10 +95,10 @@ def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path,
 def test_a_fresh_start_is_told_where_moments_would_have_been_handed_on(
     tiny: Tiny, tmp_path: Path, settle: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prune = SETTLING | {"batch": stage(8), "settle_steps": settle}
-    for stages in (["prune", "finalize"], ["pretrain"]):
-        finish(tiny.config(tmp_path / "run", run={"seed": 3, "stages": stages}, prune=prune))
-    assert ("Adam starts fresh: run.stages did not name pretrain" in caplog.text) == bool(settle)
+    prune = SETTLING | {"batch": phase(8), "settle_steps": settle}
+    for phases in (["prune", "finalize"], ["pretrain"]):
+        finish(tiny.config(tmp_path / "run", run={"seed": 3, "phases": phases}, prune=prune))
+    assert ("Adam starts fresh: run.phases did not name pretrain" in caplog.text) == bool(settle)
 
 
 def test_moments_are_handed_on_where_the_teacher_goes(tiny: Tiny, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megashear.config.schema import Config
 from megashear.errors import CheckpointError, Interrupted
 from megashear.hf.model_folder import ModelFolder
 from megashear.importance import calibrate
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.kept_units import kept_units_of
 from megashear.masks.mask_specs import mask_specs
 from megashear.masks.unit_scores import load_scores
 from megashear.phases import score_units as importance
@@ -34,11 +34,11 @@ def one_shot(tiny: Tiny, folder: Path, criterion: str = "taylor_mask", *override
     """A run of `prune` and `finalize` alone, whose cut is all that it does to the weights."""
     keys = ["prune.method=one_shot", f"prune.importance.criterion={criterion}", "prune.importance.batches=2"]
     keys.append("prune.refit=0")
-    return tiny.config(folder, *keys, "run.stages=[prune,finalize]", *overrides)
+    return tiny.config(folder, *keys, "run.phases=[prune,finalize]", *overrides)
 
 
-def record(folder: Path, stage: str) -> dict[str, Any]:
-    return json.loads((folder / stage / "done.json").read_text())
+def record(folder: Path, phase: str) -> dict[str, Any]:
+    return json.loads((folder / phase / "done.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_units_of_the_highest_scores_are_cut_out_of_the_source(
     assert sizes == (24, 2, 2, 1, 32)
     assert not (tmp_path / "run/masked").exists()
     scores = load_scores(tmp_path / "run/importance.safetensors")[0]
-    keep = keep_sets(scores.units, mask_specs(source.shape, shape), source.shape)
+    keep = kept_units_of(scores.units, mask_specs(source.shape, shape), source.shape)
     assert torch.equal(
         pruned.read("model.embed_tokens.weight"), source.read("model.embed_tokens.weight").float()[:, keep.hidden]
     )
@@ -88,15 +88,15 @@ def test_what_the_cut_kept_is_recorded_after_learned_masks_as_well(unbroken_fold
 
 def test_a_run_goes_on_to_pretraining_with_the_source_s_losses(tiny: Tiny, tmp_path: Path) -> None:
     config = one_shot(
-        tiny, tmp_path / "run", "fisher", "run.stages=[prune,finalize,pretrain]", "mixture.references=source"
+        tiny, tmp_path / "run", "fisher", "run.phases=[prune,finalize,pretrain]", "mixture.references=source"
     )
     finish(config)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert set(summary["losses"]) == {"source", "pruned", "final"}
     assert summary["tokens"] == {"prune": 0, "pretrain": 6 * 8 * 32}
     assert ModelFolder.open(tmp_path / "run/final").shape.hidden_size == 24
-    stages = ModelFolder.open(tmp_path / "run/pruned").provenance["stages"]
-    assert [stage["name"] for stage in stages] == ["prune"]
+    phases = ModelFolder.open(tmp_path / "run/pruned").provenance["phases"]
+    assert [phase["name"] for phase in phases] == ["prune"]
 
 
 def test_stopped_while_scoring_it_scores_again_and_a_finished_file_is_used(tiny: Tiny, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_several_ranks_prune_as_one(ranks: LiveRanks, tiny: Tiny, tmp_path: Path
     finish(one_shot(tiny, tmp_path / "whole"))
     config = ["prune.method=one_shot", "prune.importance.criterion=taylor_mask", "prune.importance.batches=2"]
     config.append("prune.refit=0")
-    one = job(tiny.file(tmp_path / "run"), *config, "run.stages=[prune,finalize]", *LAYOUTS[layout])
+    one = job(tiny.file(tmp_path / "run"), *config, "run.phases=[prune,finalize]", *LAYOUTS[layout])
     ranks(2).call("helpers.jobs:run_all", jobs=[one])
     wanted = load_file(tmp_path / "whole/importance.safetensors")
     for part, value in load_file(tmp_path / "run/importance.safetensors").items():
@@ -144,11 +144,11 @@ def test_several_ranks_prune_as_one(ranks: LiveRanks, tiny: Tiny, tmp_path: Path
 
 @pytest.mark.parametrize("damage", ["missing", "cut off", "another seed"])
 def test_scores_that_are_gone_or_others_are_refused(tiny: Tiny, tmp_path: Path, damage: str) -> None:
-    finish(one_shot(tiny, tmp_path / "run", "magnitude", "run.stages=[prune]"))
+    finish(one_shot(tiny, tmp_path / "run", "magnitude", "run.phases=[prune]"))
     path = tmp_path / "run/importance.safetensors"
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:100])
     if damage == "another seed":
-        finish(one_shot(tiny, tmp_path / "other", "magnitude", "run.stages=[prune]", "run.seed=4"))
+        finish(one_shot(tiny, tmp_path / "other", "magnitude", "run.phases=[prune]", "run.seed=4"))
         shutil.copy(tmp_path / "other/importance.safetensors", path)
     what = {"missing": "missing", "cut off": "no scores of units, or damaged", "another seed": "scores of another"}
     with pytest.raises(CheckpointError, match=rf"importance\.safetensors: {what[damage]}.*; restore it from a copy"):
@@ -159,7 +159,7 @@ def test_scores_that_are_gone_or_others_are_refused(tiny: Tiny, tmp_path: Path, 
 
 
 def test_learned_masks_start_from_scores(tiny: Tiny, tmp_path: Path) -> None:
-    keys = ["prune.importance.criterion=taylor_mask", "prune.importance.batches=2", "run.stages=[prune]"]
+    keys = ["prune.importance.criterion=taylor_mask", "prune.importance.batches=2", "run.phases=[prune]"]
     keys += ["prune.importance.spread=4", "prune.mask_learning_rate=0", "prune.optimizer.warmup_steps=0"]
     config = tiny.config(tmp_path / "run", *keys, "prune.batch.steps=1", "prune.settle_steps=0")
     finish(config)

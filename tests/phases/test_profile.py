@@ -17,5 +17,5 @@ def test_a_profiled_run_has_traces_times_and_the_same_bits(
     assert sorted(path.name for path in (folder / "profile").iterdir()) == ["pretrain.json.gz", "prune.json.gz"]
     assert differing(results(folder), unbroken) == []
     summary = json.loads((folder / "summary.json").read_text())
-    for stage in ("prune", "pretrain"):
-        assert 0 < summary["evaluation_seconds"][stage] < summary["seconds"][stage]
+    for phase in ("prune", "pretrain"):
+        assert 0 < summary["evaluation_seconds"][phase] < summary["seconds"][phase]

@@ -15,7 +15,7 @@ from helpers.ranks import LiveRanks
 from helpers.tiny import LAYOUTS, Tiny, finish
 from megashear.config.schema import Config
 from megashear.errors import ModelError
-from megashear.masks.fold import Fold
+from megashear.masks.fold import Folding
 from megashear.masks.rotation import Rotation
 from megashear.phases.finalize import report
 from megashear.phases.proof import EXACT_TOLERANCE, TOLERANCE
@@ -50,7 +50,7 @@ def amplifying(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut(tiny: Tiny, folder: Path, *keys: str) -> Config:
-    return tiny.config(folder, "prune.method=one_shot", "prune.basis=source", "run.stages=[prune,finalize]", *keys)
+    return tiny.config(folder, "prune.method=one_shot", "prune.basis=source", "run.phases=[prune,finalize]", *keys)
 
 
 def proof(folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_rounding_that_a_model_amplifies_is_told_from_a_fault(tiny: Tiny, amplif
 def test_every_layout_tells_rounding_from_a_fault(
     ranks: LiveRanks, tiny: Tiny, amplifying: Path, tmp_path: Path, layout: str
 ) -> None:
-    keys = ["prune.method=one_shot", "prune.basis=source", "run.stages=[prune,finalize]", f"source.folder={amplifying}"]
+    keys = ["prune.method=one_shot", "prune.basis=source", "run.phases=[prune,finalize]", f"source.folder={amplifying}"]
     keys += ["prune.importance.criterion=magnitude", "prune.refit=0", *LAYOUTS[layout]]
     ranks(2).call("helpers.jobs:run_all", jobs=[job(tiny.file(tmp_path / "run"), *keys)])
     assert proof(tmp_path / "run")["exact_difference"] <= EXACT_TOLERANCE
@@ -83,13 +83,13 @@ def test_an_ordinary_model_needs_no_fp64(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_wrong_tensor_is_no_rounding(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fold = Fold.__call__
+    fold = Folding.__call__
 
-    def wrong(self: Fold, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+    def wrong(self: Folding, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         made = fold(self, name, tensor)
         return (made[0], made[1] * 1.001) if made is not None and "o_proj" in name else made
 
-    with patch.object(Fold, "__call__", wrong), pytest.raises(ModelError, match="fault of megashear"):
+    with patch.object(Folding, "__call__", wrong), pytest.raises(ModelError, match="fault of megashear"):
         finish(cut(tiny, tmp_path / "run"))
     assert not (tmp_path / "run/pruned").exists() and not (tmp_path / "run/finalize/done.json").exists()
     finish(cut(tiny, tmp_path / "run"))

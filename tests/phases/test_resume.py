@@ -39,7 +39,7 @@ def test_stopped_by_a_signal_after_every_step(tiny: Tiny, unbroken: dict[str, An
     [
         ("prune", 4),  # before the first checkpoint, which is due
         ("prune", 5),  # right after it
-        ("prune", 8),  # at the end of the stage, before its checkpoint
+        ("prune", 8),  # at the end of the phase, before its checkpoint
         ("pretrain", 3),
     ],
 )
@@ -66,7 +66,7 @@ def test_bf16_with_and_without_the_distributed_optimizer(tiny: Tiny, tmp_path: P
 def test_no_evaluation_stands_twice_when_killed_after_it(
     tiny: Tiny, unbroken: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the last checkpoint of a stage and its record: the evaluation at that step is not repeated."""
+    """Killed between the last checkpoint of a phase and its record: the evaluation at that step is not repeated."""
     config = tiny.config(tmp_path / "run")
     monkeypatch.setattr("megashear.phases.training.write_model", lambda *_: die())
     for _ in range(2):
@@ -79,15 +79,15 @@ def test_no_evaluation_stands_twice_when_killed_after_it(
     assert differing(results(tmp_path / "run"), unbroken) == []
 
 
-def test_stopped_between_stages(tiny: Tiny, unbroken: dict[str, Any], tmp_path: Path) -> None:
-    """A signal in the last step of a stage stops before the next one; nothing that is done is done again."""
+def test_stopped_between_phases(tiny: Tiny, unbroken: dict[str, Any], tmp_path: Path) -> None:
+    """A signal in the last step of a phase stops before the next one; nothing that is done is done again."""
     config = tiny.config(tmp_path / "run")
     assert break_off(config, ("prune", 8))
     assert (tmp_path / "run/prune/done.json").exists() and not (tmp_path / "run/pruned").exists()
     with without_pictures():
         run(config, ["prune", "finalize"])
     finalized = (tmp_path / "run/finalize/done.json").stat().st_mtime_ns
-    assert not break_off(config, ("pretrain", 6)), "the last stage ends, there is nothing left to stop"
+    assert not break_off(config, ("pretrain", 6)), "the last phase ends, there is nothing left to stop"
     assert (tmp_path / "run/finalize/done.json").stat().st_mtime_ns == finalized
     finish(config)
     assert differing(results(tmp_path / "run"), unbroken) == []
@@ -137,10 +137,10 @@ def test_a_run_folder_of_another_format_is_refused(tiny: Tiny, tmp_path: Path, v
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_every_one_of_forty_steps_of_both_stages(tiny: Tiny, tmp_path: Path, precision: str) -> None:
+def test_every_one_of_forty_steps_of_both_phases(tiny: Tiny, tmp_path: Path, precision: str) -> None:
     sections = {
-        stage: RUN[stage] | {"batch": RUN[stage]["batch"] | {"steps": 40, "eval_interval": 7}}
-        for stage in ("prune", "pretrain")
+        phase: RUN[phase] | {"batch": RUN[phase]["batch"] | {"steps": 40, "eval_interval": 7}}
+        for phase in ("prune", "pretrain")
     }
     for name in ("unbroken", "run"):
         tiny.file(tmp_path / name, precision=precision, checkpoint={"interval": 11}, **sections)

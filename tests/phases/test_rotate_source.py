@@ -41,7 +41,7 @@ def prune_record(folder: Path) -> dict:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_default_is_the_principal_basis(untied: Tiny, tiny: Tiny, tmp_path: Path, tied: bool) -> None:
-    inputs, keys = tiny if tied else untied, ["prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]"]
+    inputs, keys = tiny if tied else untied, ["prune.method=one_shot", "prune.refit=2", "run.phases=[prune,finalize]"]
     finish(inputs.config(tmp_path / "run", *keys, "prune.basis=null"))
     assert prune_record(tmp_path / "run")["principal"]
     assert not (tmp_path / "run/principal").exists()
@@ -51,7 +51,7 @@ def test_the_default_is_the_principal_basis(untied: Tiny, tiny: Tiny, tmp_path: 
 
 
 def test_the_sources_own_units_where_they_are_asked_for_or_all_stay(untied: Tiny, tmp_path: Path) -> None:
-    keys = ["prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]"]
+    keys = ["prune.method=one_shot", "prune.refit=2", "run.phases=[prune,finalize]"]
     finish(untied.config(tmp_path / "own", *keys, "prune.basis=source"))
     assert not prune_record(tmp_path / "own")["principal"]
     finish(untied.config(tmp_path / "all", *keys, "prune.basis=null", "target.hidden_size=32"))
@@ -65,7 +65,7 @@ def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
         folder = tmp_path / chosen
         finish(
             untied.config(
-                folder, "prune.method=one_shot", "prune.refit=2", "run.stages=[prune]", f"prune.basis={chosen}"
+                folder, "prune.method=one_shot", "prune.refit=2", "run.phases=[prune]", f"prune.basis={chosen}"
             )
         )
         losses.append(json.loads((folder / "source_losses.json").read_text()))
@@ -82,7 +82,7 @@ def test_the_rotated_source_is_the_source(untied: Tiny, tmp_path: Path) -> None:
 def test_a_turn_that_costs_is_warned_of(
     untied: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keys = ["prune.method=one_shot", "prune.refit=2", "prune.basis=principal", "run.stages=[prune]"]
+    keys = ["prune.method=one_shot", "prune.refit=2", "prune.basis=principal", "run.phases=[prune]"]
     finish(untied.config(tmp_path / "sound", *keys))
     assert "principal basis" not in caplog.text
     turned = Rotation.__call__
@@ -113,7 +113,7 @@ def test_evaluations_of_the_source_are_told_from_calibration(
     timed(basis, "evaluate", 0.5)
     timed(source_losses, "evaluate", 0.5)
     timed(training, "importance_scores", 0.0)
-    keys = [f"prune.method={method}", "prune.importance.criterion=magnitude", "run.stages=[prune]"]
+    keys = [f"prune.method={method}", "prune.importance.criterion=magnitude", "run.phases=[prune]"]
     finish(tiny.config(tmp_path / "run", *keys, "prune.basis=principal"))
     record = prune_record(tmp_path / "run")
     assert spent["evaluate"] > 1.0
@@ -124,7 +124,7 @@ def test_evaluations_of_the_source_are_told_from_calibration(
 
 
 def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.stages=[prune,finalize]")
+    config = tiny.config(tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.phases=[prune,finalize]")
     finish(config)
     for name in ("principal", "fitted"):
         (tmp_path / "run" / name).mkdir()
@@ -142,7 +142,7 @@ def test_few_directions_lose_less_than_few_units(untied: Tiny, tmp_path: Path, m
     monkeypatch.setattr(basis, "share_kept", noted)
     finish(
         untied.config(
-            tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.stages=[prune]", "prune.basis=principal"
+            tmp_path / "run", "prune.method=one_shot", "prune.refit=2", "run.phases=[prune]", "prune.basis=principal"
         )
     )
     principal, own = shares
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on_in_the_same_basis(untied: Tiny, tmp_path: Path) ->
 
 def test_a_tied_source_turns(tiny: Tiny, tmp_path: Path) -> None:
     """Its final norm has one weight for all units, as at birth: then nothing of its function is lost."""
-    finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.basis=principal"))
+    finish(tiny.config(tmp_path / "run", "run.phases=[prune]", "prune.basis=principal"))
     rotated = tmp_path / "run/principal"
     logits = []
     for folder in (tiny.source, rotated):

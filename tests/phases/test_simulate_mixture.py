@@ -10,18 +10,18 @@ from megashear.train.metrics import read_metrics
 
 
 def simulate(run: Path, output: Path, *overrides: str) -> dict[str, list[dict[str, float]]]:
-    """Weights by stage, one a held-out evaluation."""
+    """Weights by phase, one a held-out evaluation."""
     assert cli.main(["mixture", "simulate", str(run), *overrides, "--output", str(output)]) == 0
     assert (output / "simulated_weights.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((output / "simulated_weights.json").read_text())
-    return {stage: [record["weights"] for record in records] for stage, records in found.items()}
+    return {phase: [record["weights"] for record in records] for phase, records in found.items()}
 
 
 def test_its_own_rule_gives_the_recorded_weights(unbroken_folder: Path, tmp_path: Path) -> None:
     recorded: dict[str, list[dict[str, float]]] = {"prune": [], "pretrain": []}
     for record in read_metrics(unbroken_folder / "metrics.jsonl"):
         if record["kind"] == "eval":
-            recorded[record["stage"]].append(record["weights"])
+            recorded[record["phase"]].append(record["weights"])
     assert len({json.dumps(weights) for weights in recorded["pretrain"]}) > 1
     assert simulate(unbroken_folder, tmp_path) == recorded
 

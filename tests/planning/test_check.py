@@ -77,7 +77,7 @@ def test_memory_of_one_shot_pruning_is_estimated(tmp_path: Path) -> None:
 
 
 def test_the_target_counts_where_the_run_folder_was_pruned_before(tmp_path: Path) -> None:
-    keys = ["run.stages=[pretrain]", f"run.folder={tmp_path / 'run'}"]
+    keys = ["run.phases=[pretrain]", f"run.folder={tmp_path / 'run'}"]
     assert check(config(tmp_path, *keys), None, 4).target is None
     (tmp_path / "run/finalize").mkdir(parents=True)
     (tmp_path / "run/finalize/done.json").write_text("{}")
@@ -95,9 +95,9 @@ def test_shape_of_the_folder_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("run.stages=[]", "run.stages: the list is empty"),
-        ("run.stages=[pretrain,prune]", "run.stages: pretrain, prune are not in order"),
-        ("run.stages=[prune,prune]", "run.stages: prune, prune are not in order"),
+        ("run.phases=[]", "run.phases: the list is empty"),
+        ("run.phases=[pretrain,prune]", "run.phases: pretrain, prune are not in order"),
+        ("run.phases=[prune,prune]", "run.phases: prune, prune are not in order"),
         ("data.folder=null", "data.folder: missing"),
         ("source.shape.preset=llama2-7c", "source.shape.preset: no shape is called 'llama2-7c'"),
         ("target.preset=null", "target: missing"),
@@ -160,7 +160,7 @@ def test_launched_ranks_and_planned_ranks(tmp_path: Path) -> None:
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    found = problems(tmp_path, "run.stages=[pretrain,prune]", "prune.batch.global_batch=33", "target.hidden_size=2559")
+    found = problems(tmp_path, "run.phases=[pretrain,prune]", "prune.batch.global_batch=33", "target.hidden_size=2559")
     assert len(found) == 3
 
 
@@ -196,7 +196,7 @@ def test_damaged_dataset_manifest_is_a_problem(tmp_path: Path) -> None:
 def test_from_scratch_takes_the_vocabulary_of_the_dataset(tmp_path: Path) -> None:
     dataset(tmp_path / "data")
     text = """
-run: {stages: [pretrain]}
+run: {phases: [pretrain]}
 source: {shape: {hidden_size: 64, num_layers: 2, num_heads: 4, intermediate_size: 128}}
 data: {folder: DATA, sequence_length: 128}
 mixture: {rule: static}
@@ -254,23 +254,23 @@ def test_a_limit_of_repeating_where_nothing_repeats(tmp_path: Path) -> None:
     assert "data.repeat_limit: 2, but data.exhausted is stop" in message
 
 
-@pytest.mark.parametrize("stage", ["prune", "pretrain"])
-def test_a_run_from_scratch_has_no_teacher(tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("phase", ["prune", "pretrain"])
+def test_a_run_from_scratch_has_no_teacher(tmp_path: Path, phase: str) -> None:
     scratch = GOOD.replace(", folder: nowhere/llama2-7b", "")
-    found = problems(tmp_path, f"{stage}.distillation.weight=0.5", "mixture.references=list", text=scratch)
-    words = f"{stage}.distillation.weight: 0.5, but a run from scratch has no source"
+    found = problems(tmp_path, f"{phase}.distillation.weight=0.5", "mixture.references=list", text=scratch)
+    words = f"{phase}.distillation.weight: 0.5, but a run from scratch has no source"
     assert any(line.startswith(words) for line in found)
-    check(config(tmp_path, f"{stage}.distillation.weight=0.5"), None, None)
+    check(config(tmp_path, f"{phase}.distillation.weight=0.5"), None, None)
 
 
 def test_a_teacher_is_counted(tmp_path: Path) -> None:
-    """Its memory, and its forward FLOPs beside those of the stage."""
+    """Its memory, and its forward FLOPs beside those of the phase."""
     untaught = config(tmp_path, "prune.distillation.weight=0")
     plain = check(untaught, None, 4)
     taught_config = config(tmp_path, "prune.distillation.weight=0.5", "pretrain.distillation.weight=0.25")
     taught = check(taught_config, None, 4)
-    for stage in ("prune", "pretrain"):
-        (without,), (with_it,) = plain.memory[stage], taught.memory[stage]
+    for phase in ("prune", "pretrain"):
+        (without,), (with_it,) = plain.memory[phase], taught.memory[phase]
         assert without.teacher == 0 and with_it.total == without.total + with_it.teacher
         assert with_it.teacher > 2 * PRESETS["llama2-7b"].parameters() // 2, "bf16, over two ranks"
     text = render(taught_config, taught)
@@ -285,7 +285,7 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
 def test_a_model_that_would_teach_itself_is_said(tmp_path):
     weight = "pretrain.distillation.weight=0.5"
     for until, consequence in (("end", "holds it there"), ("outgrown", "it changes next to nothing")):
-        keys = [weight, "run.stages=[pretrain]", "target=null", f"pretrain.distillation.until={until}"]
+        keys = [weight, "run.phases=[pretrain]", "target=null", f"pretrain.distillation.until={until}"]
         said = examine(config(tmp_path, *keys), None, None).warnings
         assert [text for text in said if "the very model that training starts from" in text and consequence in text]
     assert not [text for text in examine(config(tmp_path, weight), None, None).warnings if "very model" in text]
@@ -327,6 +327,6 @@ def test_calibration_is_counted(tmp_path):
     fitted = calibration_lines(tmp_path, "prune.method=one_shot")
     assert fitted[-1] == ["host memory, over tensor- and data-parallel ranks", "52.00 GiB"]
     assert float(fitted[1][1]) > 4.5 * passes
-    assert float(calibration_lines(tmp_path, "prune.method=one_shot", "run.stages=[prune]")[1][1]) > 4.5 * passes
+    assert float(calibration_lines(tmp_path, "prune.method=one_shot", "run.phases=[prune]")[1][1]) > 4.5 * passes
     assert calibration_lines(tmp_path, "prune.preset=paper", "prune.basis=source") == []
-    assert calibration_lines(tmp_path, "run.stages=[pretrain]", "target=null") == []
+    assert calibration_lines(tmp_path, "run.phases=[pretrain]", "target=null") == []

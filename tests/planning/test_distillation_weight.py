@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megashear.config.presets import PRESETS
-from megashear.config.resolve import WEIGHT, run_tokens, teaching, tokens_seen
+from megashear.config.resolve import WEIGHT, distillation_plans, run_tokens, training_tokens_of
 from megashear.files.file_digests import write_manifest
 from planning.test_check import config
 
@@ -31,18 +31,18 @@ PAPER = "prune.preset=paper"
     ],
 )
 def test_an_open_weight(tmp_path: Path, target: str, overrides: list[str], prune: float, pretrain: float) -> None:
-    found = teaching(config(tmp_path, *overrides), SOURCE, PRESETS[target])
+    found = distillation_plans(config(tmp_path, *overrides), SOURCE, PRESETS[target])
     assert (found["prune"].weight, found["pretrain"].weight) == (prune, pretrain)
 
 
 def test_without_source_or_target_nobody_teaches(tmp_path: Path) -> None:
     for source, target in ((None, SMALL), (SOURCE, None), (None, None)):
-        assert [how.weight for how in teaching(config(tmp_path), source, target).values()] == [0, 0]
+        assert [how.weight for how in distillation_plans(config(tmp_path), source, target).values()] == [0, 0]
 
 
 def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
     keys = ["prune.distillation.temperature=2", "pretrain.distillation.chunk=7", "pretrain.distillation.until=end"]
-    found = teaching(config(tmp_path, *keys), SOURCE, SMALL)
+    found = distillation_plans(config(tmp_path, *keys), SOURCE, SMALL)
     assert (found["prune"].temperature, found["prune"].until) == (2, "outgrown")
     assert (found["pretrain"].chunk, found["pretrain"].until) == (7, "end")
 
@@ -50,25 +50,25 @@ def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("provenance", "tokens"),
     [
-        ({"stages": [{"name": "pretrain", "tokens": 5}]}, 5),
-        ({"stages": [{"tokens": 3}, {"name": "finalize"}, {"tokens": 4}], "source": {"tokens": 10}}, 17),
-        ({"stages": [{"tokens": 3}], "source": {"path": "foreign"}}, None),  # what came before is not known
+        ({"phases": [{"name": "pretrain", "tokens": 5}]}, 5),
+        ({"phases": [{"tokens": 3}, {"name": "finalize"}, {"tokens": 4}], "source": {"tokens": 10}}, 17),
+        ({"phases": [{"tokens": 3}], "source": {"path": "foreign"}}, None),  # what came before is not known
         ({"source": {"path": "imported"}}, None),
         ({}, None),
-        ({"stages": 7}, None),
-        ({"stages": [{"tokens": -5}]}, None),
+        ({"phases": 7}, None),
+        ({"phases": [{"tokens": -5}]}, None),
         (None, None),
     ],
 )
 def test_the_tokens_that_a_source_has_seen(tmp_path: Path, provenance: dict[str, Any] | None, tokens: int) -> None:
     write_manifest(tmp_path, {} if provenance is None else {"provenance": provenance})
-    assert tokens_seen(tmp_path) == tokens
-    assert tokens_seen(tmp_path / "nowhere") is None
+    assert training_tokens_of(tmp_path) == tokens
+    assert training_tokens_of(tmp_path / "nowhere") is None
 
 
 def test_a_foreign_manifest_may_hold_any_number(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"files": {}, "provenance": {"stages": [{"tokens": 1e999}]}}')
-    assert tokens_seen(tmp_path) is None
+    (tmp_path / "manifest.json").write_text('{"files": {}, "provenance": {"phases": [{"tokens": 1e999}]}}')
+    assert training_tokens_of(tmp_path) is None
 
 
 def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unasked(tmp_path: Path) -> None:
@@ -79,10 +79,12 @@ def test_a_source_that_has_seen_no_more_than_the_run_takes_does_not_teach_unaske
     assert taken == sequences * run.data.sequence_length
     (tmp_path / "source").mkdir()
     for seen, weight in ((taken + 1, WEIGHT), (taken, 0)):
-        write_manifest(tmp_path / "source", {"provenance": {"stages": [{"name": "pretrain", "tokens": seen}]}})
-        found = teaching(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
+        write_manifest(tmp_path / "source", {"provenance": {"phases": [{"name": "pretrain", "tokens": seen}]}})
+        found = distillation_plans(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
         assert [how.weight for how in found.values()] == [weight, weight]
-        asked = teaching(config(tmp_path, *keys, "prune.distillation.weight=0.25"), SOURCE, PRESETS["sheared-2.7b"])
+        asked = distillation_plans(
+            config(tmp_path, *keys, "prune.distillation.weight=0.25"), SOURCE, PRESETS["sheared-2.7b"]
+        )
         assert [how.weight for how in asked.values()] == [0.25, 0.25]
 
 
@@ -100,8 +102,8 @@ def test_what_a_run_recorded_counts(tmp_path: Path, record: str | None, weight: 
     keys = [f"source.folder={tmp_path / 'source'}", f"run.folder={tmp_path / 'run'}"]
     for name in ("source", "run"):
         (tmp_path / name).mkdir()
-    write_manifest(tmp_path / "source", {"provenance": {"stages": [{"name": "pretrain", "tokens": 5}]}})
+    write_manifest(tmp_path / "source", {"provenance": {"phases": [{"name": "pretrain", "tokens": 5}]}})
     if record is not None:
         (tmp_path / "run" / "identity.json").write_text(record)
-    found = teaching(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
+    found = distillation_plans(config(tmp_path, *keys), SOURCE, PRESETS["sheared-2.7b"])
     assert [how.weight for how in found.values()] == [weight, weight]

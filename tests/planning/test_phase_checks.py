@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megashear.config.resolve import training_stages
+from megashear.config.resolve import training_phases
 from megashear.planning.check import examine
 from planning.test_check import config, problems
 
@@ -33,7 +33,7 @@ ONE_SHOT_LEAVES = {"lambda2_cap", "log_alpha_init", "importance.spread"}
         ([NONE, "prune.importance.layer_criterion=block_influence"], "prune.importance.criterion is null"),
         (["prune.importance.batches=1"], "prune.importance.batches"),
         (["prune.importance.spread=0"], "prune.importance.spread"),
-        ([ONE_SHOT, "run.stages=[prune,finalize]", "data.folder=null"], "data.folder: missing"),
+        ([ONE_SHOT, "run.phases=[prune,finalize]", "data.folder=null"], "data.folder: missing"),
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),
         (["prune.basis=any"], "prune.basis"),
@@ -48,9 +48,9 @@ def test_each_rule(tmp_path: Path, overrides: list[str], words: str) -> None:
     assert words in found[0]
 
 
-def test_one_shot_pruning_is_no_stage_of_training(tmp_path: Path) -> None:
+def test_one_shot_pruning_is_no_phase_of_training(tmp_path: Path) -> None:
     chosen = config(tmp_path, ONE_SHOT, "prune.importance.criterion=magnitude")
-    assert list(training_stages(chosen)) == ["pretrain"]
+    assert list(training_phases(chosen)) == ["pretrain"]
     report = examine(chosen, None, None)
     assert report.problems == []
     assert all(one.gradients == one.optimizer == 0 for one in report.memory["prune"])
@@ -71,7 +71,7 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         ([ONE_SHOT], set()),
         ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"settle_steps"}),
         ([ONE_SHOT, "prune.distillation.weight=0.5", "pretrain.distillation.weight=1"], {"distillation.weight"}),
-        ([ONE_SHOT, "prune.distillation.weight=0.5", "run.stages=[prune,finalize]"], {"distillation.weight"}),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "run.phases=[prune,finalize]"], {"distillation.weight"}),
         ([ONE_SHOT, "prune.refit=4"], set()),
         (["prune.refit=4"], {"refit"}),
         (["prune.lambda1_cap=3", "prune.lambda_learning_rate=2"], {"lambda1_cap", "lambda_learning_rate"}),

@@ -2,22 +2,22 @@
 
 import numpy as np
 
-from megashear.plots.metric_series import Stage, names_in, realised_mix, stages_of
+from megashear.plots.metric_series import Phase, names_in, phases_of, realised_mix
 from megashear.plots.training_plots import running_mean
 
 
 def train(step: int, **domain_tokens: int) -> dict:
-    return {"stage": "prune", "step": step, "kind": "train", "domain_tokens": domain_tokens}
+    return {"phase": "prune", "step": step, "kind": "train", "domain_tokens": domain_tokens}
 
 
-def test_stages_and_steps_are_in_order_and_the_later_of_two_counts() -> None:
+def test_phases_and_steps_are_in_order_and_the_later_of_two_counts() -> None:
     records = [
-        {"stage": "pretrain", "step": 5, "kind": "train", "loss": 1.0},
-        {"stage": "prune", "step": 20, "kind": "train", "loss": 2.0},
-        {"stage": "prune", "step": 10, "kind": "train", "loss": 3.0},
-        {"stage": "prune", "step": 20, "kind": "train", "loss": None},
+        {"phase": "pretrain", "step": 5, "kind": "train", "loss": 1.0},
+        {"phase": "prune", "step": 20, "kind": "train", "loss": 2.0},
+        {"phase": "prune", "step": 10, "kind": "train", "loss": 3.0},
+        {"phase": "prune", "step": 20, "kind": "train", "loss": None},
     ]
-    prune, pretrain = stages_of(records)
+    prune, pretrain = phases_of(records)
     assert (prune.name, pretrain.name) == ("prune", "pretrain")
     assert prune.steps("train").tolist() == [10, 20] and prune.last_step() == 20
     np.testing.assert_array_equal(prune.values("train", "loss"), [3.0, np.nan])
@@ -26,23 +26,23 @@ def test_stages_and_steps_are_in_order_and_the_later_of_two_counts() -> None:
 
 
 def test_names_are_the_union_in_order() -> None:
-    stage = Stage(
+    phase = Phase(
         "prune", {"eval": [{"step": 1, "loss": {"b": 1}}, {"step": 2, "loss": {"b": 1, "a": 2}}, {"step": 3}]}
     )
-    assert names_in([stage], "eval", "loss") == ["b", "a"]
+    assert names_in([phase], "eval", "loss") == ["b", "a"]
 
 
 def test_realised_mix_is_between_evaluations() -> None:
     trained = [train(10, a=100, b=0), train(20, a=200, b=0), train(30, a=250, b=50), train(40, a=300, b=100)]
-    evaluated = [{"stage": "prune", "step": step, "kind": "eval"} for step in (0, 20, 40)]
-    (stage,) = stages_of([*trained, *evaluated])
-    middles, shares = realised_mix(stage, ["a", "b"])
+    evaluated = [{"phase": "prune", "step": step, "kind": "eval"} for step in (0, 20, 40)]
+    (phase,) = phases_of([*trained, *evaluated])
+    middles, shares = realised_mix(phase, ["a", "b"])
     assert middles.tolist() == [10, 30]
     np.testing.assert_allclose(shares, [[1.0, 0.5], [0.0, 0.5]])
 
 
 def test_realised_mix_without_records_is_empty() -> None:
-    middles, shares = realised_mix(Stage("prune", {}), ["a", "b"])
+    middles, shares = realised_mix(Phase("prune", {}), ["a", "b"])
     assert middles.shape == (0,) and shares.shape == (2, 0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.synthetic_run import DOMAINS, TARGETS
 from megashear.plots.mask_plots import draw_maps, draw_masks
-from megashear.plots.metric_series import Stage, stages_of
+from megashear.plots.metric_series import Phase, phases_of
 from megashear.plots.mixture_plots import draw_losses, draw_weights
 from megashear.plots.plot_style import STYLE
 from megashear.plots.run_plots import read_masks
@@ -25,24 +25,24 @@ def style():
 
 
 @pytest.fixture(scope="module")
-def stages(published_run: Path) -> list[Stage]:
-    return stages_of(read_metrics(published_run / "metrics.jsonl"))
+def phases(published_run: Path) -> list[Phase]:
+    return phases_of(read_metrics(published_run / "metrics.jsonl"))
 
 
-def test_weights_a_line_and_rings_for_each_domain_and_stage(stages: list[Stage]) -> None:
-    figure = draw_weights(stages)
+def test_weights_a_line_and_rings_for_each_domain_and_phase(phases: list[Phase]) -> None:
+    figure = draw_weights(phases)
     assert figure is not None and len(figure.axes) == 2
-    for stage, axes in zip(stages, figure.axes, strict=True):
+    for phase, axes in zip(phases, figure.axes, strict=True):
         lines = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
         assert len(lines) == len(DOMAINS) and len(axes.lines) == 2 * len(DOMAINS)
         drawn = np.array([line.get_ydata()[:-1] for line in lines])
-        recorded = np.array([stage.values("eval", "weights", domain) for domain in DOMAINS])
+        recorded = np.array([phase.values("eval", "weights", domain) for domain in DOMAINS])
         np.testing.assert_array_equal(drawn, recorded)
     assert [text.get_text() for text in figure.axes[1].texts if text.get_text() in DOMAINS] == list(DOMAINS)
 
 
-def test_losses_a_cell_for_each_domain(stages: list[Stage]) -> None:
-    figure = draw_losses(stages)
+def test_losses_a_cell_for_each_domain(phases: list[Phase]) -> None:
+    figure = draw_losses(phases)
     assert figure is not None and len(figure.axes) == 2 * len(DOMAINS)
     assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == list(DOMAINS)
     for axes in figure.axes:
@@ -51,8 +51,8 @@ def test_losses_a_cell_for_each_domain(stages: list[Stage]) -> None:
         assert len(set(reference.get_ydata())) == 1 and len(loss.get_ydata()) in (64, 121)
 
 
-def test_sparsity_and_multipliers_for_each_granularity(stages: list[Stage]) -> None:
-    sparsity, multipliers = draw_sparsity(stages), draw_multipliers(stages)
+def test_sparsity_and_multipliers_for_each_granularity(phases: list[Phase]) -> None:
+    sparsity, multipliers = draw_sparsity(phases), draw_multipliers(phases)
     assert sparsity is not None and multipliers is not None
     assert [axes.get_title(loc="left").split()[0] for axes in sparsity.axes] == list(TARGETS)
     for axes, final in zip(sparsity.axes, TARGETS.values(), strict=True):
@@ -61,26 +61,26 @@ def test_sparsity_and_multipliers_for_each_granularity(stages: list[Stage]) -> N
     assert [len(axes.lines) for axes in multipliers.axes] == [len(TARGETS)] * 2
 
 
-def test_multipliers_that_never_moved_are_not_drawn(stages: list[Stage]) -> None:
-    for stage in stages:
-        for record in stage.records.get("mask", []):
+def test_multipliers_that_never_moved_are_not_drawn(phases: list[Phase]) -> None:
+    for phase in phases:
+        for record in phase.records.get("mask", []):
             for field in ("lambda1", "lambda2"):
                 record[field] = dict.fromkeys(record[field], 0.0)
-    assert draw_multipliers(stages) is None and draw_sparsity(stages) is not None
+    assert draw_multipliers(phases) is None and draw_sparsity(phases) is not None
 
 
-def test_training_loss_and_throughput(stages: list[Stage]) -> None:
-    figure = draw_training(stages)
+def test_training_loss_and_throughput(phases: list[Phase]) -> None:
+    figure = draw_training(phases)
     assert figure is not None and [len(axes.lines) for axes in figure.axes] == [2] * 4
     assert any("11 steps skipped" in text.get_text() for text in figure.texts)
     assert not any("teacher" in text.get_text() for text in figure.texts)
 
 
-def test_a_teacher_s_loss_is_drawn_while_it_teaches(stages: list[Stage]) -> None:
-    pruning = stages[0].records["train"]
+def test_a_teacher_s_loss_is_drawn_while_it_teaches(phases: list[Phase]) -> None:
+    pruning = phases[0].records["train"]
     for record in pruning[:10]:
         record["teacher_loss"] = 2.0
-    figure = draw_training(stages)
+    figure = draw_training(phases)
     assert figure is not None and [len(axes.lines) for axes in figure.axes] == [3, 2, 2, 2]
     steps, losses = figure.axes[0].lines[2].get_data()
     assert list(steps) == [record["step"] for record in pruning[:10]] and list(losses) == [2.0] * 10
@@ -116,6 +116,6 @@ def test_units_of_a_dropped_layer_are_drawn_as_dropped(tmp_path: Path) -> None:
 
 
 def test_nothing_recorded_no_picture() -> None:
-    empty = [Stage("prune", {})]
+    empty = [Phase("prune", {})]
     assert [draw(empty) for draw in DRAWINGS] == [None] * len(DRAWINGS)
     assert draw_masks({}) is None

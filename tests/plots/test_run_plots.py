@@ -56,7 +56,7 @@ def test_every_picture_of_a_whole_run(published_run: Path, tmp_path: Path) -> No
 
 def test_same_records_same_bytes(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path)
-    run.stage("prune", steps=40, batch=64, interval=20, log=10)
+    run.phase("prune", steps=40, batch=64, interval=20, log=10)
     run.masks(layers=2, heads=4, intermediate=16, hidden=8)
     run.metrics.close()
     for name in ("a", "b"):
@@ -68,7 +68,7 @@ def test_same_records_same_bytes(tmp_path: Path) -> None:
 def test_many_domains_with_long_names_stay_within_the_picture(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path / "run", extra_domains=9)
     run.domains = tuple(f"{name}-with-a-long-name" for name in run.domains)
-    run.stage("prune", steps=400, batch=64, interval=50, log=10)
+    run.phase("prune", steps=400, batch=64, interval=50, log=10)
     run.metrics.close()
     for path in plot_run(tmp_path / "run"):
         assert (pixels(path)[:, -4:] == 1).all(), f"{path.name}: a label runs over the edge"
@@ -76,7 +76,7 @@ def test_many_domains_with_long_names_stay_within_the_picture(tmp_path: Path) ->
 
 def test_default_output_and_a_run_that_just_began(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path)
-    run.stage("pretrain", steps=100, batch=64, interval=100, log=100)
+    run.phase("pretrain", steps=100, batch=64, interval=100, log=100)
     run.metrics.close()
     expected = ("epochs.png", "losses.png", "training.png", "weights.png")
     assert sorted(plot_run(tmp_path)) == [tmp_path / "plots" / name for name in expected]
@@ -95,7 +95,7 @@ def test_nothing_to_draw_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to draw yet"):
         plot_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(DataError, match="a record without 'stage'"):
+    with pytest.raises(DataError, match="a record without 'phase'"):
         plot_run(tmp_path)
     assert not (tmp_path / "plots").exists()
 

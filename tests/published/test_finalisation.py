@@ -10,8 +10,8 @@ import dataclasses
 import pytest
 import torch
 
-from megashear.masks.fold import Fold
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.fold import Folding
+from megashear.masks.kept_units import kept_units_of
 
 from .case import SOURCE, TARGET, build_masks, build_model, deviation, logits_of
 from .test_forward import TOLERANCE, mean_loss
@@ -21,7 +21,7 @@ def fold_of(arrays, layout, prune, group, masking="exact", masks=None):
     """Keep sets and masks from the log-alpha of a group of the fixture."""
     state = build_masks(arrays, layout, prune, f"{group}/log_alpha", None, torch.float64)
     masks = state.deterministic() if masks is None else masks
-    return Fold(SOURCE, keep_sets(state.log_alpha, state.specs, SOURCE), masks, masking)
+    return Folding(SOURCE, kept_units_of(state.log_alpha, state.specs, SOURCE), masks, masking)
 
 
 def folded(fold, arrays):

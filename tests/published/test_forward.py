@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megashear.config.training_schema import PruneConfig
-from megashear.masks.kept_units import keep_sets
+from megashear.masks.kept_units import kept_units_of
 
 from . import rounding
 from .case import ROWS, SOURCE, build_masks, build_model, deviation, logits_of
@@ -81,7 +81,7 @@ def test_deterministic_masks_and_their_logits(arrays, layout, prune, mode, log_a
 
 def test_binary_masks_keep_what_the_keep_sets_keep(arrays, layout, prune):
     state = build_masks(arrays, layout, prune, "B/log_alpha", None, torch.float64)
-    keep = keep_sets(state.log_alpha, state.specs, SOURCE)
+    keep = kept_units_of(state.log_alpha, state.specs, SOURCE)
     for kind, z in arrays.group("C/binary/masks").items():
         rows = z.reshape(-1, z.shape[-1])
         assert ((rows == 0) | (rows == 1)).all()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.synthetic_run import Page, make_run, stage_done
+from helpers.synthetic_run import Page, make_run, phase_done
 from megashear.plots.run_plots import read_masks
 from megashear.report.run_report import write_report
 
@@ -43,9 +43,9 @@ def test_units_of_dropped_layers_are_neither_counted_nor_listed(tmp_path: Path) 
 
 def test_one_shot_pruning_tells_what_the_cut_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine", ["prune.method=one_shot"])
-    stage_done(run, "prune", (), 0, method="one_shot", criteria={"head": "fisher"}, tokens=0)
+    phase_done(run, "prune", (), 0, method="one_shot", criteria={"head": "fisher"}, tokens=0)
     kept = {"hidden": 20, "layer": 3, "group": 6, "query": 12, "head": 12, "intermediate": 1200}
-    stage_done(run, "finalize", (), 0, kept=kept, borderline=[])
+    phase_done(run, "finalize", (), 0, kept=kept, borderline=[])
     found = {name: cells[1:] for name, cells in rows(run).items()}
     assert found == {name: [f"{number:,}", "-", "-"] for name, number in kept.items()}
 
@@ -56,13 +56,13 @@ def test_one_shot_pruning_names_its_criteria(tmp_path: Path) -> None:
         (run / name).unlink()
     criteria = {"head": "fisher", "layer": "block_influence"}
     spent = {"calibration_tokens": 65_536, "calibration_flops": 1.5e12, "evaluation_seconds": 30.0}
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, **spent)
+    phase_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, **spent)
     cells = Page(write_report(run)).cells
     said = "Chosen at once: head by fisher, layer by block_influence; nothing was trained before the cut."
     assert said in cells and not any("principal" in cell for cell in cells)
     at = cells.index("calibration")
     assert cells[at : at + 6] == ["calibration", "65.5 k", "-", "1.5e+12", "-", "-"]
-    stage_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True, refit=16)
+    phase_done(run, "prune", (), 0, method="one_shot", criteria=criteria, tokens=0, principal=True, refit=16)
     cells = Page(write_report(run)).cells
     assert "Hidden units are principal directions of the source's residual stream." in cells
     assert "Output matrices of what was kept were fitted to the source by least squares." in cells

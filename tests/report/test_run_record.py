@@ -26,7 +26,7 @@ def write_model(folder: Path, shape: ModelShape, source: ModelShape) -> None:
     """The settings and the manifest of a model that was made from a source."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_of_shape(shape, "float32", {})))
-    write_manifest(folder, {"provenance": {"source": {"path": "gone", "shape": asdict(source)}, "stages": []}})
+    write_manifest(folder, {"provenance": {"source": {"path": "gone", "shape": asdict(source)}, "phases": []}})
 
 
 def test_a_source_that_is_gone_is_known_by_the_manifest_of_what_was_made_of_it(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_source_that_is_gone_is_known_by_the_manifest_of_what_was_made_of_it(t
 def test_a_sheared_model_of_an_unknown_source_was_not_trained_in_its_own_shape(
     tmp_path: Path, provenance: dict
 ) -> None:
-    run = make_run(tmp_path / "mine", ["run.stages=[finalize,pretrain]", f"source.folder={tmp_path / 'gone'}"])
+    run = make_run(tmp_path / "mine", ["run.phases=[finalize,pretrain]", f"source.folder={tmp_path / 'gone'}"])
     write_model(run / "pruned", preset("sheared-1.3b"), preset("llama2-7b"))
     write_manifest(run / "pruned", {"provenance": provenance})
     cells = Page(write_report(run)).cells
@@ -64,7 +64,7 @@ def test_from_scratch_the_vocabulary_is_the_dataset_s(tmp_path: Path) -> None:
     counts = {"tokens": 8, "documents": 1}
     write_manifest(data, {"tokenizer": {"vocab_size": 400}, "domains": {"web": {"train": counts, "heldout": counts}}})
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
-    keys = ["run.stages=[pretrain]", f"data.folder={data}", *(f"source.shape.{k}={v}" for k, v in sizes.items())]
+    keys = ["run.phases=[pretrain]", f"data.folder={data}", *(f"source.shape.{k}={v}" for k, v in sizes.items())]
     run = tmp_path / "mine"
     run.mkdir()
     (run / "identity.json").write_text("{}")

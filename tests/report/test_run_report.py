@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.synthetic_run import DOMAINS, Page, make_run, stage_done
+from helpers.synthetic_run import DOMAINS, Page, make_run, phase_done
 from megashear.config.load import load_config, save_config
 from megashear.config.presets import resolve_shape
 from megashear.errors import DataError
 from megashear.evaluation.losses import save_sequences
 from megashear.masks.unit_scores import Scores, save_scores
-from megashear.plots.metric_series import Stage
+from megashear.plots.metric_series import Phase
 from megashear.report.compare_runs import difference_of, difference_row
-from megashear.report.run_cost import costs, curves, live_steps, taught_steps, trained_tokens
+from megashear.report.run_cost import costs, curves, distilled_steps, live_steps, trained_tokens
 from megashear.report.run_record import read_run
 from megashear.report.run_report import write_report
 from megashear.train.metrics import SCORES_NAME
@@ -80,8 +80,8 @@ def test_nothing_from_a_run_folder_can_run_or_load(tmp_path: Path) -> None:
 def test_masked_losses_stand_until_the_cut(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine")
     assert list(read_run(run).losses) == ["source", "pruned", "final"]
-    for stage in ("finalize", "pretrain"):
-        (run / stage / "done.json").unlink()
+    for phase in ("finalize", "pretrain"):
+        (run / phase / "done.json").unlink()
     found = read_run(run).losses
     assert list(found)[:2] == ["source", "masked"] and found["masked"][DOMAINS[0]] == (2.5, 0.01)
 
@@ -107,12 +107,12 @@ def test_cost_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "mine/prune/done.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration_tokens": 5e5, "calibration_flops": 7e15}))
     again = read_run(tmp_path / "mine")
-    assert [cost.stage for cost in costs(again)] == ["calibration", "prune", "pretrain"]
+    assert [cost.phase for cost in costs(again)] == ["calibration", "prune", "pretrain"]
     assert trained_tokens(costs(again)) == 4e6
     third, fourth = curves(again, list(DOMAINS))
     assert np.allclose(third.flops, first.flops + 7e15, rtol=1e-12) and third.tokens.tolist() == first.tokens.tolist()
     assert np.allclose(fourth.flops, second.flops + 7e15, rtol=1e-12)
-    assert first.loss[0] == np.mean(list(run.stage("prune").records["eval"][0]["loss"].values()))
+    assert first.loss[0] == np.mean(list(run.phase("prune").records["eval"][0]["loss"].values()))
 
 
 def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None:
@@ -121,46 +121,46 @@ def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for one in lines:
-        if one["stage"] == "pretrain" and one["kind"] == "train":
+        if one["phase"] == "pretrain" and one["kind"] == "train":
             one |= {"teacher_flops": 0.8, "taught": min(one["step"], 5)}
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     run = read_run(folder)
     prune, pretrain = costs(run)
     assert prune.teacher_flops == 0
-    assert pretrain.teacher_flops == pytest.approx(0.8 * pretrain.flops * 5 / run.stage("pretrain").last_step())
+    assert pretrain.teacher_flops == pytest.approx(0.8 * pretrain.flops * 5 / run.phase("pretrain").last_step())
     _, curve = curves(run, list(DOMAINS))
     assert curve.flops[-1] == pytest.approx(prune.flops + pretrain.flops + pretrain.teacher_flops)
 
 
 def test_taught_steps_between_and_beyond_records() -> None:
-    stage = Stage("pretrain", {"train": [{"step": 10, "taught": 10}, {"step": 20, "taught": 13}]})
-    assert taught_steps(stage, np.array([0, 4, 10, 20, 30])).tolist() == [0, 4, 10, 13, 13]
-    assert taught_steps(Stage("pretrain", {"train": [{"step": 7}]}), np.array([3])).tolist() == [3]
+    phase = Phase("pretrain", {"train": [{"step": 10, "taught": 10}, {"step": 20, "taught": 13}]})
+    assert distilled_steps(phase, np.array([0, 4, 10, 20, 30])).tolist() == [0, 4, 10, 13, 13]
+    assert distilled_steps(Phase("pretrain", {"train": [{"step": 7}]}), np.array([3])).tolist() == [3]
 
 
 def test_live_steps_are_those_recorded_between_and_beyond_records() -> None:
     pairs = ((10, 0.5, 9.0), (20, 0.5, 14.0))
-    stage = Stage("prune", {"mask": [{"step": n, "live_flops": one, "live_steps": all_} for n, one, all_ in pairs]})
-    assert live_steps(stage, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 4.5, 9, 11.5, 14, 19]
+    phase = Phase("prune", {"mask": [{"step": n, "live_flops": one, "live_steps": all_} for n, one, all_ in pairs]})
+    assert live_steps(phase, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 4.5, 9, 11.5, 14, 19]
     unmeasured = [{"step": 10, "live_flops": None, "live_steps": None}]
-    assert live_steps(Stage("prune", {"mask": unmeasured}), np.array([4, 10, 12])).tolist() == [4, 10, 12]
-    assert live_steps(Stage("prune", {}), np.array([7])).tolist() == [7]
+    assert live_steps(Phase("prune", {"mask": unmeasured}), np.array([4, 10, 12])).tolist() == [4, 10, 12]
+    assert live_steps(Phase("prune", {}), np.array([7])).tolist() == [7]
 
 
 def test_live_steps_of_older_records_are_the_area_under_their_shares() -> None:
     """A record's share is that of its own step: masks that close evenly from 1 to 0.5 needed 0.75 on the way."""
-    stage = Stage("prune", {"mask": [{"step": step, "live_flops": 0.5} for step in (10, 20)]})
-    assert live_steps(stage, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 3.75, 7.5, 10, 12.5, 17.5]
-    stage.records["mask"].append({"step": 30, "live_flops": None})  # not measured: counted whole
-    assert live_steps(stage, np.array([30, 40])).tolist() == [20, 30]
-    stage.records["mask"].append({"step": 40, "live_flops": 0.5, "live_steps": 25.0})  # the run went on with newer code
-    assert live_steps(stage, np.array([20, 40, 50])).tolist() == [12.5, 25, 30]
+    phase = Phase("prune", {"mask": [{"step": step, "live_flops": 0.5} for step in (10, 20)]})
+    assert live_steps(phase, np.array([0, 5, 10, 15, 20, 30])).tolist() == [0, 3.75, 7.5, 10, 12.5, 17.5]
+    phase.records["mask"].append({"step": 30, "live_flops": None})  # not measured: counted whole
+    assert live_steps(phase, np.array([30, 40])).tolist() == [20, 30]
+    phase.records["mask"].append({"step": 40, "live_flops": 0.5, "live_steps": 25.0})  # the run went on with newer code
+    assert live_steps(phase, np.array([20, 40, 50])).tolist() == [12.5, 25, 30]
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "mine", finished=False)))
-    for stage in ("prune", "finalize", "pretrain"):
-        assert f"The stage {stage} has not finished." in page.cells
+    for phase in ("prune", "finalize", "pretrain"):
+        assert f"The phase {phase} has not finished." in page.cells
     assert "prune, step 40" in page.cells and "final" not in page.cells
 
 
@@ -172,24 +172,24 @@ def test_while_pruning_goes_on_calibration_costs_what_it_will_record(tmp_path: P
     tokens = 4 * config.prune.batch.global_batch * 4096
     flops = tokens * 4 / 3 * resolve_shape(config.source.shape, None).flops_per_token(4096)
     calibration, prune = costs(read_run(run))
-    assert (calibration.stage, calibration.tokens) == ("calibration", tokens)
+    assert (calibration.phase, calibration.tokens) == ("calibration", tokens)
     assert calibration.flops == pytest.approx(flops) and math.isnan(calibration.seconds)
     assert curves(read_run(run), list(DOMAINS))[0].flops[-1] == pytest.approx(flops + prune.flops)
     cells = Page(write_report(run)).cells
     assert cells[cells.index("calibration") + 6 :][:2] == ["not known", "not known"]
-    stage_done(run, "prune", DOMAINS, 2.5, tokens=1_000_000)  # an older record, of a run without calibration
-    assert [cost.stage for cost in costs(read_run(run))] == ["prune"]
+    phase_done(run, "prune", DOMAINS, 2.5, tokens=1_000_000)  # an older record, of a run without calibration
+    assert [cost.phase for cost in costs(read_run(run))] == ["prune"]
 
 
 def test_pretraining_alone_and_no_metrics_yet(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     run.mkdir()
     (run / "identity.json").write_text("{}")
-    keys = ["run.stages=[pretrain]", "source.shape.preset=sheared-1.3b", "data.folder=data"]
+    keys = ["run.phases=[pretrain]", "source.shape.preset=sheared-1.3b", "data.folder=data"]
     save_config(load_config(None, keys), run / "config.yaml")
     page = Page(write_report(run))
     assert "A model of 1.35 B parameters, trained in its own shape." in page.cells
-    assert "Pictures" not in page.cells and "The stage pretrain has not finished." in page.cells
+    assert "Pictures" not in page.cells and "The phase pretrain has not finished." in page.cells
 
 
 def test_scores_of_importance_are_shown_where_units_were_scored(tmp_path: Path) -> None:

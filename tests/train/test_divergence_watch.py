@@ -1,4 +1,4 @@
-"""Watching a pruning stage: what counts as destroyed, which granularity is named; a sound run hears nothing."""
+"""Watching a pruning phase: what counts as destroyed, which granularity is named; a sound run hears nothing."""
 
 import logging
 import math
@@ -54,7 +54,7 @@ def test_masks_ahead_of_their_schedule_are_named() -> None:
 
 def warnings_of(tiny: Tiny, folder: Path, caplog: pytest.LogCaptureFixture, *overrides: str) -> list[str]:
     with caplog.at_level(logging.WARNING):
-        finish(tiny.config(folder, "run.stages=[prune]", *overrides))
+        finish(tiny.config(folder, "run.phases=[prune]", *overrides))
     return [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_is_destroyed_says_so_once(
 def test_masks_that_overshoot_are_told_once(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = ["prune.constraint=lagrangian", "prune.lambda_learning_rate=50", "prune.mask_learning_rate=5"]
     with caplog.at_level(logging.WARNING):
-        finish(tiny.config(tmp_path / "run", "run.stages=[prune]", "prune.batch.steps=20", *keys))
+        finish(tiny.config(tmp_path / "run", "run.phases=[prune]", "prune.batch.steps=20", *keys))
     assert len([record for record in caplog.records if "ahead of their schedule" in record.getMessage()]) == 1
 
 
@@ -107,7 +107,7 @@ def learned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
             *keys,
             "pretrain.batch.steps=60",
             "pretrain.optimizer.learning_rate=1e-2",
-            run={"seed": 3, "stages": ["pretrain"]},
+            run={"seed": 3, "phases": ["pretrain"]},
         )
     )
     return folder / "final"
@@ -124,7 +124,7 @@ def test_masks_that_destroy_a_model_are_named_as_soon_as_they_have_closed(
     keys = ["prune.optimizer.learning_rate=1e-7", "prune.batch.steps=40", "prune.sparsity_warmup_steps=20"]
     sections = {"source": {"folder": str(learned)}, "target": target}
     with caplog.at_level(logging.WARNING):
-        finish(tiny.config(tmp_path / "run", "run.stages=[prune]", *keys, **sections))
+        finish(tiny.config(tmp_path / "run", "run.phases=[prune]", *keys, **sections))
     (said,) = [r.getMessage() for r in caplog.records if "destroying" in r.getMessage()]
     assert "the masks are destroying" in said and "Most of it is layer:" in said
     assert int(re.findall(r"step (\d+):", said)[0]) < 20 + 8 < 36, "closed at 20, fixed from 36 of 40 on"

@@ -1,4 +1,4 @@
-"""What a training stage writes down, in which order; stops and resumes are proved in `run_stages/test_resume.py`."""
+"""What a training phase writes down, in which order; stops and resumes are proved in `run_phases/test_resume.py`."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ def test_records_stand_in_order(unbroken_folder: Path) -> None:
     for step in range(1, 7):
         expected += [("pretrain", step, "train")]
         expected += [("pretrain", step, "eval")] if step in (2, 4, 6) else []
-    assert [(one["stage"], one["step"], one["kind"]) for one in records(unbroken_folder)] == expected
+    assert [(one["phase"], one["step"], one["kind"]) for one in records(unbroken_folder)] == expected
 
 
-@pytest.mark.parametrize(("stage", "share"), [("prune", PRUNE_WARMUP_SHARE), ("pretrain", PRETRAIN_WARMUP_SHARE)])
-def test_numbers_of_the_records(unbroken_folder: Path, stage: str, share: float) -> None:
+@pytest.mark.parametrize(("phase", "share"), [("prune", PRUNE_WARMUP_SHARE), ("pretrain", PRETRAIN_WARMUP_SHARE)])
+def test_numbers_of_the_records(unbroken_folder: Path, phase: str, share: float) -> None:
     config = load_config(unbroken_folder / "config.yaml")
-    section = getattr(config, stage)
+    section = getattr(config, phase)
     for one in records(unbroken_folder):
-        if (one["stage"], one["kind"]) != (stage, "train"):
+        if (one["phase"], one["kind"]) != (phase, "train"):
             continue
         step = one["step"]
         factor = learning_rate_factor(step - 1, section.batch.steps, section.optimizer, share)

@@ -12,9 +12,9 @@ from megashear.errors import DataError, Interrupted
 from megashear.train.metrics import JsonLines, Metrics, read_metrics
 
 
-def train(stage: str, step: int, loss: float = 2.5) -> dict:
+def train(phase: str, step: int, loss: float = 2.5) -> dict:
     return {
-        "stage": stage,
+        "phase": phase,
         "step": step,
         "kind": "train",
         "loss": loss,
@@ -34,8 +34,8 @@ def files_only(folder: Path) -> Metrics:
     return Metrics(folder, tensorboard=False, wandb_project=None, run_name="test")
 
 
-def steps(folder: Path, stage: str) -> list[int]:
-    return [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["stage"] == stage]
+def steps(folder: Path, phase: str) -> list[int]:
+    return [r["step"] for r in read_metrics(folder / "metrics.jsonl") if r["phase"] == phase]
 
 
 def test_records_come_back_as_written(tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [None, None]
 
 
-def test_resume_cuts_the_stage_after_the_checkpoint_and_no_other(tmp_path: Path) -> None:
+def test_resume_cuts_the_phase_after_the_checkpoint_and_no_other(tmp_path: Path) -> None:
     with files_only(tmp_path) as metrics:
-        for stage in ("prune", "pretrain"):
+        for phase in ("prune", "pretrain"):
             for step in (0, 10, 20, 30):
-                metrics.write(train(stage, step))
+                metrics.write(train(phase, step))
     with files_only(tmp_path) as metrics:
         metrics.resume("pretrain", 20)
         metrics.write(train("pretrain", 30, loss=9.0))
@@ -67,7 +67,7 @@ def test_resume_cuts_the_stage_after_the_checkpoint_and_no_other(tmp_path: Path)
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] == 9.0
 
 
-def test_a_stage_that_begins_anew_has_no_records(tmp_path: Path) -> None:
+def test_a_phase_that_begins_anew_has_no_records(tmp_path: Path) -> None:
     with files_only(tmp_path) as metrics:
         metrics.write(train("prune", 0))
         metrics.write(train("prune", 10))
@@ -82,7 +82,7 @@ def test_a_torn_last_line_is_left_out_and_then_removed(tmp_path: Path) -> None:
     with files_only(tmp_path) as metrics:
         metrics.write(train("prune", 10))
     with open(path, "ab") as file:
-        file.write(b'{"stage": "prune", "step": 2')
+        file.write(b'{"phase": "prune", "step": 2')
     assert [r["step"] for r in read_metrics(path)] == [10]
     with files_only(tmp_path) as metrics:
         metrics.write(train("prune", 20))

@@ -31,7 +31,7 @@ def test_the_steps_asked_for_are_traced(tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["prune.json.gz"]
 
 
-def test_a_short_stage_gives_what_there_was(tmp_path: Path) -> None:
+def test_a_short_phase_gives_what_there_was(tmp_path: Path) -> None:
     path = tmp_path / "trace.json.gz"
     walk(path, 3, FIRST + 1)
     assert marks(path) == [f"mark {FIRST}"]

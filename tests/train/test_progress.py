@@ -9,7 +9,7 @@ from megashear.planning.text_table import duration
 from megashear.train.progress import Progress, peak_flops
 
 LINE = re.compile(
-    r"(?P<stage>\w+) +(?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>[\d.]+|nan)  grad (?P<grad>\S+)  lr (?P<lr>\S+)"
+    r"(?P<phase>\w+) +(?P<step>\d+)/(?P<steps>\d+)  loss (?P<loss>[\d.]+|nan)  grad (?P<grad>\S+)  lr (?P<lr>\S+)"
     r"  (?P<rate>[\d,]+) tok/s(?:  MFU (?P<mfu>[\d.]+)%)?(?:  sparsity (?P<sparsity>.+?))?  ETA (?P<eta>\d+:\d\d|-)$"
 )
 
@@ -38,7 +38,7 @@ def test_line_parses_back() -> None:
     line = progress.line(2.43104, 0.8412, 7.31e-5, {"hidden": 0.3512, "head": 0.1}, {"hidden": 0.375, "head": 0.2})
     parsed = LINE.match(line)
     assert parsed, line
-    assert (parsed["stage"], int(parsed["step"]), int(parsed["steps"])) == ("prune", 1200, 3200)
+    assert (parsed["phase"], int(parsed["step"]), int(parsed["steps"])) == ("prune", 1200, 3200)
     assert float(parsed["loss"]) == 2.4310 and float(parsed["grad"]) == 0.841 and float(parsed["lr"]) == 7.31e-5
     assert int(parsed["rate"].replace(",", "")) == 32768
     assert float(parsed["mfu"]) == pytest.approx(100 * 32768 * 42e9 / (16 * 312e12), abs=0.05)

@@ -9,12 +9,12 @@ from megashear.config.schema import CheckpointConfig, ParallelConfig
 from megashear.config.training_schema import BatchConfig
 from megashear.evaluation.losses import loss_table, with_error
 from megashear.phases.summary import outcome_table
-from megashear.planning.plan_tables import checkpoint_table, epochs_table, layout_table, shape_table, stage_table
+from megashear.planning.plan_tables import checkpoint_table, epochs_table, layout_table, phase_table, shape_table
 from megashear.planning.text_table import count, table
 
 LLAMA2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000)
 SHEARED_2_7B = ModelShape(2560, 32, 20, 20, 128, 6912, 32000)
-STAGES = {"prune": BatchConfig(), "pretrain": BatchConfig(steps=48000, global_batch=256, eval_interval=400)}
+PHASES = {"prune": BatchConfig(), "pretrain": BatchConfig(steps=48000, global_batch=256, eval_interval=400)}
 
 
 def cells(text: str, row: str) -> list[str]:
@@ -58,8 +58,8 @@ def test_shape_now_and_then() -> None:
     assert cells(alone, "parameters") == ["6,738,415,616"] and "target" not in alone
 
 
-def test_stages_count_the_published_tokens() -> None:
-    text = stage_table(STAGES, {"prune": 1e-4}, 4096)
+def test_phases_count_the_published_tokens() -> None:
+    text = phase_table(PHASES, {"prune": 1e-4}, 4096)
     assert cells(text, "prune") == ["3,200", "32", "131", "k", "419", "M", "50", "1.00e-04"]
     assert cells(text, "pretrain") == ["48,000", "256", "1.05", "M", "50.3", "B", "400", "-"]
 
@@ -74,7 +74,7 @@ def test_layout_and_memory() -> None:
 
 
 def test_checkpoints_written_and_kept() -> None:
-    text = checkpoint_table("runs/a/checkpoints", CheckpointConfig(interval=1500, keep=2), STAGES)
+    text = checkpoint_table("runs/a/checkpoints", CheckpointConfig(interval=1500, keep=2), PHASES)
     assert "runs/a/checkpoints" in text
     assert cells(text, "prune") == ["1,500", "3", "2"], "steps 1500, 3000 and the last, 3200"
     assert cells(text, "pretrain") == ["1,500", "32", "2"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megashear.config.model_shape import ModelShape
-from megashear.config.resolve import Teaching
+from megashear.config.resolve import DistillationPlan
 from megashear.config.schema import ParallelConfig
 from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.layout import Layout, distributed
@@ -56,7 +56,7 @@ def gradient(layout: Layout, teacher: Teacher | None) -> tuple[list[float], Tens
 def test_the_gradient_is_linear_in_the_weight_and_the_loss_is_cross_entropy(layout: Layout) -> None:
     chunks = [model(TEACHER, layout, 3)]
     (plain,), entropy = gradient(layout, None)
-    found = {w: gradient(layout, Teacher(chunks, Teaching(w, 2.0, 7), layout)) for w in (0.25, 1.0)}
+    found = {w: gradient(layout, Teacher(chunks, DistillationPlan(w, 2.0, 7), layout)) for w in (0.25, 1.0)}
     assert found[1.0][0][0] == found[0.25][0][0] == pytest.approx(plain, rel=1e-6)
     assert found[1.0][0][1] == found[0.25][0][1] > 0.1
     expected = 0.75 * entropy + 0.25 * found[1.0][1]
@@ -66,7 +66,7 @@ def test_the_gradient_is_linear_in_the_weight_and_the_loss_is_cross_entropy(layo
 
 def test_a_teacher_equal_to_the_student_is_silent(layout: Layout) -> None:
     """KL and its gradient are nothing but the rounding of products of other sizes; both losses are the same."""
-    teacher = Teacher([model(STUDENT, layout, 1)], Teaching(1.0, 1.0, 5), layout)
+    teacher = Teacher([model(STUDENT, layout, 1)], DistillationPlan(1.0, 1.0, 5), layout)
     (loss, divergence, theirs), found = gradient(layout, teacher)
     _, entropy = gradient(layout, None)
     assert abs(divergence) < 1e-6
@@ -77,7 +77,7 @@ def test_a_teacher_equal_to_the_student_is_silent(layout: Layout) -> None:
 def test_a_teacher_is_frozen(layout: Layout) -> None:
     chunk = model(TEACHER, layout, 3)
     before = [weight.clone() for weight in chunk.parameters()]
-    teacher = Teacher([chunk], Teaching(0.5), layout)
+    teacher = Teacher([chunk], DistillationPlan(0.5), layout)
     gradient(layout, teacher)
     assert all(torch.equal(one, other) for one, other in zip(before, chunk.parameters(), strict=True))
     assert not chunk.training and all(weight.grad is None and not weight.requires_grad for weight in chunk.parameters())

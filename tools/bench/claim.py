@@ -149,7 +149,7 @@ class RunFiles:
     def source(self) -> dict[str, Any]:
         """The source's own training."""
         trial = self.trial
-        return self._run("source", 1, {"shape": trial.source}, pretrain=self._stage(trial.source_steps, trial.rate))
+        return self._run("source", 1, {"shape": trial.source}, pretrain=self._phase(trial.source_steps, trial.rate))
 
     def case(self, case: Case, source: ModelShape, folder: Path) -> dict[str, Any]:
         """The run of one row at one budget and seed."""
@@ -160,12 +160,12 @@ class RunFiles:
             shape = resolve_shape(ShapeConfig(**trial.target), source)
             keys = ShapeConfig.__dataclass_fields__.keys() & vars(shape).keys()
             small = {key: getattr(shape, key) for key in keys - {"rope_scaling"}}
-            pretrain = self._stage(prune_steps + continued, trial.rate)
+            pretrain = self._phase(prune_steps + continued, trial.rate)
             return self._run(case.name, case.seed, {"shape": small}, pretrain=pretrain)
-        prune, pretrain = self._stage(prune_steps), self._stage(continued)
+        prune, pretrain = self._phase(prune_steps), self._phase(continued)
         if case.row in ONE_SHOT:
             prune |= {"method": "one_shot", **ONE_SHOT[case.row]}
-            pretrain = self._stage(prune_steps + continued)
+            pretrain = self._phase(prune_steps + continued)
             pretrain |= {} if case.row == "one_shot_taught" else UNTAUGHT
         elif case.row == "published":
             prune |= {"preset": "paper", "sparsity_warmup_steps": prune_steps // 5}
@@ -178,13 +178,13 @@ class RunFiles:
             prune |= {"distillation": {"weight": WEIGHT, "until": "end"}}
             pretrain |= {"distillation": {"until": "end"}}
         if case.row == "dynamic":
-            for stage in (prune, pretrain):
-                stage["batch"]["eval_interval"] = min(stage["batch"]["steps"], trial.eval_interval)
+            for phase in (prune, pretrain):
+                phase["batch"]["eval_interval"] = min(phase["batch"]["steps"], trial.eval_interval)
         sections = {"prune": prune, "pretrain": pretrain, "target": trial.target}
         rule = "paper" if case.row == "dynamic" else "static"
         return self._run(case.name, case.seed, {"folder": str(folder)}, rule, **sections)
 
-    def _stage(self, steps: int, rate: float | None = None) -> dict[str, Any]:
+    def _phase(self, steps: int, rate: float | None = None) -> dict[str, Any]:
         trial = self.trial
         batch = {
             "steps": steps,
@@ -198,9 +198,9 @@ class RunFiles:
     def _run(
         self, name: str, seed: int, source: dict[str, Any], rule: str = "static", **sections: Any
     ) -> dict[str, Any]:
-        stages = ["prune", "finalize", "pretrain"] if "prune" in sections else ["pretrain"]
+        phases = ["prune", "finalize", "pretrain"] if "prune" in sections else ["pretrain"]
         return {
-            "run": {"folder": str(self.output / name), "stages": stages, "seed": seed},
+            "run": {"folder": str(self.output / name), "phases": phases, "seed": seed},
             "source": source,
             "data": {"folder": self.dataset, "sequence_length": self.trial.sequence_length},
             "mixture": {"rule": rule},
@@ -222,7 +222,7 @@ def launch(arguments: list[str], log: Path, threads: int) -> None:
 
 
 def train(name: str, content: dict[str, Any], output: Path, threads: int) -> None:
-    """Run one case's stages, its output in OUTPUT/NAME.log; a finished run does nothing but compare its keys."""
+    """Run one case's phases, its output in OUTPUT/NAME.log; a finished run does nothing but compare its keys."""
     before = (output / name / "pretrain" / "done.json").exists()
     path = output / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,9 +232,9 @@ def train(name: str, content: dict[str, Any], output: Path, threads: int) -> Non
         print(f"{name}: mean held-out loss {mean(record(output / name, 'pretrain')):.4f}", flush=True)
 
 
-def record(run: Path, stage: str) -> dict[str, float]:
-    """Held-out losses by domain at the end of a stage."""
-    losses: dict[str, float] = json.loads((run / stage / "done.json").read_text(encoding="utf-8"))["losses"]
+def record(run: Path, phase: str) -> dict[str, float]:
+    """Held-out losses by domain at the end of a phase."""
+    losses: dict[str, float] = json.loads((run / phase / "done.json").read_text(encoding="utf-8"))["losses"]
     return losses
 
 

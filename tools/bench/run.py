@@ -100,7 +100,7 @@ def run_file(output: Path, name: str, steps: int, batch: int, length: int) -> di
     size |= {"eval_interval": interval, "eval_sequences": max(1, round(EVALUATED * interval * batch / DOMAINS))}
     flat = {f"domain{number}": 10.0 for number in range(DOMAINS)}
     tree = {
-        "run": {"folder": str(output / name), "stages": ["prune" if name == "prune" else "pretrain"]},
+        "run": {"folder": str(output / name), "phases": ["prune" if name == "prune" else "pretrain"]},
         "source": {"shape": SOURCE},
         "data": {"folder": str(output / "data"), "sequence_length": length},
         "mixture": {"references": "list", "reference_losses": flat},
@@ -113,7 +113,7 @@ def run_file(output: Path, name: str, steps: int, batch: int, length: int) -> di
 
 
 def timed_run(output: Path, name: str, tree: dict[str, Any], threads: int) -> dict[str, float]:
-    """Seconds of a run's stage and of the evaluations in it; raises SystemExit where the run fails."""
+    """Seconds of a run's phase and of the evaluations in it; raises SystemExit where the run fails."""
     path = output / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -121,8 +121,8 @@ def timed_run(output: Path, name: str, tree: dict[str, Any], threads: int) -> di
     if done.returncode != 0:
         raise SystemExit(done.returncode)
     summary = json.loads((output / name / "summary.json").read_text())
-    (stage,) = summary["seconds"]
-    return {"seconds": summary["seconds"][stage], "evaluation": summary["evaluation_seconds"][stage]}
+    (phase,) = summary["seconds"]
+    return {"seconds": summary["seconds"][phase], "evaluation": summary["evaluation_seconds"][phase]}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from megashear.config.model_shape import ModelShape
-from megashear.config.resolve import Teaching, teacher_flops_per_token
+from megashear.config.resolve import DistillationPlan, teacher_flops_per_token
 from megashear.config.schema import ParallelConfig
 from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.device import keep_freed_memory
@@ -195,7 +195,7 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
         share = teacher = None
         if name == "taught":
             taught = build_model(SHAPE, layout, RandomWeights(SHAPE, SEED + 1))
-            teacher = Teacher(taught, Teaching(0.5), layout)
+            teacher = Teacher(taught, DistillationPlan(0.5), layout)
             share = 1 + teacher_flops_per_token(SHAPE, LENGTH) / SHAPE.flops_per_token(LENGTH)
         if masks is not None:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""`run.stages` may change between starts: what a run folder has come to counts, whatever the run file names now."""
+"""`run.phases` may change between starts: what a run folder has come to counts, whatever the run file names now."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def finished(unbroken_folder: Path, tmp_path: Path) -> Path:
 
 def test_export_alone_takes_what_was_trained_and_the_summary_stays_whole(tiny: Tiny, finished: Path) -> None:
     before = read(finished / "summary.json")
-    finish(tiny.config(finished, "run.stages=[export]"))
+    finish(tiny.config(finished, "run.phases=[export]"))
     exported, final = (load_file(finished / name / "model.safetensors") for name in ("export", "final"))
     assert all(exported[name].equal(value) for name, value in final.items())
     after = read(finished / "summary.json")
@@ -38,23 +38,23 @@ def test_export_alone_takes_what_was_trained_and_the_summary_stays_whole(tiny: T
 
 def test_an_export_of_the_pruned_model_does_not_stand_for_the_trained_one(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,export]"))
+    finish(tiny.config(folder, *ONE_SHOT, "run.phases=[prune,finalize,export]"))
     with pytest.raises(ModelError, match="exists and is not this export; remove it"):
-        finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,pretrain,export]"))
+        finish(tiny.config(folder, *ONE_SHOT, "run.phases=[prune,finalize,pretrain,export]"))
     shutil.rmtree(folder / "export")
-    finish(tiny.config(folder, *ONE_SHOT, "run.stages=[prune,finalize,pretrain,export]"))
+    finish(tiny.config(folder, *ONE_SHOT, "run.phases=[prune,finalize,pretrain,export]"))
     exported, final = (load_file(folder / name / "model.safetensors") for name in ("export", "final"))
     assert all(exported[name].equal(value) for name, value in final.items())
 
 
 def test_pretraining_alone_trains_what_was_pruned_before(tiny: Tiny, tmp_path: Path) -> None:
     finish(tiny.config(tmp_path / "whole", *ONE_SHOT))
-    finish(tiny.config(tmp_path / "parts", *ONE_SHOT, "run.stages=[prune,finalize]"))
-    finish(tiny.config(tmp_path / "parts", *ONE_SHOT, "run.stages=[pretrain]"))
+    finish(tiny.config(tmp_path / "parts", *ONE_SHOT, "run.phases=[prune,finalize]"))
+    finish(tiny.config(tmp_path / "parts", *ONE_SHOT, "run.phases=[pretrain]"))
     whole, parts = (tmp_path / name / "final/model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
-    stages = ModelFolder.open(tmp_path / "parts/final").provenance["stages"]
-    assert [stage["name"] for stage in stages] == ["prune", "finalize", "pretrain"]
+    phases = ModelFolder.open(tmp_path / "parts/final").provenance["phases"]
+    assert [phase["name"] for phase in phases] == ["prune", "finalize", "pretrain"]
     summaries = [read(tmp_path / name / "summary.json") for name in ("whole", "parts")]
     for name in ("losses", "parameters", "tokens"):
         assert summaries[1][name] == summaries[0][name], name
@@ -62,7 +62,7 @@ def test_pretraining_alone_trains_what_was_pruned_before(tiny: Tiny, tmp_path: P
 
 
 def test_what_was_trained_without_pruning_is_not_taken_for_what_pruning_makes(tiny: Tiny, tmp_path: Path) -> None:
-    finish(tiny.config(tmp_path / "run", "run.stages=[pretrain]"))
+    finish(tiny.config(tmp_path / "run", "run.phases=[pretrain]"))
     with pytest.raises(CheckpointError, match=r"pre-training is done, of another model than prune would make now"):
         finish(tiny.config(tmp_path / "run"))
     for name in ("pretrain", "final"):
@@ -71,10 +71,10 @@ def test_what_was_trained_without_pruning_is_not_taken_for_what_pruning_makes(ti
     assert ModelFolder.open(tmp_path / "run/final").shape.hidden_size == 24
 
 
-def test_the_record_of_a_run_knows_stages_that_are_no_longer_named(tiny: Tiny, finished: Path) -> None:
+def test_the_record_of_a_run_knows_phases_that_are_no_longer_named(tiny: Tiny, finished: Path) -> None:
     named = read_run(finished)
-    finish(tiny.config(finished, "run.stages=[pretrain]"))
+    finish(tiny.config(finished, "run.phases=[pretrain]"))
     found = read_run(finished)
-    assert found.config is not None and found.config.run.stages == ["prune", "finalize", "pretrain"]
+    assert found.config is not None and found.config.run.phases == ["prune", "finalize", "pretrain"]
     assert found.done.keys() == named.done.keys() and found.losses == named.losses and found.missing == []
     assert (found.source, found.target) == (named.source, named.target) and found.sequences.keys()
