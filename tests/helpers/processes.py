@@ -16,7 +16,7 @@ def live_processes(session: int) -> list[int]:
     return found
 
 
-def processes_of(session: int, seconds: float = 5.0) -> list[int]:
+def processes_of(session: int, seconds: float = 30.0) -> list[int]:
     """Those of a session that are still there after the ones that are ending have had some seconds."""
     deadline = time.monotonic() + seconds
     while (found := live_processes(session)) and time.monotonic() < deadline:

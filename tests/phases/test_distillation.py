@@ -118,6 +118,7 @@ def left(found: list[dict[str, Any]], phase: str) -> int:
     return len(train)
 
 
+@pytest.mark.expensive("a whole run, and one interrupted twice, each with a teacher")
 def test_a_teacher_goes_when_its_student_is_no_worse(
     tiny: Tiny, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from helpers.tiny import Tiny, differing, results, without_pictures
 from megashear.cli import main
 
 
+@pytest.mark.expensive("torch.profiler writes two traces, which takes most of its time")
 def test_a_profiled_run_has_traces_times_and_the_same_bits(
     tiny: Tiny, unbroken: dict[str, Any], tmp_path: Path
 ) -> None:
