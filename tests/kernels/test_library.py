@@ -10,11 +10,8 @@ from megashear.ops import reference
 
 def test_backend_names_what_serves_each_op(device, monkeypatch):
     serving = ops.backend(device)
-    choosing = {
-        name
-        for name in ops.__all__
-        if name.startswith("Attention") or name in ("choose_attention_backend", "measure_attention")
-    }
+    choosing = {"choose_attention_backend", "measure_attention"}
+    choosing |= {name for name in ops.__all__ if name.startswith("Attention")}
     assert set(serving) == set(ops.__all__) - {"backend", "attention_choices"} - choosing
     assert serving["swiglu"] == f"compiled-{device.type}" and serving["apply_rope"] == "reference"
     monkeypatch.setenv("MEGASHEAR_KERNELS", "reference")
