@@ -1,8 +1,8 @@
-"""Every command of README.md is run: on a tiny random model, with its run file made small; links and codes are true.
+"""Commands in README.md and docs/ run, on a tiny random model; links, exit codes and paths are valid.
 
-The two set-up commands are run by the continuous integration and by tests/examples/test_quickstart.py, the SmolLM2
-example by its slow test; sbatch and a second node are not to be had here: tests/examples/test_recipes.py runs their
-scripts.
+Blocks of the documentation after `<!-- cluster -->` need a cluster, those after `<!-- quick start -->` a finished quick
+start. The set-up commands are run by CI and tests/examples/test_quickstart.py, the SmolLM2 example by its slow test,
+and the scripts for sbatch and several nodes by tests/examples/test_recipes.py.
 """
 
 import json
@@ -23,6 +23,8 @@ from megashear import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCS = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 RUN_ELSEWHERE = (
     "bash examples/quickstart.sh",
     "bash tests/run.sh",
@@ -48,12 +50,14 @@ SMALL = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    """Code blocks of a language, without those that a comment in the line before marks as run elsewhere."""
+    pattern = rf"(?<!-->\n)^```{language}\n(.*?)^```"
+    return re.findall(pattern, text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> Iterator[str]:
-    for block in blocks("bash"):
+def commands(text: str) -> Iterator[str]:
+    for block in blocks(text, "bash"):
         yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
 
 
@@ -78,7 +82,7 @@ def workplace(tmp_path_factory) -> Path:
         max_position_embeddings=64,
     )
     make_tokenizer(folder / "HF_FOLDER" / "tokenizer.json", 400, paragraphs)
-    (folder / "my.yaml").write_text(blocks("yaml")[0])
+    (folder / "my.yaml").write_text(blocks(README, "yaml")[0])
     return folder
 
 
@@ -125,13 +129,13 @@ def execute(command: str, ranks: LiveRanks, monkeypatch: pytest.MonkeyPatch) -> 
     return int(done["code"])
 
 
-@pytest.mark.expensive("all commands of README, a run on two ranks among them")
-def test_every_command_works_in_its_order(
+@pytest.mark.expensive("all commands of README and docs, a run on two ranks among them")
+def test_every_command_works_in_order(
     ranks: LiveRanks, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
-    done = [command for command in commands() if command not in RUN_ELSEWHERE]
-    assert len(done) >= 12
+    done = [command for command in dict.fromkeys([*commands(README), *commands(DOCS)]) if command not in RUN_ELSEWHERE]
+    assert len(done) >= 20
     for command in done:
         code = execute(made_small(command), ranks, monkeypatch)
         assert code == 0, f"{command}\n{capfd.readouterr()}"
@@ -143,9 +147,9 @@ def test_every_command_works_in_its_order(
 
 
 def test_commands_run_elsewhere_are_in_the_readme_and_parse() -> None:
-    there = list(commands())
+    listed = list(commands(README))
     for command in RUN_ELSEWHERE:
-        assert command in there
+        assert command in listed
         assert run(f"bash -n -c {shlex.quote(command)}").returncode == 0
         script = next((word for word in command.split() if word.startswith(("examples/", "tests/"))), None)
         assert script is None or (ROOT / script).is_file()
@@ -162,27 +166,37 @@ def test_the_smollm2_example_with_a_few_steps(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in result.stdout
 
 
-def test_exit_codes_and_verbs_are_those_of_the_command_line() -> None:
+def test_exit_codes_and_verbs_are_documented() -> None:
     help_text = cli._parser().format_help()
     codes = set(re.findall(r"^ +(\d+)  ", help_text, re.MULTILINE))
-    assert codes == set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE))
+    troubleshooting = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert codes == set(re.findall(r"^\| (\d+) \|", troubleshooting, re.MULTILINE))
     verbs = set(re.findall(r"^    (\w+) {2,}\w", help_text.split("exit codes:")[0], re.MULTILINE))
-    phases = {"prune", "finalize", "pretrain", "export"}
-    assert verbs == phases | {"import", "check", "run", "eval", "mixture", "env", "plot", "report"}
     for verb in verbs:
-        assert f"megashear {verb}" in README
+        assert f"megashear {verb}" in README + DOCS, verb
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_links_and_paths_lead_somewhere(page: str) -> None:
+def anchors(page: Path) -> list[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(path.relative_to(ROOT)) for path in PAGES)])
+def test_links_and_paths_are_valid(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    for link, anchor in re.findall(r"\]\(([^)#]+)(?:#([^)]+))?\)", text):
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", text):
         if "://" in link:
             continue
-        target = (ROOT / page).parent / link
+        target = (ROOT / page).parent / link if link else ROOT / page
         assert target.exists(), link
-        if anchor:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], anchor
+        assert not anchor or anchor in anchors(target), anchor
+    if "notebook" in page:  # paths there are those of their date
+        return
     for path in re.findall(r"`((?:megashear|examples|tests|tools|docs|csrc)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert str(page.relative_to(ROOT / "docs")) in navigation, page
