@@ -252,11 +252,11 @@ def _eval(options: argparse.Namespace) -> None:
 
         evaluate_tasks(options.model, options.tasks.split(","), options.json, options.limit, options.include)
         return
-    from megashear.evaluation.evaluate_model import HeldOutChoice, evaluate_model
+    from megashear.evaluation.evaluate_model import HeldOutChoice, evaluate
 
     parallel = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
     heldout = HeldOutChoice(options.sequence_length, options.sequences, options.separate_documents)
-    evaluate_model(options.model, options.data, heldout, parallel, options.json)
+    evaluate(options.model, options.data, heldout, parallel, options.json)
 
 
 def _mixture(options: argparse.Namespace) -> None:

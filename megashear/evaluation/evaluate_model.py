@@ -18,7 +18,7 @@ from megashear.engine.collectives import on_main
 from megashear.engine.layout import Layout, distributed
 from megashear.engine.parallel import transformer_config
 from megashear.errors import ConfigError, DataError, ModelError
-from megashear.evaluation.heldout import evaluate
+from megashear.evaluation.heldout import evaluate_heldout
 from megashear.evaluation.losses import Losses, loss_table, to_json
 from megashear.files.atomic import write_json
 from megashear.files.file_digests import digest
@@ -52,18 +52,41 @@ def find_model(path: Path) -> Path:
     )
 
 
-def evaluate_model(
-    model: Path, data: Path, heldout: HeldOutChoice, parallel: ParallelConfig, output: Path | None
-) -> None:
-    """Print the held-out losses of a model folder or a run folder, and write them to the JSON file `output`.
+def evaluate(
+    model: Path | str,
+    data: Path | str,
+    heldout: HeldOutChoice | None = None,
+    parallel: ParallelConfig | None = None,
+    output: Path | None = None,
+) -> Losses:
+    """Evaluate a model on the held-out text of a dataset, in fp32, and print the table of losses.
 
-    Every rank calls it; runs alone or under torchrun. Raises ConfigError, DataError, ModelError, StorageError.
+    Call it in one process, or on every rank of a torchrun job.
+
+    Args:
+        model: Model folder, or run folder (its last model is evaluated).
+        data: Dataset folder.
+        heldout: Held-out sequences to evaluate; default 64 of 4,096 tokens per domain.
+        parallel: Layout; default one rank, or data parallelism over all ranks.
+        output: JSON file to write.
+
+    Returns:
+        Loss in nats per token and its standard error, by domain; the same on every rank.
+
+    Raises:
+        ConfigError: The model does not fit the layout.
+        DataError: The dataset is damaged, or its tokenizer is not the model's.
+        ModelError: There is no model at `model`, or it is damaged.
+        StorageError: `output` cannot be written.
     """
+    heldout, parallel = heldout or HeldOutChoice(), parallel or ParallelConfig()
+    data = Path(data)
     with distributed(parallel) as layout:
-        path = find_model(model)
+        path = find_model(Path(model))
         on_main(layout, lambda: verify_model(path))
         losses = model_losses(ModelFolder.open(path), Dataset.open(data), heldout, parallel, layout)
-        on_main(layout, lambda: _print_error(path, data, heldout, losses, output))
+        on_main(layout, lambda: write_losses(path, data, heldout, losses, output))
+    return losses
 
 
 def model_losses(
@@ -76,7 +99,7 @@ def model_losses(
         raise ConfigError(problems)
     sequences = HeldOut(dataset, *astuple(heldout))
     chunks = plain_chunks(folder.shape, folder, parallel, layout)
-    return evaluate(sequences, layout, chunks, MICRO_BATCH)
+    return evaluate_heldout(sequences, layout, chunks, MICRO_BATCH)
 
 
 def plain_chunks(
@@ -98,7 +121,8 @@ def verify_model(path: Path) -> None:
         ModelFolder.open(path, digests=True)
 
 
-def _print_error(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
+def write_losses(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses, output: Path | None) -> None:
+    """Print the table of losses, and write them to the JSON file `output`."""
     print(loss_table({path.name: losses}))
     if output is not None:
         write_json(

@@ -20,7 +20,7 @@ from megashear.model.live_units import live_patterns
 from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
 
 
-def evaluate(
+def evaluate_heldout(
     heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
 ) -> Losses:
     """Loss in nats per token and its standard error, by domain; the same on every rank (all of them take part)."""
@@ -30,7 +30,7 @@ def evaluate(
 def evaluate_sequences(
     heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
 ) -> SequenceLosses:
-    """As `evaluate`, sequence by sequence."""
+    """As `evaluate_heldout`, sequence by sequence."""
     total = len(heldout.rows)
     wave = layout.data_size * micro_batch * (layout.pipeline_size if layout.virtual_size > 1 else 1)
     padded = -(-total // wave) * wave

@@ -10,7 +10,7 @@ import logging
 from megashear.config.resolve import in_principal_basis
 from megashear.engine.collectives import on_main
 from megashear.errors import TrainingError
-from megashear.evaluation.heldout import evaluate
+from megashear.evaluation.heldout import evaluate_heldout
 from megashear.evaluation.losses import mean_loss
 from megashear.files.atomic import atomic_folder
 from megashear.hf.finish_folder import seal_folder, write_settings
@@ -87,7 +87,9 @@ def _compare(context: Context, heldout: HeldOut, before: float) -> None:
     """Say what the turn itself does to the held-out loss: nothing but rounding, and what a tied model's norm costs."""
     chunks = build_source(context, context.open_model(PRINCIPAL_FOLDER))
     with context.evaluating():
-        after = mean_loss(evaluate(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch))
+        after = mean_loss(
+            evaluate_heldout(heldout, context.layout, list(chunks), context.config.prune.batch.micro_batch)
+        )
     if context.layout.is_main:
         print(f"principal basis: mean held-out loss {after:.4f} after the turn, {before:.4f} before", flush=True)
     if not abs(after - before) <= MAX_LOSS_CHANGE:

@@ -8,7 +8,7 @@ from torch.nn import Module
 
 from megashear.engine.collectives import on_main
 from megashear.errors import CheckpointError
-from megashear.evaluation.heldout import evaluate
+from megashear.evaluation.heldout import evaluate_heldout
 from megashear.evaluation.losses import Losses, from_json, to_json
 from megashear.files.atomic import write_json
 from megashear.mixture.loader import HeldOut
@@ -51,7 +51,7 @@ def source_losses(
         wanted = {context.folder / PRETRAIN_LOSSES: pretraining, **wanted}
     for file, sequences in wanted.items():
         with context.evaluating():
-            losses = evaluate(open_heldout(context, sequences), context.layout, list(chunks), micro_batch)
+            losses = evaluate_heldout(open_heldout(context, sequences), context.layout, list(chunks), micro_batch)
         on_main(context.layout, partial(write_json, file, to_json(losses)))
     return losses
 

@@ -14,7 +14,7 @@ import math
 import torch
 
 from megashear.config.training_schema import PruneConfig
-from megashear.evaluation.heldout import evaluate
+from megashear.evaluation.heldout import evaluate_heldout
 from megashear.evaluation.losses import mean_loss
 from megashear.masks.mask_values import Masks
 from megashear.train.step import StepResult
@@ -47,7 +47,7 @@ def check_divergence(phase: Phase, result: StepResult) -> None:
     few, batch = phase.heldout.first(SEQUENCES), phase.batch.micro_batch
 
     def loss(mask: Masks | None) -> float:
-        return mean_loss(evaluate(few, phase.layout, phase.stepper.weights.chunks, batch, mask))
+        return mean_loss(evaluate_heldout(few, phase.layout, phase.stepper.weights.chunks, batch, mask))
 
     seed, step = phase.stepper.seed, counters.step
     with torch.no_grad():
