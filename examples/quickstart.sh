@@ -34,7 +34,7 @@ source examples/two_ranks.sh # one rank on a single GPU: then there is no tensor
 step() {
     doing=$1
     if [ -e "$2" ]; then
-        echo "== $1: done before"
+        echo "== $1: already done"
         return
     fi
     echo "== $1"

@@ -24,7 +24,7 @@ python -c "$package" >/dev/null 2>&1 ||
 weights=$(python -c "$package")/SmolLM2-135M-Instruct.Q4_1.gguf
 
 mkdir -p "$out"
-say() { [ -e "$2" ] && echo "== $1: done before" || echo "== $1"; }
+say() { [ -e "$2" ] && echo "== $1: already done" || echo "== $1"; }
 
 say text "$out/text"
 [ -e "$out/text" ] || python examples/quickstart/collect_text.py "$out/text"

@@ -166,7 +166,7 @@ class MaskState:
         }
 
     @torch.no_grad()
-    def alone(self, seed: int, step: int, micro_batch: int) -> dict[str, Masks]:
+    def single_granularity_masks(self, seed: int, step: int, micro_batch: int) -> dict[str, Masks]:
         """The masks of `sample` of one learned granularity at a time, by its name; without gradients."""
         drawn = self._drawn(seed, step, micro_batch)
         return {name: assemble({name: value}, self.source, self.principal) for name, value in drawn.items()}

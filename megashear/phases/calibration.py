@@ -12,7 +12,7 @@ from megashear.mixture.loader import Loader
 from megashear.model.llama import Llama
 from megashear.model.weight_io import TensorSource, filled_chunks
 from megashear.phases.run_folder import Context
-from megashear.train.loop import stop_requested
+from megashear.train.callbacks import stop_requested
 
 NONFINITE_ADVICE = "check the source's held-out losses (`megashear eval SOURCE DATA`), or set precision: fp32"
 """What to do where something that was computed of the source is not a finite number."""

@@ -7,7 +7,7 @@ on resume; the layout, checkpoints, logging and export may. Read next: `training
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from megashear.files.atomic import write_json
 from megashear.files.file_digests import check_files
 from megashear.hf.model_folder import ModelFolder
 from megashear.processes import StopRequest
-from megashear.train.training_phase import OnStep, do_nothing
+from megashear.train.training_phase import Callback
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNSET = object()
@@ -67,7 +67,8 @@ class Context:
     source_shape: ModelShape
     target_shape: ModelShape | None
     stop: StopRequest
-    on_step: OnStep = do_nothing
+    callbacks: Sequence[Callback] = ()
+    """The caller's own callbacks of the training loop."""
     evaluation_seconds: float = 0.0
     """What held-out evaluations took since the start, those of training loops left out."""
 
@@ -133,7 +134,7 @@ class Context:
         return known
 
 
-def open_context(config: Config, layout: Layout, stop: StopRequest, on_step: OnStep = do_nothing) -> Context:
+def open_context(config: Config, layout: Layout, stop: StopRequest, callbacks: Sequence[Callback] = ()) -> Context:
     """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
     if config.data.folder is None:
         raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
@@ -148,7 +149,7 @@ def open_context(config: Config, layout: Layout, stop: StopRequest, on_step: OnS
     if on_main(layout, lambda: run_prunes(config)):
         target = resolve_shape(config.target, source_shape, section="target")
     folder = Path(config.run.folder)
-    context = Context(config, layout, folder, dataset, source, source_shape, target, stop, on_step)
+    context = Context(config, layout, folder, dataset, source, source_shape, target, stop, callbacks)
     on_main(layout, lambda: claim_run_folder(context))
     return context
 

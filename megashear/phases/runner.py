@@ -1,11 +1,10 @@
-"""`megashear run`: the phases of a run file, in order, each once.
+"""Run the phases of a run file in order (`megashear run`).
 
-Interrupted anywhere, the same command goes on: finished phases are known by their records, the one in progress by its
-checkpoints. Read next: `context.py`.
+A finished phase is recognised by its record, an interrupted one resumes from its newest checkpoint.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -25,8 +24,8 @@ from megashear.phases.training import run_training
 from megashear.planning.check import check
 from megashear.planning.plan_tables import render
 from megashear.processes import StopRequest
-from megashear.train.loop import stop_requested
-from megashear.train.training_phase import OnStep, do_nothing
+from megashear.train.callbacks import stop_requested
+from megashear.train.training_phase import Callback
 
 
 def run_prune(context: Context) -> None:
@@ -51,20 +50,25 @@ def run(
     config: Config,
     phases: list[str] | None = None,
     stop: StopRequest | None = None,
-    on_step: OnStep = do_nothing,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Walk through the phases of `config.run.phases` (only those in `phases`, if given) that are not done.
+    """Run the phases of `config.run.phases` that are not finished. Call it on every rank.
 
-    Every rank calls it. stop: of `train/signals.py`, obeyed at the next step or between phases; None: never asked to.
-    on_step: called with the `train.phase.Phase` on every rank after each training step's records are written, before
-    the step's evaluation and checkpoint; what it raises ends the run.
-    Raises the errors of `errors.py`; Interrupted after a stop was obeyed.
+    Args:
+        config: Configuration from `load_config`.
+        phases: Run only these phases of `config.run.phases`; None: all.
+        stop: Request to stop, checked before every step and phase; None: never.
+        callbacks: Called by the training loop after a step's records are written, before evaluation and checkpoint.
+
+    Raises:
+        Interrupted: The run was stopped; it can be resumed.
+        MegashearError: Any other error of `megashear.errors`.
     """
     logging.basicConfig(level=logging.WARNING, format="megashear: %(levelname)s: %(message)s")
     with distributed(config.parallel) as layout, locked(Path(config.run.folder), layout):
         if not layout.is_main:  # what is warned of, every rank finds; one says it
             logging.getLogger("megashear").setLevel(logging.ERROR)
-        context = open_context(config, layout, stop or StopRequest(), on_step)
+        context = open_context(config, layout, stop or StopRequest(), callbacks)
         report = check(config, None if context.source is None else context.source_shape, layout.world_size)
         if layout.is_main:
             print(render(config, report), flush=True)
@@ -83,7 +87,7 @@ def run_phase(context: Context, phase: str) -> None:
         if phase in LEFTOVERS:
             LEFTOVERS[phase](context)
         if context.layout.is_main:
-            print(f"{phase}: done before", flush=True)
+            print(f"{phase}: already done, skipping", flush=True)
         return
     if phase in ("prune", "finalize") and context.done("pretrain") is not None:
         raise CheckpointError(
@@ -91,7 +95,7 @@ def run_phase(context: Context, phase: str) -> None:
             f"run.folder, or remove {context.folder}/pretrain and {context.model_folder('final')} to train again"
         )
     if stop_requested(context.stop, context.layout):
-        raise Interrupted(f"stopped by a signal before {phase}; run the same command to go on")
+        raise Interrupted(f"interrupted by a signal before {phase}. Rerun the same command to resume")
     PHASES[phase](context)
 
 

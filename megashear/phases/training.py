@@ -39,13 +39,23 @@ from megashear.phases.rotate_source import principal, pruning_source
 from megashear.phases.run_folder import Context
 from megashear.phases.score_units import calibration_record, importance_scores
 from megashear.phases.source_losses import open_heldout, source_losses
+from megashear.train.callbacks import (
+    AttentionBackendLog,
+    Checkpoints,
+    DistillationStop,
+    FrozenMasksLog,
+    HeldOutEvaluation,
+    StepLog,
+    StopOnSignal,
+)
+from megashear.train.divergence_watch import DivergenceWatch
 from megashear.train.loop import train
 from megashear.train.metrics import Metrics
-from megashear.train.profiler import traced
+from megashear.train.profiler import profiler
 from megashear.train.progress import Progress
 from megashear.train.step import Stepper
 from megashear.train.teacher import Teacher
-from megashear.train.training_phase import Counters, Phase
+from megashear.train.training_phase import Callback, Counters, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +86,13 @@ def run_training(context: Context, name: str) -> None:
         context.folder.name,
         enabled=context.layout.is_main,
     )
-    traces = config.logging.profile_steps if context.layout.is_main else 0
-    with metrics, traced(context.folder / "profile" / f"{name}.json.gz", traces) as tick:
+    traced_steps = config.logging.profile_steps if context.layout.is_main else 0
+    with metrics, profiler(context.folder / "profile" / f"{name}.json.gz", traced_steps) as profiling:
         phase = build_phase(context, name, section, shape, weights, masks, metrics)
-        phase.tick, phase.on_step = tick, context.on_step
         if masks is not None and not phase.counters.step:
             phase.counters.calibration_seconds = calibrated
         with closing(phase.batches):
-            losses = train(phase, lambda: save_phase(context, phase), config.checkpoint.interval, context.stop)
+            losses = train(phase, [*profiling, *training_callbacks(context)])
     undecided = [] if masks is None else phase.counters.undecided or masks.describe_undecided()
     if masks is not None and not masks.closing.settled(section.batch.steps):
         for problem in undecided:
@@ -110,6 +119,22 @@ def run_training(context: Context, name: str) -> None:
     context.finish(name, record | times | {"stream": phase.stream.state_dict()})
     if name == "pretrain":
         drop_moments(context)
+
+
+def training_callbacks(context: Context) -> list[Callback]:
+    """Callbacks of a training phase, in order: logs, the caller's own, evaluation, checkpoint, stop."""
+    checkpoints = Checkpoints(lambda phase: save_phase(context, phase), context.config.checkpoint.interval)
+    return [
+        AttentionBackendLog(),
+        StepLog(),
+        *context.callbacks,
+        DistillationStop(),
+        DivergenceWatch(),
+        FrozenMasksLog(),
+        HeldOutEvaluation(),
+        checkpoints,
+        StopOnSignal(context.stop, checkpoints),
+    ]
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
@@ -164,37 +189,38 @@ def build_phase(
     if checkpoint is not None:
         counters, losses = resume_from(checkpoint, weights, masks, stream, mixture)
         if layout.is_main:
-            print(f"{name}: going on from {checkpoint}", flush=True)
+            print(f"{name}: resuming from {checkpoint}", flush=True)
     elif name == "pretrain":
         take_moments(context, weights)
     metrics.resume(name, counters.step)
-    how, flops = context.distillation_plans(name), shape.flops_per_token(length)
-    distillation_plans = teacher_flops_per_token(context.source_shape, length) if how.weight else 0.0
-    if counters.taught is not None:  # it has gone: its weights are not read again
-        how = replace(how, weight=0.0)
-    stepper = build_stepper(context, section, weights, masks, how)
-    now = flops + (distillation_plans if stepper.teacher is not None else 0.0)
-    done = counters.step * batch.global_batch * length
-    progress = Progress(name, batch.steps, now, device_name(), layout.world_size, counters.step, done)
+    plan, flops = context.distillation_plans(name), shape.flops_per_token(length)
+    teacher_flops = teacher_flops_per_token(context.source_shape, length) if plan.weight else 0.0
+    if counters.distilled_steps is not None:  # distillation has stopped: do not load the teacher again
+        plan = replace(plan, weight=0.0)
+    stepper = build_stepper(context, section, weights, masks, plan)
+    present_flops = flops + (teacher_flops if stepper.teacher is not None else 0.0)
+    tokens_done = counters.step * batch.global_batch * length
     return Phase(
-        name,
-        batch,
-        section.optimizer,
-        peak_learning_rate(section.optimizer, (context.target_shape or context.source_shape).hidden_size),
-        config.logging,
-        layout,
-        stepper,
-        stream,
-        open_batches(context, stream, batch),
-        heldout,
-        mixture,
-        metrics,
-        progress,
+        name=name,
+        batch=batch,
+        optimizer=section.optimizer,
+        learning_rate=peak_learning_rate(section.optimizer, (context.target_shape or context.source_shape).hidden_size),
+        logging=config.logging,
+        layout=layout,
+        stepper=stepper,
+        stream=stream,
+        batches=open_batches(context, stream, batch),
+        heldout=heldout,
+        mixture=mixture,
+        metrics=metrics,
+        progress=Progress(
+            name, batch.steps, present_flops, device_name(), layout.world_size, counters.step, tokens_done
+        ),
         counters=counters,
         losses=losses,
         source_loss=None if before is None else mean_loss(before),
-        taken=taken,
-        teacher_flops=distillation_plans / flops if distillation_plans else None,
+        earlier_tokens=taken,
+        teacher_flops=teacher_flops / flops if teacher_flops else None,
     )
 
 

@@ -110,8 +110,8 @@ def teacher_share(run: RunRecord, phase: str) -> float:
 
 def distilled_steps(phase: Phase, steps: np.ndarray) -> np.ndarray:
     """Steps so far that had a teacher where the phase has one, [n] -> [n]; all where its records do not say."""
-    known = np.isfinite(phase.values("train", "taught"))
-    at, taught = phase.steps("train")[known], phase.values("train", "taught")[known]
+    known = np.isfinite(phase.values("train", "distilled_steps"))
+    at, taught = phase.steps("train")[known], phase.values("train", "distilled_steps")[known]
     if not len(at):
         return np.asarray(steps, dtype=np.float64)
     found: np.ndarray = np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))

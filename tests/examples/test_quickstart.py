@@ -137,5 +137,5 @@ def test_the_whole_quick_start_with_a_few_steps(tmp_path: Path) -> None:
 
     again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.count("done before") == 6
+    assert again.stdout.count("already done") == 6
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary

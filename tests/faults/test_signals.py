@@ -53,7 +53,7 @@ def test_a_signal_to_the_process_group(tiny: Tiny, tmp_path: Path, unbroken: dic
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 75, errors
-    assert len([line for line in errors.splitlines() if line.startswith("megashear: error: stopped by")]) == 1
+    assert len([line for line in errors.splitlines() if line.startswith("megashear: error: interrupted by")]) == 1
     assert re.search("after step [4-8] of prune|before finalize", errors), errors
     assert "Traceback" not in errors
     finish(tiny.config(folder))
@@ -83,7 +83,7 @@ def test_signals_at_several_moments(tiny: Tiny, tmp_path: Path, unbroken: dict[s
         if words.startswith("after step [4-6]") and process.returncode == 0:
             break  # the last steps were done before the signal came
         assert process.returncode == 75, errors
-        assert len([line for line in errors.splitlines() if line.startswith("megashear: error: stopped by")]) == 1
+        assert len([line for line in errors.splitlines() if line.startswith("megashear: error: interrupted by")]) == 1
         assert re.search(words, errors), errors
         assert "Traceback" not in errors
     process = start(file)

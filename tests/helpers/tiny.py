@@ -24,7 +24,8 @@ from megashear.files.file_digests import read_manifest
 from megashear.phases import summary
 from megashear.phases.runner import run
 from megashear.processes import stop_on_signals
-from megashear.train.training_phase import OnStep, Phase
+from megashear.train.step import StepResult
+from megashear.train.training_phase import Callback, Phase
 
 SEQUENCE = 32
 LAYOUTS = {"tensor": ["parallel.tensor=2", "parallel.sequence=true"], "pipeline": ["parallel.pipeline=2"]}
@@ -100,14 +101,15 @@ class Killed(BaseException):
     """The process is gone at this point: nothing of ours handles this."""
 
 
-def after_step(where: tuple[str, int] | None, action: Callable[[], None]) -> OnStep:
-    """A callback that acts after one (phase, step), before its evaluation and checkpoint; None: after every step."""
+class AfterStep(Callback):
+    """Act after one (phase, step), before its evaluation and checkpoint; None: after every step."""
 
-    def act(running: Phase) -> None:
-        if where in (None, (running.name, running.counters.step)):
-            action()
+    def __init__(self, where: tuple[str, int] | None, action: Callable[[], None]) -> None:
+        self.where, self.action = where, action
 
-    return act
+    def after_step(self, phase: Phase, result: StepResult) -> None:
+        if self.where in (None, (phase.name, phase.counters.step)):
+            self.action()
 
 
 def send_signal(number: int = signal.SIGUSR1) -> None:
@@ -123,7 +125,7 @@ def break_off(config: Config, where: tuple[str, int] | None, action: Callable[[]
     """Run until a signal, or the death, after a step (None: the next one); whether there was one before the end."""
     with without_pictures(), stop_on_signals() as request:
         try:
-            run(config, stop=request, on_step=after_step(where, action))
+            run(config, stop=request, callbacks=[AfterStep(where, action)])
         except (Interrupted, Killed):
             return True
     return False

@@ -31,9 +31,12 @@ def changed(tiny: Tiny, folder: Path, change: Callable[[dict[str, torch.Tensor]]
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["prune.basis=principal"], r"principal basis: the source's activations are not .*; look for losses of the"),
-        (["prune.importance.criterion=taylor_mask"], r"importance: scores of hidden.* not finite numbers; look for"),
-        (["prune.importance.criterion=activation"], r"importance: scores of .* not finite numbers; look for losses of"),
+        (["prune.basis=principal"], r"principal basis: the source's activations are not .*; check the source"),
+        (
+            ["prune.importance.criterion=taylor_mask"],
+            r"importance: scores of hidden.* not finite .*; check the source",
+        ),
+        (["prune.importance.criterion=activation"], r"importance: scores of .* not finite numbers; check the source"),
         (["prune.importance.criterion=magnitude"], r"magnitudes of .*intermediate.* so weights of .*/source are not"),
     ],
 )

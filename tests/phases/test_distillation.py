@@ -20,8 +20,8 @@ from megashear.files.file_digests import NAME
 from megashear.phases import summary
 from megashear.phases.runner import run
 from megashear.phases.training import build_teacher
+from megashear.train.callbacks import DistillationStop
 from megashear.train.step import StepResult
-from megashear.train.teacher import stop_if_student_is_better
 from megashear.train.training_phase import Counters
 
 TAUGHT = [
@@ -65,7 +65,7 @@ def test_records_tell_the_divergence_and_what_it_costs(taught: Path) -> None:
     assert fmean(one["teacher_loss"] for one in train) == pytest.approx(untrained, abs=0.1), "it does not learn"
     assert {one["teacher_flops"] for one in train[:5]} == {1 / 3}, "the source teaches itself"
     assert 1 < train[5]["teacher_flops"] < 1.2, "a third of the source's, which is three times the target"
-    assert [one["taught"] for one in train] == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    assert [one["distilled_steps"] for one in train] == [1, 2, 3, 4, 5, 1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,14 @@ def test_a_teacher_goes_when_its_student_is_no_worse(
     train = [one for one in found if one["phase"] == "pretrain" and one["kind"] == "train"]
     last = left(found, "pretrain")
     assert 8 < last < 19
-    assert [one["taught"] for one in train] == [min(step, last) for step in range(1, 21)]
+    assert [one["distilled_steps"] for one in train] == [min(step, last) for step in range(1, 21)]
     for key in ("distillation", "teacher_loss"):
         assert [key in one for one in train] == [step <= last for step in range(1, 21)]
-    assert all(one["taught"] == one["step"] for one in found if one["phase"] == "prune" and one["kind"] == "train")
+    assert all(
+        one["distilled_steps"] == one["step"] for one in found if one["phase"] == "prune" and one["kind"] == "train"
+    )
     below = fmean(one["teacher_loss"] - one["loss"] for one in train[last - 8 : last])
-    said = re.findall(r"pretrain: step (\d+): .* loss is (\S+) below .*: the teacher goes", capfd.readouterr().out)
+    said = re.findall(r"pretrain: step (\d+): student overtook .*\(loss (\S+) lower", capfd.readouterr().out)
     assert said == [(str(last), f"{below:.4f}")]
 
     config = tiny.config(tmp_path / "broken", *OUTGROWN, "checkpoint.interval=1", source=source)
@@ -156,8 +158,8 @@ def test_in_pruning_it_stays_until_masks_have_half_of_their_targets(tiny: Tiny, 
     train = {phase: [one for one in found if one["phase"] == phase and one["kind"] == "train"] for phase in PHASES}
     behind = [one["loss"] - one["teacher_loss"] for one in train["prune"] if "teacher_loss" in one]
     assert fmean(behind[:8]) < 0, "it is not the masks that it waits for"
-    assert 8 < train["prune"][-1]["taught"] == left(found, "prune") < 40
-    assert train["pretrain"][-1]["taught"] == left(found, "pretrain") == 8
+    assert 8 < train["prune"][-1]["distilled_steps"] == left(found, "prune") < 40
+    assert train["pretrain"][-1]["distilled_steps"] == left(found, "pretrain") == 8
 
 
 def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,17 +172,17 @@ def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
         ([0.1, *[0.0] * 6], 8, False, "outgrown", 0),
         ([9.0, *[0.0] * 7], 8, False, "outgrown", 1),
     ]:
-        phase = MagicMock(counters=Counters(step=step, behind=behind), batch=BatchConfig(steps=9))
+        phase = MagicMock(counters=Counters(step=step, loss_gaps=behind), batch=BatchConfig(steps=9))
         phase.stepper.teacher.how, phase.stepper.masks, phase.name = (
             DistillationPlan(weight=0.5, until=until),
             None,
             "pretrain",
         )
         loss = nan if skipped else 2.0
-        stop_if_student_is_better(phase, StepResult(loss, 0.1, 2.0, 1.0, skipped, None, None, None, 1.0))
+        phase.is_finished = step == 9
+        DistillationStop().after_step(phase, StepResult(loss, 0.1, 2.0, 1.0, skipped, None, None, None, 1.0))
         assert phase.stop_distillation.call_count == goes
-        assert phase.counters.taught == (step if goes else None)
-        assert ("the teacher goes" in capsys.readouterr().out) == bool(goes)
+        assert ("distillation stopped" in capsys.readouterr().out) == bool(goes)
 
 
 @pytest.mark.expensive("25 steps on two ranks, twice")
@@ -200,7 +202,8 @@ def test_under_pipelines_it_goes_at_the_same_step(ranks: LiveRanks, tiny: Tiny, 
     assert differing(results(tmp_path / "broken"), results(tmp_path / "whole")) == []
     finish(tiny.config(tmp_path / "alone", *OUTGROWN, source=source))
     steps = [
-        [one["taught"] for one in records(tmp_path / name) if one["kind"] == "train"] for name in ("whole", "alone")
+        [one["distilled_steps"] for one in records(tmp_path / name) if one["kind"] == "train"]
+        for name in ("whole", "alone")
     ]
     assert steps[0] == steps[1] and 8 < steps[0][-1] < 18
 

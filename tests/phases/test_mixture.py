@@ -142,7 +142,7 @@ def test_a_domain_that_runs_out_is_told_and_shared(
     finish(tiny.config(tmp_path / "run", *chosen))
     trained = [one for one in records(tmp_path / "run") if one["kind"] == "train"]
     assert trained[-1]["domain_epochs"]["help"] == 1.0 and trained[3]["domain_epochs"]["help"] < 1.0
-    assert sum("takes the last of domain 'help' after 1 epochs" in record.message for record in caplog.records) == 1
+    assert sum("domain 'help' ran out" in record.message for record in caplog.records) == 1
     assert break_off(tiny.config(tmp_path / "again", *chosen), ("prune", 20))
     finish(tiny.config(tmp_path / "again", *chosen))
     assert records(tmp_path / "again") == records(tmp_path / "run")

@@ -96,7 +96,7 @@ def test_stopped_between_phases(tiny: Tiny, unbroken: dict[str, Any], tmp_path: 
 def test_a_stop_asked_for_before_the_start_computes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     stop = StopRequest()
     stop.received = 15
-    with without_pictures(), pytest.raises(Interrupted, match="before prune; run the same command to go on"):
+    with without_pictures(), pytest.raises(Interrupted, match="interrupted by a signal before prune"):
         run(tiny.config(tmp_path / "run"), stop=stop)
     assert not (tmp_path / "run/prune").exists()
 

@@ -96,7 +96,7 @@ def test_evaluations_of_the_source_are_told_from_calibration(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """As the source and as turned: evaluation in the record of one shot, and no part of a learned run's calibration."""
-    spent = {"evaluate": 0.0, "importance_scores": 0.0}
+    spent = {"evaluate_heldout": 0.0, "importance_scores": 0.0}
 
     def timed(module: Any, name: str, pause: float) -> None:
         original = getattr(module, name)
@@ -110,17 +110,17 @@ def test_evaluations_of_the_source_are_told_from_calibration(
 
         monkeypatch.setattr(module, name, call)
 
-    timed(basis, "evaluate", 0.5)
-    timed(source_losses, "evaluate", 0.5)
+    timed(basis, "evaluate_heldout", 0.5)
+    timed(source_losses, "evaluate_heldout", 0.5)
     timed(training, "importance_scores", 0.0)
     keys = [f"prune.method={method}", "prune.importance.criterion=magnitude", "run.phases=[prune]"]
     finish(tiny.config(tmp_path / "run", *keys, "prune.basis=principal"))
     record = prune_record(tmp_path / "run")
-    assert spent["evaluate"] > 1.0
+    assert spent["evaluate_heldout"] > 1.0
     if method == "one_shot":
-        assert record["seconds"] > record["evaluation_seconds"] >= spent["evaluate"]
+        assert record["seconds"] > record["evaluation_seconds"] >= spent["evaluate_heldout"]
     else:
-        assert 0 < record["calibration_seconds"] < spent["importance_scores"] - 0.9 * spent["evaluate"]
+        assert 0 < record["calibration_seconds"] < spent["importance_scores"] - 0.9 * spent["evaluate_heldout"]
 
 
 def test_what_a_killed_run_left_goes(tiny: Tiny, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for one in lines:
         if one["phase"] == "pretrain" and one["kind"] == "train":
-            one |= {"teacher_flops": 0.8, "taught": min(one["step"], 5)}
+            one |= {"teacher_flops": 0.8, "distilled_steps": min(one["step"], 5)}
     path.write_text("".join(json.dumps(one) + "\n" for one in lines))
     run = read_run(folder)
     prune, pretrain = costs(run)
@@ -133,7 +133,7 @@ def test_a_teacher_costs_a_third_of_a_step_of_the_source(tmp_path: Path) -> None
 
 
 def test_taught_steps_between_and_beyond_records() -> None:
-    phase = Phase("pretrain", {"train": [{"step": 10, "taught": 10}, {"step": 20, "taught": 13}]})
+    phase = Phase("pretrain", {"train": [{"step": 10, "distilled_steps": 10}, {"step": 20, "distilled_steps": 13}]})
     assert distilled_steps(phase, np.array([0, 4, 10, 20, 30])).tolist() == [0, 4, 10, 13, 13]
     assert distilled_steps(Phase("pretrain", {"train": [{"step": 7}]}), np.array([3])).tolist() == [3]
 
