@@ -1,7 +1,7 @@
 // cpu.cpp: masked attention on the CPU; threads share the heads forward and the query groups backward.
 //
 // Each head or group is computed by one thread in one order, so results repeat on any number of threads. Read next:
-// forward.h, backward.h (the passes), blocks.h, pack.h (operands), tiles.h (arithmetic of one block).
+// cpu_forward.h, cpu_backward.h (the passes), cpu_blocking.h, cpu_operands.h (operands), cpu_tiles.h (arithmetic of one block).
 #include <omp.h>
 
 #include <algorithm>
@@ -9,10 +9,10 @@
 #include <memory>
 #include <vector>
 
-#include "backward.h"
-#include "forward.h"
-#include "tiles_avx512.h"
-#include "tiles_portable.h"
+#include "cpu_backward.h"
+#include "cpu_forward.h"
+#include "cpu_avx512.h"
+#include "cpu_portable.h"
 
 namespace megashear {
 namespace {

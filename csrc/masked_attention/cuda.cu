@@ -1,16 +1,16 @@
 // cuda.cu: masked attention on CUDA: which kernels serve a pass, and their launches.
 //
 // Tensor cores serve bf16 and fp16 up to a head size of 128: by warpgroups on sm_90 (Hopper) for heads above 32, by
-// warps elsewhere. fp32 and wider heads take kernels without them. Read next: tile.cuh, tiles_of_warps.cuh,
-// tiles_of_groups.cuh (products of tiles), forward.cuh, backward.cuh, delta.cuh, plain.cuh.
+// warps elsewhere. fp32 and wider heads take kernels without them. Read next: tile.cuh, warp_tiles.cuh,
+// warpgroup_tiles.cuh (products of tiles), forward.cuh, backward.cuh, delta.cuh, cuda_cores.cuh.
 #include <cmath>
 
 #include "backward.cuh"
 #include "delta.cuh"
 #include "forward.cuh"
-#include "plain.cuh"
-#include "tiles_of_groups.cuh"
-#include "tiles_of_warps.cuh"
+#include "cuda_cores.cuh"
+#include "warpgroup_tiles.cuh"
+#include "warp_tiles.cuh"
 
 namespace megashear {
 namespace {
@@ -25,7 +25,7 @@ enum class Way { Groups, Warps, Plain };
 // Whether the code for the current device was compiled for sm_80 or later; else it has no products of tiles.
 bool has_tensor_cores() {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<TilesOfWarps<BFloat16, 64>>);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<WarpTiles<BFloat16, 64>>);
   return status == cudaSuccess && attributes.ptxVersion >= 80;
 }
 
@@ -33,7 +33,7 @@ bool has_tensor_cores() {
 // registers (4), while the scores of a tile alone are 64 a thread.
 bool has_group_products() {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<TilesOfGroups<BFloat16, 64>>);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_kernel<WarpgroupTiles<BFloat16, 64>>);
   return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.numRegs > 64;
 }
 
@@ -56,15 +56,15 @@ bool rows_are_packs(int64_t head_dim, const Tensors&... tensors) {
 template <typename T, typename Launch>
 void with_tiles_of(Way way, int64_t head_dim, Launch launch) {
   if (way == Way::Warps) {
-    if (head_dim <= 64) return launch(TilesOfWarps<T, 64>{});
-    if (head_dim <= 96) return launch(TilesOfWarps<T, 96>{});
-    return launch(TilesOfWarps<T, kWidest>{});
+    if (head_dim <= 64) return launch(WarpTiles<T, 64>{});
+    if (head_dim <= 96) return launch(WarpTiles<T, 96>{});
+    return launch(WarpTiles<T, kWidest>{});
   }
-  if (head_dim <= 48) return launch(TilesOfGroups<T, 48>{});
-  if (head_dim <= 64) return launch(TilesOfGroups<T, 64>{});
-  if (head_dim <= 80) return launch(TilesOfGroups<T, 80>{});
-  if (head_dim <= 96) return launch(TilesOfGroups<T, 96>{});
-  return launch(TilesOfGroups<T, kWidest>{});
+  if (head_dim <= 48) return launch(WarpgroupTiles<T, 48>{});
+  if (head_dim <= 64) return launch(WarpgroupTiles<T, 64>{});
+  if (head_dim <= 80) return launch(WarpgroupTiles<T, 80>{});
+  if (head_dim <= 96) return launch(WarpgroupTiles<T, 96>{});
+  return launch(WarpgroupTiles<T, kWidest>{});
 }
 
 template <typename Launch>

@@ -1,12 +1,12 @@
 // tile.cuh: tiles of a head's rows in shared memory: filled, written back, and which of their keys a query sees.
 //
 // A tile holds rows of D elements (head size, rounded up, zeros behind). Where an element lies, and how tiles are
-// multiplied, says W: TilesOfWarps (tiles_of_warps.cuh) or TilesOfGroups (tiles_of_groups.cuh). Sums stay in registers,
-// as C fragments of mma.cuh: c[m][n] is rows 16 m of the warp's, columns 8 n.
+// multiplied, says W: WarpTiles (warp_tiles.cuh) or WarpgroupTiles (warpgroup_tiles.cuh). Sums stay in registers,
+// as C fragments of mma_warp.cuh: c[m][n] is rows 16 m of the warp's, columns 8 n.
 #pragma once
 
 #include "../cuda_launch.cuh"
-#include "../mma.cuh"
+#include "../mma_warp.cuh"
 #include "masked_attention.h"
 
 namespace megashear {

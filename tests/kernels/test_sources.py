@@ -15,14 +15,14 @@ CPU_SOURCES = sorted(path for path in CSRC.glob("**/*.cpp") if path.name != "bin
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++") or shutil.which("clang++")
 WIDE = re.compile(r"(?:fLi4|Float16ELi8)E")  # in a kernel's mangled name: packs of 16 bytes
-TILES = re.compile(r"TilesOf(Warps|Groups)I\w*?Float16ELi(\d+)E")  # the same: tiles of a head size, for tensor cores
+TILES = re.compile(r"(Warp|Warpgroup)TilesI\w*?Float16ELi(\d+)E")  # the same: tiles of a head size, for tensor cores
 INSTRUCTIONS = {
-    "Warps": (r"ldmatrix\S*x4\.shared", r"ldmatrix\S*\.trans\.shared"),
-    "Groups": (r"fence\.proxy\.async\.shared::cta", r"wgmma\.fence", r"wgmma\.commit_group", r"wgmma\.wait_group"),
+    "Warp": (r"ldmatrix\S*x4\.shared", r"ldmatrix\S*\.trans\.shared"),
+    "Warpgroup": (r"fence\.proxy\.async\.shared::cta", r"wgmma\.fence", r"wgmma\.commit_group", r"wgmma\.wait_group"),
 }
 PRODUCTS = {
-    "Warps": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)",
-    "Groups": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(\w+)",
+    "Warp": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)",
+    "Warpgroup": r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(\w+)",
 }
 
 
@@ -83,10 +83,10 @@ def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, requ
     if request.node.callspec.params["compiled"].parent.name != "masked_attention":
         pytest.skip("not attention's")
     for ptx in compiled.ptx:
-        count = {"Warps": 0, "Groups": 0}
+        count = {"Warp": 0, "Warpgroup": 0}
         for kernel in re.split(r"(?=\.entry )", ptx)[1:]:
             tiles = TILES.search(kernel.partition("(")[0])
-            if tiles is None or (tiles[1] == "Groups" and ".target sm_90a" not in ptx):
+            if tiles is None or (tiles[1] == "Warpgroup" and ".target sm_90a" not in ptx):
                 assert tiles is None or re.search(r"\btrap;", kernel)  # elsewhere these kernels are never launched
                 continue
             count[tiles[1]] += 1
@@ -96,7 +96,7 @@ def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, requ
                 assert re.search(instruction, kernel), instruction
             assert re.search(r"st\.global\S*\.v4\.[bu]32", kernel)
         kernels = 3 * 2  # passes, dtypes
-        assert count == {"Warps": 3 * kernels, "Groups": 5 * kernels if ".target sm_90a" in ptx else 0}
+        assert count == {"Warp": 3 * kernels, "Warpgroup": 5 * kernels if ".target sm_90a" in ptx else 0}
 
 
 @pytest.mark.medium

@@ -1,6 +1,6 @@
 """csrc/'s CUDA kernels as a library for the CPU: their very sources, compiled by g++ against the headers beside this.
 
-The launch syntax and __shared__ are rewritten, and csrc's mma.cuh and wgmma.cuh (all inline PTX) give way to those
+The launch syntax and __shared__ are rewritten, and csrc's mma_warp.cuh and mma_warpgroup.cuh (all inline PTX) give way to those
 here; nothing else differs from what nvcc sees, down to the bindings. Read next: machine.h (how threads run, what is
 checked).
 """
@@ -58,7 +58,7 @@ def rewrite_sources(folder: Path) -> None:
     for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cu*"), CSRC / "bindings.cpp"]:
         target = folder / path.relative_to(CSRC)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.name in ("mma.cuh", "wgmma.cuh"):
+        if path.name in ("mma_warp.cuh", "mma_warpgroup.cuh"):
             target.write_text((HERE / path.name).read_text())
         else:
             text = path.read_text()

@@ -1,6 +1,6 @@
 // faults.cu: kernels with one mistake each, and the same without it, for the machine that should show them; and products
 // of matrices whose elements lie as the PTX ISA says.
-#include "mma.cuh"
+#include "mma_warp.cuh"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 

@@ -1,6 +1,6 @@
 // group_products.cu: products of a warpgroup by csrc's own tiles, right and with one mistake each, for the machine that
 // should show them; and where its descriptors find an element.
-#include "masked_attention/tiles_of_groups.cuh"
+#include "masked_attention/warpgroup_tiles.cuh"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -12,7 +12,7 @@ enum Mistake { kNone, kNotShown, kNotWaited, kNotFenced, kStride, kLeading, kNot
 // out [64, 64] = left [64, D] right [64, D]^T, then more [64, D] = out right, from tiles that plain stores have filled.
 template <int D>
 __global__ void products_kernel(const float* left, const float* right, float* out, float* more, int mistake) {
-  using W = TilesOfGroups<BFloat16, D>;
+  using W = WarpgroupTiles<BFloat16, D>;
   extern __shared__ uint4 memory[];
   BFloat16* a = mistake == kNotAligned ? reinterpret_cast<BFloat16*>(memory + 4) : W::begin(memory);
   BFloat16* b = a + W::template elements<64>;

@@ -4,7 +4,7 @@
 // descending. What a wrong kernel would get away with on some GPU is made to show: shared memory is NaN when a block
 // begins, the target of an asynchronous copy is NaN until the copying thread has waited for it, threads that wait at
 // different places or for one that has ended stop the launch with a message, and so do addresses that a GPU would
-// refuse. Read next: cuda_runtime.h (the language), mma.cuh (the instructions of tensor cores).
+// refuse. Read next: cuda_runtime.h (the language), mma_warp.cuh (the instructions of tensor cores).
 #pragma once
 
 #include <setjmp.h>

@@ -1,7 +1,7 @@
-// forward.h: the forward pass of one query head of one sequence, by blocks of queries over blocks of keys.
+// cpu_forward.h: the forward pass of one query head of one sequence, by blocks of queries over blocks of keys.
 #pragma once
 
-#include "blocks.h"
+#include "cpu_blocking.h"
 
 namespace megashear {
 

@@ -1,7 +1,7 @@
-// tiles_portable.h: tables of tiles.h's functions on fp32 words, for AVX-512, AVX2 and any other processor.
+// cpu_portable.h: tables of cpu_tiles.h's functions on fp32 words, for AVX-512, AVX2 and any other processor.
 #pragma once
 
-#include "tiles.h"
+#include "cpu_tiles.h"
 
 namespace megashear {
 

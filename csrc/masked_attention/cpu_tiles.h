@@ -1,12 +1,12 @@
-// tiles.h: what attention does with one block of keys and queries, written once for every instruction set.
+// cpu_tiles.h: what attention does with one block of keys and queries, written once for every instruction set.
 //
 // A block of scores is [keys, queries]: keys down the rows, kBlock queries along the lanes, so that maxima, sums and
 // statistics of queries are vertical and need no shuffle. All products are C[rows, lanes] += A[rows, words] B[words,
 // lanes], where words run along the contraction: A is read a word at a time, B a vector of words. Read next:
-// tiles_portable.h and tiles_avx512.h, which make tables of these functions for instruction sets.
+// cpu_portable.h and cpu_avx512.h, which make tables of these functions for instruction sets.
 #pragma once
 
-#include "vectors.h"
+#include "cpu_vectors.h"
 
 namespace megashear {
 

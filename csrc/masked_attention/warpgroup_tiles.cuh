@@ -1,17 +1,17 @@
-// tiles_of_groups.cuh: tiles for products that a warpgroup makes together, by wgmma (sm_90a).
+// warpgroup_tiles.cuh: tiles for products that a warpgroup makes together, by wgmma (sm_90a).
 //
-// A group's four warps own 64 rows, 16 each. Tiles lie in blocks of columns as wgmma.cuh says, the widest that divide
+// A group's four warps own 64 rows, 16 each. Tiles lie in blocks of columns as mma_warpgroup.cuh says, the widest that divide
 // the head size: 64 for 64 and 128, 32 for 96, 16 for 48 and 80. Weights come from registers, all else from shared
 // memory.
 #pragma once
 
-#include "../wgmma.cuh"
+#include "../mma_warpgroup.cuh"
 #include "tile.cuh"
 
 namespace megashear {
 
 template <typename Element, int D_>
-struct TilesOfGroups {
+struct WarpgroupTiles {
   using T = Element;
   static constexpr int D = D_, threads = 256, spare = 1024;
   static constexpr int width = D % 64 == 0 ? 64 : D % 32 == 0 ? 32 : 16;  // columns of a block
@@ -38,7 +38,7 @@ struct TilesOfGroups {
 
   __device__ static __forceinline__ void show() { show_to_products(); }
 
-  // As those of TilesOfWarps; sums are not to be read before `finish`.
+  // As those of WarpTiles; sums are not to be read before `finish`.
   template <int RowsOfA, int M, int N>
   __device__ static __forceinline__ void multiply(float (&sums)[M][N][4], const T* a, const T* b) {
     static_assert(M == 1);

@@ -1,4 +1,4 @@
-// plain.cuh: attention without tensor cores, for fp32, and for heads wider than those of tile.cuh: up to 256.
+// cuda_cores.cuh: attention without tensor cores, for fp32, and for heads wider than those of tile.cuh: up to 256.
 //
 // A block owns 16 rows (queries, or keys for the gradients of keys), a warp four of them. It walks over tiles of 32
 // others in shared memory, all widened to fp32. First a lane is one of the others: it makes the dot products with the

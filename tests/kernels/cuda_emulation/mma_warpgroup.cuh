@@ -1,4 +1,4 @@
-// wgmma.cuh: in the place of csrc/wgmma.cuh: the same functions, which do what the PTX ISA documents of each of them.
+// mma_warpgroup.cuh: in the place of csrc/mma_warpgroup.cuh: the same functions, which do what the PTX ISA documents of each of them.
 //
 // Sections "Register Fragments and Shared Memory Matrix Layouts" and "Matrix Descriptor" of "Asynchronous Warpgroup
 // Level Matrix Instructions". A product is computed as late as it may be: when it is waited for, from what shared
@@ -12,7 +12,7 @@
 
 #include <cuda_runtime.h>
 
-#include "mma.cuh"
+#include "mma_warp.cuh"
 
 namespace emulation {
 

@@ -1,8 +1,8 @@
-// backward.h: the backward pass of one query group of one sequence: its heads one after another, blocks of queries over
+// cpu_backward.h: the backward pass of one query group of one sequence: its heads one after another, blocks of queries over
 // blocks of keys, so that the sums of dk and dv over heads and queries have one order and one owner.
 #pragma once
 
-#include "blocks.h"
+#include "cpu_blocking.h"
 
 namespace megashear {
 

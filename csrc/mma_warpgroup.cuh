@@ -1,10 +1,10 @@
-// wgmma.cuh: products that a warpgroup (four warps) makes by Hopper's tensor cores, one instruction a function.
+// mma_warpgroup.cuh: products that a warpgroup (four warps) makes by Hopper's tensor cores, one instruction a function.
 //
 // sm_90a alone. The four warps call each function together. Products run in the background: their sums may not be
 // touched from the first one to wait_products. What is in the PTX ISA, "Asynchronous Warpgroup Level Matrix
 // Instructions", of operands of 2 bytes:
-//   C [64, N]: as mma.cuh's, the warp w of the group (from 0) holding rows 16 w to 16 w + 15; c[n] is columns 8 n
-//   A [64, 16]: a warp's rows as mma.cuh's A, or from shared memory
+//   C [64, N]: as mma_warp.cuh's, the warp w of the group (from 0) holding rows 16 w to 16 w + 15; c[n] is columns 8 n
+//   A [64, 16]: a warp's rows as mma_warp.cuh's A, or from shared memory
 //   tiles in shared memory: columns in blocks of W = 16, 32 or 64, the rows of a block one behind the other, 2 W bytes
 //     each. In every 1024 bytes the address bits 4, 5, .. are crossed with bits 7, 8, ..: one, two or three of them. A
 //     descriptor names such a block and both distances that lead out of it; addresses and distances in 16 bytes:
@@ -13,10 +13,10 @@
 //     columns multiplied (K-major): the stride is that of 8 rows; 16 columns lie in one block, no leading distance
 //     rows multiplied (MN-major): the stride is that of 8 rows, the leading distance that of a block of columns
 // So a thread's sums of one product, packed in pairs, are its rows of A for another one. Read next:
-// masked_attention/tiles_of_groups.cuh.
+// masked_attention/warpgroup_tiles.cuh.
 #pragma once
 
-#include "mma.cuh"
+#include "mma_warp.cuh"
 
 namespace megashear {
 

@@ -1,6 +1,6 @@
-// vectors.h: W fp32 lanes as one value, by the compiler's vector extension: the same lines for every instruction set.
+// cpu_vectors.h: W fp32 lanes as one value, by the compiler's vector extension: the same lines for every instruction set.
 //
-// A function of these is inlined into one that is compiled for a set with such vectors (tiles.h). Vectors go by
+// A function of these is inlined into one that is compiled for a set with such vectors (cpu_tiles.h). Vectors go by
 // reference, since how they are passed by value depends on the set.
 #pragma once
 

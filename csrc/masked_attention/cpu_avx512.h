@@ -1,4 +1,4 @@
-// tiles_avx512.h: tables of tiles.h's functions for AVX-512, on fp32 words and, with AVX512_BF16, on pairs of bf16.
+// cpu_avx512.h: tables of cpu_tiles.h's functions for AVX-512, on fp32 words and, with AVX512_BF16, on pairs of bf16.
 //
 // AVX512_BF16 multiplies two pairs of bf16 and adds both products to an fp32 lane in one instruction: twice the
 // arithmetic of fp32 per instruction, half the bytes. It rounds to nearest even and takes subnormals for zeros.
@@ -10,8 +10,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header makes undefined vectors of themselves
 #include <immintrin.h>
 
-#include "tiles.h"
-#include "tiles_portable.h"
+#include "cpu_tiles.h"
+#include "cpu_portable.h"
 
 #define MEGASHEAR_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 

@@ -1,4 +1,4 @@
-// pack.h: tensors in memory <-> operands of products, in words (tiles.h), padded by zeros to whole blocks and steps.
+// cpu_operands.h: tensors in memory <-> operands of products, in words (cpu_tiles.h), padded by zeros to whole blocks and steps.
 //
 // A block of kBlock tokens of one head takes one of four forms, `padded` being the head size rounded up to kStep:
 //   rows     [kBlock, padded / pair]   words along the head size
@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "masked_attention.h"
-#include "tiles.h"
+#include "cpu_tiles.h"
 
 namespace megashear {
 

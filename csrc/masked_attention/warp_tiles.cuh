@@ -1,7 +1,7 @@
-// tiles_of_warps.cuh: tiles for products that each warp makes for itself, by mma.sync (sm_80 and later).
+// warp_tiles.cuh: tiles for products that each warp makes for itself, by mma.sync (sm_80 and later).
 //
 // Each row lies 16 bytes further than the last one ends: so eight rows' 16 bytes at one column lie in different banks.
-// What tiles_of_groups.cuh does in its way has the same names here; what has nothing to do here does nothing.
+// What warpgroup_tiles.cuh does in its way has the same names here; what has nothing to do here does nothing.
 #pragma once
 
 #include "tile.cuh"
@@ -15,7 +15,7 @@ constexpr bool kHasWarpProducts = true;
 #endif
 
 template <typename Element, int D_>
-struct TilesOfWarps {
+struct WarpTiles {
   using T = Element;
   static constexpr int D = D_, threads = 128, row = D + 8;  // elements from one row of a tile to the next
   static constexpr int spare = 0;        // bytes that may be lost before the first tile

@@ -1,10 +1,10 @@
-// blocks.h: how one head is cut into blocks, and the thread's own memory for them.
+// cpu_blocking.h: how one head is cut into blocks, and the thread's own memory for them.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
-#include "pack.h"
+#include "cpu_operands.h"
 
 namespace megashear {
 
