@@ -2,8 +2,7 @@
 //
 // Compiled once per device: megashear._csrc with the CPU sources and, with MEGASHEAR_CUDA defined, megashear._csrc_cuda
 // with the CUDA sources. Addresses are of memory on that device, 0 for null; `executor` is the number of threads, or
-// the CUDA stream. Every op's folder binds itself in its bindings.h; sizes and meanings stand in its header. Nothing is
-// checked here: megashear/ops/kernels does that.
+// the CUDA stream. Each op's bindings.h checks addresses and sizes (address.h); shapes are documented in the op's header.
 #include <pybind11/pybind11.h>
 
 #include "cross_entropy/bindings.h"
@@ -25,12 +24,12 @@
 
 PYBIND11_MODULE(MEGASHEAR_MODULE, module) {
   using namespace megashear;
-  module.doc() = "Compiled kernels of megashear, on raw addresses; megashear.ops is the door to them.";
+  module.doc() = "Compiled kernels of megashear, on raw addresses. Call them through megashear.ops.";
   module.attr("FLOAT32") = static_cast<int>(Dtype::Float32);
   module.attr("BFLOAT16") = static_cast<int>(Dtype::BFloat16);
   module.attr("FLOAT16") = static_cast<int>(Dtype::Float16);
-  module.def("device_problem", &device_problem, "Empty, or why the kernels cannot run on this device.");
-  module.def("strip_count", &strip_count, "Rows of the scratch table of column sums, for so many tokens.");
+  module.def("device_problem", &device_problem, "Why the kernels cannot run on this device; empty if they can.");
+  module.def("strip_count", &strip_count, "Rows of the scratch table of column sums for a number of tokens.");
   bind_cross_entropy(module);
   bind_hard_concrete(module);
   bind_live_weight(module);

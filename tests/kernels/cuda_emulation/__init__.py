@@ -1,8 +1,8 @@
-"""csrc/'s CUDA kernels as a library for the CPU: their very sources, compiled by g++ against the headers beside this.
+"""Compile the CUDA kernels of csrc/ with g++ and run them on the CPU.
 
-The launch syntax and __shared__ are rewritten, and csrc's mma_warp.cuh and mma_warpgroup.cuh (all inline PTX) give way to those
-here; nothing else differs from what nvcc sees, down to the bindings. Read next: machine.h (how threads run, what is
-checked).
+The launch syntax and `__shared__` are rewritten. mma_warp.cuh and mma_warpgroup.cuh, which are inline PTX, are replaced
+by the files of the same names in this folder. Everything else, bindings included, is the source that nvcc compiles.
+machine.h describes how threads run and which errors are detected.
 """
 
 import ctypes
