@@ -1,1 +1,1 @@
-"""Run files: sections, shapes, presets, checks. Knows nothing of torch."""
+"""Run files: schema, loading, presets and derived values, without torch."""

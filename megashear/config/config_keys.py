@@ -1,12 +1,7 @@
-"""The schema as a flat list: every leaf key with its dotted path, type, default, meaning, words and bounds.
+"""List the leaf keys of the schema, and convert plain values to a key's type.
 
-What loading checks against, and what `docs/config.md` and the recipes are made from.
-Read next: `schema.py`, `convert.py`.
-
-A plain value (of YAML, an override or an environment variable) as the type of its key, or the reason why not.
-
-Text stands for a number or a truth value where it reads as one, because environment variables are text; nothing else is
-guessed. Read next: `keys.py`, `load.py`.
+Loading, `docs/config.md` and the recipes use this list. Values from YAML, overrides or the environment may be text:
+text is accepted for a number or a truth value if it spells one.
 """
 
 import difflib
@@ -24,7 +19,16 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf key of a run file; `type` is the annotation, `choices` are words, `low` and `high` inclusive bounds."""
+    """One leaf key of a run file.
+
+    Attributes:
+        path: Names of the enclosing sections and of the key.
+        type: Type annotation of the dataclass field.
+        default: Default value at this place in the schema.
+        help: Meaning in one sentence.
+        choices: Allowed words; empty allows any text.
+        low, high: Inclusive bounds of a number.
+    """
 
     path: Path
     type: Any
@@ -36,24 +40,24 @@ class Key:
 
     @property
     def name(self) -> str:
-        """The dotted name, as in an override."""
+        """Dotted name, as in an override."""
         return ".".join(self.path)
 
 
 @cache
 def leaf_keys() -> dict[Path, Key]:
-    """Every leaf key of a run file by path, in the schema's order."""
+    """Return every leaf key by path, in the schema's order."""
     return {key.path: key for key in _leaves(Config, Config(), ())}
 
 
 @cache
 def sections() -> dict[Path, str]:
-    """Every section by path with its meaning, the root left out."""
+    """Return the meaning of every section by path, without the root."""
     return dict(_sections(Config, ()))
 
 
 def _leaves(cls: type, defaults: Any, prefix: Path) -> list[Key]:
-    """`defaults` is an instance: a section may be given other defaults where it is used than where it is defined."""
+    """List the leaf keys of `cls`; `defaults` is an instance, since a section's defaults may differ per use."""
     found: list[Key] = []
     hints = get_type_hints(cls)
     for item in fields(cls):
@@ -78,15 +82,19 @@ def _sections(cls: type, prefix: Path) -> list[tuple[Path, str]]:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word nearest to `word`, or nothing."""
+    """Return `; did you mean X?` for the known word nearest to `word`, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def convert(value: Any, key: Key) -> Any:
-    """The value as the key's type, within its words and bounds. Raises ValueError with what was expected."""
+    """Convert a value to the key's type and check its choices and bounds.
+
+    Raises:
+        ValueError: If the value is not allowed; the message names the expected values.
+    """
     if value == "???":
-        raise ValueError("is left as ???; give it a value")
+        raise ValueError("is ???, a placeholder; set a value")
     result = _typed(value, key.type)
     for item in result if isinstance(result, list) else [result]:
         if key.choices and item is not None and item not in key.choices:

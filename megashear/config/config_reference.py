@@ -1,7 +1,7 @@
-"""What is made from the schema: `docs/config.md`, and recipes in which every key stands with its meaning.
+"""Generate `docs/config.md` and the recipes' comments from the schema.
 
-Key properties: a recipe keeps its values; its order and its comments are the schema's, so neither can grow old.
-`python -m megashear.config.config_reference docs/config.md examples/llama*.yaml` writes them again.
+A recipe keeps its values; key order and comments come from the schema. To regenerate all of them, run
+`python -m megashear.config.config_reference docs/config.md examples/llama*.yaml`.
 """
 
 import sys
@@ -17,16 +17,17 @@ from megashear.files.atomic import write_text
 
 
 def config_markdown() -> str:
-    """The reference of all keys: a table per section with name, type, default and meaning."""
+    """Return the Markdown reference: one table per section with name, type, default and meaning of each key."""
     lines = [
         "# Run files",
         "",
-        "Every key of a run file; `null` means that the value is derived as the meaning says. This page, and what",
-        "stands beside the keys of the recipes, is made from `megashear/config/schema.py` by",
-        "`python -m megashear.config.config_reference docs/config.md examples/llama*.yaml`.",
+        "All keys of a run file. This page and the comments in the recipes are generated from the schema in",
+        "`megashear/config/` by `python -m megashear.config.config_reference docs/config.md examples/llama*.yaml`.",
         "",
-        "Any key can be overridden on the command line: `megashear run FILE prune.batch.steps=400`. Values may refer",
-        "to other keys and to the environment: `${run.folder}`, `${oc.env:SCRATCH}`.",
+        "If the meaning of a key describes `null`, then `null` selects that derived value.",
+        "",
+        "Override any key on the command line: `megashear run FILE prune.batch.steps=400`. Values may refer to other",
+        "keys and to environment variables: `${run.folder}`, `${oc.env:SCRATCH}`.",
     ]
     section: config_keys.Path | None = None
     for key in config_keys.leaf_keys().values():
@@ -42,7 +43,7 @@ def config_markdown() -> str:
 
 
 def recipe_text(text: str) -> str:
-    """The recipe again: its opening comment and values, every key of the schema, each key's meaning above it."""
+    """Return a recipe with its initial comment and values, every key of the schema, and each key's meaning above it."""
     tree = OmegaConf.to_container(OmegaConf.create(text))
     lines = []
     for line in text.splitlines():
@@ -71,7 +72,7 @@ def _value(tree: Any, key: config_keys.Key) -> Any:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Format a value as YAML on one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, sort_keys=False)
     return text.removesuffix("\n...\n").strip()
 

@@ -1,8 +1,8 @@
-"""A run file and overrides as one typed `Config`: every unknown key and wrong value at once, with its place.
+"""Load a run file and overrides as a typed `Config`, and save one.
 
-Order of precedence: the schema's defaults, the `paper` preset of the prune section, the file, the overrides. OmegaConf
-parses overrides and resolves interpolations (`${run.folder}`, `${oc.env:NAME,default}`); nothing in a file runs code.
-Read next: `schema.py`, `convert.py`, `check.py`.
+Later sources take precedence: the schema's defaults, the `paper` preset of the prune section, the file, the overrides.
+OmegaConf parses overrides and resolves interpolations (`${run.folder}`, `${oc.env:NAME,default}`); run files cannot
+execute code. All unknown keys and wrong values are reported in one error, each with its location.
 """
 
 from dataclasses import asdict, is_dataclass
@@ -24,9 +24,14 @@ Leaves = dict[config_keys.Path, Any]
 
 
 def load_config(path: Path | str | None, overrides: list[str] | None = None) -> Config:
-    """The config of a run file (None: an empty one) with `a.b=value` overrides.
+    """Load a config.
 
-    Raises ConfigError: all problems, each with its place.
+    Args:
+        path: Run file; None uses the defaults.
+        overrides: Overrides such as `prune.batch.steps=400`.
+
+    Raises:
+        ConfigError: With every problem and its location (`run.yaml:14` or the override).
     """
     problems: list[str] = []
     values: Leaves = {}
@@ -49,17 +54,17 @@ def load_config(path: Path | str | None, overrides: list[str] | None = None) -> 
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config or a section of it as nested plain values, in the schema's order."""
+    """Convert a config or a section to nested plain values, in the schema's order."""
     return asdict(config)
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as a run file that loads to the same config. Raises StorageError."""
+    """Write the resolved config as a run file that loads to the same config (raises StorageError)."""
     write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
 def _read_file(path: Path) -> tuple[dict[Any, Any], dict[config_keys.Path, int]]:
-    """The file's values, interpolations unresolved, and the line of every key."""
+    """Return the file's values, with unresolved interpolations, and the line of every key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -71,7 +76,7 @@ def _read_file(path: Path) -> tuple[dict[Any, Any], dict[config_keys.Path, int]]
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:{node.start_mark.line + 1}: is not a mapping of sections, such as `run:`")
+            raise ConfigError(f"{path}:{node.start_mark.line + 1}: is not a mapping of sections such as `run:`")
         lines: dict[config_keys.Path, int] = {}
         _mark_lines(node, (), lines)
         tree = OmegaConf.to_container(OmegaConf.create(text))
@@ -96,7 +101,7 @@ def _mark_lines(node: yaml.Node, at: config_keys.Path, lines: dict[config_keys.P
 def _read_override(text: str, problems: list[str]) -> dict[Any, Any]:
     name, equals, _ = text.partition("=")
     if not equals or not name:
-        problems.append(f"override {text!r}: has no `key=value`; write for example run.seed=1")
+        problems.append(f"override {text!r}: is not of the form key=value, for example run.seed=1")
         return {}
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
@@ -119,7 +124,7 @@ def _flatten(
     place: Any,
     problems: list[str],
 ) -> None:
-    """Add the leaves of `tree` to `values` and where they stand to `places`; unknown names go to `problems`."""
+    """Add the leaves of `tree` to `values`, their locations to `places`, and unknown names to `problems`."""
     for name, value in tree.items():
         path = (*at, str(name))
         dotted = ".".join(path)
@@ -129,12 +134,12 @@ def _flatten(
             problems.append(f"{place(path)}: unknown key {dotted}{_suggestion(path)}")
         elif isinstance(value, dict):
             _flatten(value, path, values, places, place, problems)
-        elif value is not None:  # a section with nothing in it keeps its defaults
-            problems.append(f"{place(path)}: {dotted} is {value!r}, expected a section with keys of its own")
+        elif value is not None:  # an empty section keeps its defaults
+            problems.append(f"{place(path)}: {dotted} is {value!r}, expected a section of keys")
 
 
 def _suggestion(path: config_keys.Path) -> str:
-    """The key that was probably meant: one of the same name elsewhere, or the nearest name in the same section."""
+    """Suggest a key: one of the same name in another section, or the nearest name in the same section."""
     same = [key.name for key in config_keys.leaf_keys().values() if key.path[-1] == path[-1]]
     inside = [name for name in same if name.startswith(".".join(path[:-1]))]
     if same:
@@ -144,7 +149,7 @@ def _suggestion(path: config_keys.Path) -> str:
 
 
 def _resolve(values: Leaves, places: dict[config_keys.Path, str], problems: list[str]) -> Leaves:
-    """Defaults, preset and values merged, interpolations resolved one by one so that each failure has its place."""
+    """Merge defaults, preset and values; resolve interpolations one by one so that each error has its location."""
     paper = values.get(("prune", "preset")) == "paper"
     merged = {
         at: _preset(at) if paper and at in _PAPER_PATHS else key.default for at, key in config_keys.leaf_keys().items()
@@ -158,7 +163,7 @@ def _resolve(values: Leaves, places: dict[config_keys.Path, str], problems: list
             problems.append(f"{places[at]}: {'.'.join(at)}: {_first_line(error)}")
             merged[at] = config_keys.leaf_keys()[at].default
     for at in merged:
-        if merged[at] == "???":  # OmegaConf would select null; `convert` says that a value is missing
+        if merged[at] == "???":  # OmegaConf would select null; `convert` reports the placeholder
             continue
         try:
             value = OmegaConf.select(tree, ".".join(at))
@@ -184,7 +189,7 @@ _PAPER_PATHS = {
 
 
 def _build(cls: Any, values: Leaves, prefix: config_keys.Path) -> Any:
-    """An instance of the section `cls` from the leaves below `prefix`."""
+    """Build the section `cls` from the leaves under `prefix`."""
     arguments = {}
     for name, kind in get_type_hints(cls).items():
         at = (*prefix, name)

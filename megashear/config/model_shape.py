@@ -1,7 +1,6 @@
-"""The shape of a LLaMA: sizes, position encoding, and what follows from them (parameter counts, FLOPs).
+"""Shape of a LLaMA model, with its parameter count and FLOPs.
 
-Key properties: frozen, free of torch, one class for sources and targets. Names are megatron-core's where it has one.
-Read next: `presets.py` (shapes by name), `legality.py` (which shapes a layout can carry).
+One class describes sources and targets. Field names follow megatron-core where it has one.
 """
 
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's rescaling of rotary frequencies (Hugging Face's `rope_type: llama3`)."""
+    """Llama-3 scaling of rotary frequencies (Hugging Face `rope_type: llama3`)."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -19,7 +18,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaMA; the masks' granularities (hidden, head, intermediate, layer) are fields of it."""
+    """Sizes and position encoding of a LLaMA model."""
 
     hidden_size: int
     num_layers: int
@@ -45,15 +44,15 @@ class ModelShape:
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding and, where it is not tied, of the output layer; without padding rows."""
+        """Parameters of the embedding and, if untied, of the output layer; without padding rows."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     def parameters(self) -> int:
-        """All parameters, embeddings included (the count that the scaling law of references uses)."""
+        """Total parameters including embeddings (the count used by the scaling law of reference losses)."""
         return self.embedding_parameters() + self.num_layers * self.layer_parameters() + self.hidden_size
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """FLOPs of a forward and backward pass per token: 6 per weight of a product, causal attention counted half."""
+        """Forward and backward FLOPs per token: 6 per weight of a matrix product, half for causal attention."""
         products = (
             self.num_layers * (self.layer_parameters() - 2 * self.hidden_size) + self.vocab_size * self.hidden_size
         )

@@ -1,12 +1,8 @@
-"""Shapes by name, and how a `ShapeConfig` becomes a `ModelShape`: preset, sizes on top, the source where null.
+"""Named model shapes, the `paper` preset, and the resolution of a `ShapeConfig` to a `ModelShape`.
 
-Key properties: free of torch; all problems of a shape come in one ConfigError. Sizes are those of the published models
-(Hugging Face `config.json`); `sheared-*` are the targets of Sheared LLaMA, table 1. Read next: `legality.py`.
-
-What `prune.preset: paper` stands for: the published pruning phase, for every key of the section not set by the user.
-
-Source: Sheared LLaMA (arXiv 2310.06694), section 2.1 and appendix A, and the behaviour of its published implementation.
-The micro-batch is a matter of the layout and is left alone. Read next: `load.py`, which merges this over the defaults.
+Shapes are those of the published models (Hugging Face `config.json`); `sheared-*` are the targets of Sheared LLaMA,
+table 1. `PAPER` holds the values of `prune.preset: paper`, from Sheared LLaMA (arXiv 2310.06694), section 2.1 and
+appendix A, and from its published implementation. It does not set the micro-batch, which depends on the layout.
 """
 
 import difflib
@@ -43,7 +39,11 @@ PRUNED = ("hidden_size", "num_layers", "num_heads", "num_query_groups", "interme
 
 
 def preset(name: str) -> ModelShape:
-    """The shape of that name. Raises ConfigError with the nearest names where there is none."""
+    """Return the shape of that name.
+
+    Raises:
+        ConfigError: If no shape has this name; the message suggests the nearest names.
+    """
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
@@ -54,13 +54,19 @@ def preset(name: str) -> ModelShape:
 def resolve_shape(
     config: ShapeConfig, source: ModelShape | None, vocab_size: int | None = None, section: str | None = None
 ) -> ModelShape:
-    """The shape that a config section means.
+    """Resolve a shape section to a model shape.
 
-    source: the model that a target is cut from, or null where the shape stands alone. A target takes hidden, layers,
-    heads, groups and intermediate from the keys, then the preset, then the source; everything else from the keys or
-    the source, never the preset. A shape that stands alone takes keys, then preset; `vocab_size` (the dataset's) goes
-    before the preset's. section: the config's name in messages, by default `target` or `source.shape`.
-    Raises ConfigError with all problems: unknown preset, missing sizes, heads that no number of groups fits.
+    A target takes hidden size, layers, heads, groups and intermediate size from the keys, then the preset, then the
+    source. It takes everything else from the keys or the source. A shape without a source uses keys, then the preset.
+
+    Args:
+        config: The shape section.
+        source: Model that the target is cut from; None for a shape without a source.
+        vocab_size: Vocabulary size of the dataset; precedes the preset's if there is no source.
+        section: Name of the section in messages; default `target`, or `source.shape` without a source.
+
+    Raises:
+        ConfigError: With every problem: unknown preset, missing sizes, heads that fit no number of groups.
     """
     section = section or ("source.shape" if source is None else "target")
     base: ModelShape | None = None
@@ -71,12 +77,12 @@ def resolve_shape(
             raise ConfigError([f"{section}.{problem}" for problem in error.problems]) from None
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "preset"}
     if source is None:
-        return _standing_alone({name: v for name, v in given.items() if v is not None}, base, vocab_size, section)
-    return _cut_from(source, given, base, section)
+        return _without_source({name: v for name, v in given.items() if v is not None}, base, vocab_size, section)
+    return _target_from(source, given, base, section)
 
 
-def _cut_from(source: ModelShape, given: dict[str, Any], base: ModelShape | None, section: str) -> ModelShape:
-    """A target: pruned sizes by keys, preset or source, the rest by keys or source."""
+def _target_from(source: ModelShape, given: dict[str, Any], base: ModelShape | None, section: str) -> ModelShape:
+    """Resolve a target: pruned sizes from keys, preset or source, the rest from keys or source."""
     sizes = {f.name: getattr(source, f.name) for f in fields(source)}
     if base is not None:
         sizes |= {name: getattr(base, name) for name in PRUNED}
@@ -88,7 +94,7 @@ def _cut_from(source: ModelShape, given: dict[str, Any], base: ModelShape | None
 
 
 def _groups(source: ModelShape, heads: int, section: str, problems: list[str]) -> int:
-    """Groups for that many heads: the source's query heads per group where they divide, else the source's groups."""
+    """Derive the number of groups: keep the source's heads per group, or else its groups."""
     queries, groups = source.queries_per_group, source.num_query_groups
     if heads % queries == 0:
         return heads // queries
@@ -103,8 +109,8 @@ def _groups(source: ModelShape, heads: int, section: str, problems: list[str]) -
     return groups
 
 
-def _standing_alone(given: dict[str, Any], base: ModelShape | None, vocab_size: int | None, section: str) -> ModelShape:
-    """A shape without a source: keys, then what follows from them, then the preset."""
+def _without_source(given: dict[str, Any], base: ModelShape | None, vocab_size: int | None, section: str) -> ModelShape:
+    """Resolve a shape without a source: keys, then sizes derived from them, then the preset."""
     sizes = {} if base is None else {f.name: getattr(base, f.name) for f in fields(base)}
     if vocab_size is not None:
         sizes["vocab_size"] = vocab_size
@@ -115,7 +121,7 @@ def _standing_alone(given: dict[str, Any], base: ModelShape | None, vocab_size: 
         raise ConfigError(problems)
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     if "num_query_groups" not in given and (base is None or "num_heads" in given):
-        # `head` of a preset's group stays as it is where the number of heads changes.
+        # Keep the preset's query heads per group when the number of heads changes.
         queries = 1 if base is None else base.queries_per_group
         sizes["num_query_groups"] = heads // queries if heads % queries == 0 else heads
     if "head_dim" not in sizes:
@@ -128,12 +134,12 @@ def _standing_alone(given: dict[str, Any], base: ModelShape | None, vocab_size: 
 
 
 def _checked(sizes: dict[str, Any], section: str, problems: list[str]) -> ModelShape:
-    """The shape, or ConfigError with the problems so far and those of its sizes."""
+    """Return the shape, or raise ConfigError with `problems` and those of the sizes."""
     shape = ModelShape(**sizes)
     problems = problems + self_problems(shape, section)
     for name in ("norm_eps", "rope_theta", "max_position_embeddings"):
         if getattr(shape, name) <= 0:
-            problems.append(f"{section}.{name}: {getattr(shape, name)} has to be above 0")
+            problems.append(f"{section}.{name}: {getattr(shape, name)} must be positive")
     if problems:
         raise ConfigError(problems)
     return shape
@@ -156,7 +162,7 @@ PAPER: dict[str, Any] = {
     "method": "learned",
     "basis": "source",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
-    "refit": None,  # published pruning never cuts at once
+    "refit": None,  # one-shot pruning only
     "distillation": {"weight": 0.0, "temperature": 1.0, "until": "end", "chunk": 256},
     "constraint": "lagrangian",
     "mask_learning_rate": 1.0,
@@ -165,13 +171,13 @@ PAPER: dict[str, Any] = {
     "closing": None,
     "sharpening": 1.0,
     "settle_steps": 0,
-    # "group" is the head: the published code knows only heads with keys and values of their own
+    # the published code has no grouped queries, so "group" is a head
     "granularities": ["hidden", "group", "intermediate", "layer"],
     "log_alpha_init": 5.0,
     "log_alpha_limit": math.log(100.0),
     "lambda1_cap": None,
     "lambda2_cap": None,
-    "live_units": True,  # the published code computes everything; what differs is rounding alone
+    "live_units": True,  # the published code computes all units; only rounding differs
     "clip": "joint",
     "masking": "published",
 }

@@ -1,12 +1,8 @@
-"""Phases of a run: which there are, what divides, what fits into the steps, and what null stands for.
+"""Derive the values of unset keys, and the phases and tokens of a run.
 
-Read next: `schema.py` (the keys), `check.py`.
-
-What an open `distillation.weight` stands for: whether the source teaches the model that is made of it.
-
-Of equal text, a taught model is the better one while it is worse than its source, which has seen more text than the run
-takes; of equal compute too where that is much more (`docs/results.md`, where both bounds are measured). Key property:
-once a run has started, the answer is the one that it recorded. Read next: `training_schema.py`, `../train/teacher.py`.
+Functions here return the configured value of a key, or the derived one if it is unset. The default distillation weight
+is 0.5 if the source is expected to improve the target at equal tokens (bounds measured in `docs/results.md`). It is
+recorded at the run's first start and does not change afterwards.
 """
 
 import json
@@ -29,38 +25,42 @@ from megashear.errors import ModelError
 from megashear.files.file_digests import read_manifest
 
 DONE = "done.json"
-"""File in a phase's folder that tells it is finished."""
+"""File that marks a phase's folder as finished."""
 IDENTITY = "identity.json"
+"""File in a run's folder that records the config that determines its results, written at the first start."""
 FORMAT_VERSION = 1
-"""Of a run folder: its records and checkpoints. A folder of another version is refused."""
-"""File in a run's folder that tells what the run computes, written at its first start."""
+"""Version of a run folder's records and checkpoints; other versions are refused."""
 
 
 def known_phases(folder: Path, named: Collection[str]) -> list[str]:
-    """Phases of the run in `folder`, in order: those that its run file names, and those done before.
+    """Return the phases of the run in `folder`, in order: those in `named` and those already finished.
 
-    `run.phases` may change between starts, so what a run has come to is not told by the phases named now alone.
+    `run.phases` may change between starts, so finished phases need not be in `named`.
     """
     return [phase for phase in PHASES if phase in named or (folder / phase / DONE).is_file()]
 
 
 def run_prunes(config: Config) -> bool:
-    """Whether the run makes its target, now or before: then pre-training continues the target, else the source."""
+    """Return whether the run prunes, now or earlier; then pre-training continues the target, else the source."""
     return bool({"prune", "finalize"} & set(known_phases(Path(config.run.folder), config.run.phases)))
 
 
 def refit_batches(prune: PruneConfig) -> int:
-    """Calibration batches on which output matrices are fitted, by `prune.refit`, whose text says what null means."""
+    """Return the number of calibration batches for refitting output matrices (`prune.refit`)."""
     if prune.method != "one_shot":
         return 0
     return 16 if prune.refit is None else prune.refit
 
 
 def peak_learning_rate(optimizer: OptimizerConfig, hidden_size: int) -> float:
-    """Peak learning rate of the weights; see `optimizer.learning_rate` for what null means.
+    """Return the peak learning rate of the weights (`optimizer.learning_rate`).
 
-    hidden_size: of the model that the run makes. The published rate belongs to a target of 2,560 hidden units; Adam's
-    best rate for a matrix falls as its fan-in grows (Yang et al. 2022, arXiv 2203.03466, table 3).
+    By default the published rate for hidden size 2560, scaled inversely with the hidden size, since Adam's best rate
+    for a matrix falls as its fan-in grows (Yang et al. 2022, arXiv 2203.03466, table 3).
+
+    Args:
+        optimizer: The phase's optimizer section.
+        hidden_size: Hidden size of the target, or of the model trained if the run does not prune.
     """
     if optimizer.learning_rate is not None:
         return optimizer.learning_rate
@@ -69,7 +69,7 @@ def peak_learning_rate(optimizer: OptimizerConfig, hidden_size: int) -> float:
 
 
 def training_phases(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
-    """The sections of the phases that train, of those that the run names, in order; one-shot pruning does not train."""
+    """Return the sections of the run's training phases by name, in order; one-shot pruning does not train."""
     sections: dict[str, PruneConfig | PretrainConfig] = {"prune": config.prune, "pretrain": config.pretrain}
     if config.prune.method == "one_shot":
         del sections["prune"]
@@ -77,24 +77,24 @@ def training_phases(config: Config) -> dict[str, PruneConfig | PretrainConfig]:
 
 
 def phase_tokens(batch: BatchConfig, sequence_length: int) -> int:
-    """Tokens that a phase trains on."""
+    """Return the number of tokens that a phase trains on."""
     return batch.steps * batch.global_batch * sequence_length
 
 
 def run_tokens(config: Config) -> int:
-    """Tokens that the run's phases train on."""
+    """Return the number of tokens that the run's phases train on."""
     return sum(phase_tokens(phase.batch, config.data.sequence_length) for phase in training_phases(config).values())
 
 
 LAGRANGIAN_WARMUP_SHARE = 0.2
-"""Sparsity warm-up under `lagrangian` as a share of the steps, as published (640 of 3200)."""
+"""Sparsity warm-up under `lagrangian` as a fraction of the steps, as published (640 of 3200)."""
 PROJECTED_WARMUP_SHARE = 0.5
 FROZEN_SHARE = 0.1
-"""Last steps with fixed masks, as a share of the steps."""
+"""Steps with frozen masks as a fraction of the steps."""
 
 
 def sparsity_warmup_length(prune: PruneConfig) -> int:
-    """Steps over which target sparsities grow: by default a share of all, and no more than masks are learned in."""
+    """Return the steps over which target sparsities grow, at most those before masks are frozen."""
     if prune.sparsity_warmup_steps is not None:
         return prune.sparsity_warmup_steps
     steps = prune.batch.steps
@@ -103,7 +103,7 @@ def sparsity_warmup_length(prune: PruneConfig) -> int:
 
 
 def frozen_steps(prune: PruneConfig) -> int:
-    """Last steps with fixed masks: by default a share of all, one at least, and no more than closing leaves."""
+    """Return the final steps with frozen masks; by default at least 1, at most those after the sparsity warm-up."""
     if prune.settle_steps is not None:
         return prune.settle_steps
     steps = prune.batch.steps
@@ -111,15 +111,16 @@ def frozen_steps(prune: PruneConfig) -> int:
 
 
 WEIGHT = 0.5
+"""Default distillation weight if distillation is worthwhile."""
 MAX_TEACHER_COST = 1.0
-"""FLOPs of the source's forward pass, as a share of those of training the target, up to which it teaches unasked."""
+"""Distil by default if the teacher's forward FLOPs are at most this multiple of the target's training FLOPs."""
 DEFAULT_WEIGHT_KEY = "open_distillation_weight"
-"""Key of a run's record: what the run settled for an open weight."""
+"""Key in identity.json under which the derived weight is recorded."""
 
 
 @dataclass(frozen=True)
 class DistillationPlan(DistillationConfig):
-    """How the source teaches a phase, with the weight that counts."""
+    """Distillation settings of a phase with the resolved weight."""
 
     weight: float = 0.0
 
@@ -127,52 +128,54 @@ class DistillationPlan(DistillationConfig):
 def distillation_plans(
     config: Config, source: ModelShape | None, target: ModelShape | None
 ) -> dict[str, DistillationPlan]:
-    """How the source teaches `prune` and `pretrain`; see `distillation.weight` for what null means.
+    """Resolve distillation of `prune` and `pretrain`.
 
-    source, target: None where the run has none of its own, or they are not known; an open weight is 0 then, as it is
-    where the source has no folder: weights out of the seed teach nothing.
+    An unset weight is 0 if a shape is unknown, or if the source has no folder, since random weights teach nothing.
+
+    Args:
+        config: The run's config.
+        source, target: Shapes; None if the run has no such model or its shape is unknown.
     """
     weight = default_distillation_weight(config, source, target)
-    pruning = _settled(config.prune.distillation, weight)
-    follows = weight if target is None else pruning.weight
-    return {"prune": pruning, "pretrain": _settled(config.pretrain.distillation, follows)}
+    pruning = _resolved_plan(config.prune.distillation, weight)
+    pretrain_default = weight if target is None else pruning.weight
+    return {"prune": pruning, "pretrain": _resolved_plan(config.pretrain.distillation, pretrain_default)}
 
 
 def default_distillation_weight(config: Config, source: ModelShape | None, target: ModelShape | None) -> float:
-    """The weight that an open one stands for.
+    """Return the derived weight, recorded by the run's first start if it has started.
 
-    A run's first start settles it: `run.phases` may change between starts, and with it the tokens that the run takes,
-    as may the source's folder.
+    The record matters because `run.phases`, and with it the number of tokens, may change between starts.
     """
     folder, length = config.source.folder, config.data.sequence_length
     if source is None or target is None or folder is None:
         return 0.0
     record = _record(Path(config.run.folder) / IDENTITY)
-    if isinstance(settled := record.get(DEFAULT_WEIGHT_KEY), int | float):
-        return float(settled)
+    if isinstance(recorded := record.get(DEFAULT_WEIGHT_KEY), int | float):
+        return float(recorded)
     seen = training_tokens_of(Path(folder))
     affordable = teacher_flops_per_token(source, length) <= MAX_TEACHER_COST * target.flops_per_token(length)
     return WEIGHT if affordable and (seen is None or run_tokens(config) < seen) else 0.0
 
 
 def teacher_flops_per_token(source: ModelShape, sequence_length: int) -> float:
-    """FLOPs of a teacher's forward pass per token: a third of what training it would take."""
+    """Return the FLOPs of a teacher's forward pass per token, a third of those of training it."""
     return source.flops_per_token(sequence_length) / 3
 
 
 def training_tokens_of(folder: Path) -> int | None:
-    """Tokens that a model was trained on, as far back as to random weights; None where its manifest does not tell."""
+    """Return the tokens that a model was trained on since random weights; None if its manifest does not record them."""
     try:
-        made = read_manifest(folder, ModelError)["provenance"]
-        before = made["source"]["tokens"] if "source" in made else 0
-        tokens = int(before + sum(phase.get("tokens", 0) for phase in made["phases"]))
+        provenance = read_manifest(folder, ModelError)["provenance"]
+        before = provenance["source"]["tokens"] if "source" in provenance else 0
+        tokens = int(before + sum(phase.get("tokens", 0) for phase in provenance["phases"]))
     except (ModelError, KeyError, TypeError, AttributeError, ValueError, OverflowError):  # foreign, or imported
         return None
     return tokens if tokens >= 0 else None
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a run's first start recorded; empty where it has not started, or where `run` is to refuse the file."""
+    """Return the record of a run's first start; empty if it has none or an invalid one (refused by `run`)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -180,12 +183,12 @@ def _record(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _settled(how: DistillationConfig, weight: float) -> DistillationPlan:
-    return DistillationPlan(**vars(how) | {"weight": weight if how.weight is None else how.weight})
+def _resolved_plan(section: DistillationConfig, weight: float) -> DistillationPlan:
+    return DistillationPlan(**vars(section) | {"weight": weight if section.weight is None else section.weight})
 
 
 def in_principal_basis(config: PruneConfig, source: ModelShape, target: ModelShape) -> bool:
-    """Whether pruning starts from the source's principal basis, by `config.basis`, whose text says what null means."""
+    """Return whether pruning starts from the source's principal basis (`prune.basis`)."""
     if config.basis is not None:
         return config.basis == "principal"
     return target.hidden_size < source.hidden_size

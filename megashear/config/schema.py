@@ -1,9 +1,9 @@
-"""Every key of a run file, with its type, default and meaning: one frozen dataclass a section.
+"""Schema of a run file: one frozen dataclass per section, each key with its type, default and meaning.
 
-Key properties: the meaning stands in the field's metadata (`help`), from which `docs/config.md` and the recipes are
-made; `null` as a default means "derived", and the meaning says from what. Read next: `load.py`, `check.py`.
+The meanings are the source of `docs/config.md` and of the comments in the recipes. Training phases are in
+`training_schema.py`. A default of null means that the value is derived, as the meaning describes.
 """
-# ruff: noqa: RUF009 - `key` makes a dataclass field and the sections are frozen, so nothing mutable is shared
+# ruff: noqa: RUF009 - `key` returns a dataclass field and the sections are frozen, so nothing mutable is shared
 
 from dataclasses import dataclass
 
@@ -15,183 +15,216 @@ PHASES = ("prune", "finalize", "pretrain", "export")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and which phases it walks."""
+    """Run folder, phases and seed."""
 
     folder: str = key("runs/default", "folder of the run: checkpoints, logs, results")
     phases: list[str] = key(
         list(PHASES),
-        "phases in order, of: prune, finalize, pretrain, export; a phase that is done is not run again",
+        "phases to run, in order: any of prune, finalize, pretrain, export; finished phases are skipped",
         PHASES,
     )
-    seed: int = key(1234, "seed of initial weights, data order and mask noise", low=0)
+    seed: int = key(1234, "random seed of initial weights, data order and mask noise", low=0)
 
 
 @dataclass(frozen=True)
 class ShapeConfig:
-    """A shape by preset, by sizes, or a preset with some sizes changed; what is left null comes from the source."""
+    """A model shape: a preset, sizes, or a preset with some sizes replaced. A target inherits the rest."""
 
-    preset: str | None = key(None, "name of a shape (`megashear check --presets` lists them), or null")
-    hidden_size: int | None = key(None, "hidden size d", low=1)
-    num_layers: int | None = key(None, "decoder layers L", low=1)
-    num_heads: int | None = key(None, "query heads H", low=1)
+    preset: str | None = key(None, "named shape (`megashear check --presets` lists them); null: none")
+    hidden_size: int | None = key(None, "hidden size d; null: the preset's, else the source's", low=1)
+    num_layers: int | None = key(None, "number of decoder layers L; null: the preset's, else the source's", low=1)
+    num_heads: int | None = key(None, "number of query heads H; null: the preset's, else the source's", low=1)
     num_query_groups: int | None = key(
-        None, "key/value heads G; null keeps the source's query heads per group, where it can", low=1
+        None,
+        "number of key/value heads G; null: the preset's, else the number that keeps the source's query heads per "
+        "group if possible",
+        low=1,
     )
     head_dim: int | None = key(
-        None, "size of a head; a target inherits the source's; null is hidden_size / num_heads", low=1
+        None, "size of a head; null: the source's for a target, else the preset's, else hidden_size / num_heads", low=1
     )
-    intermediate_size: int | None = key(None, "width of the SwiGLU layer I", low=1)
-    vocab_size: int | None = key(None, "vocabulary; from scratch null takes the dataset's", low=1)
-    tie_word_embeddings: bool | None = key(None, "output layer shares the embedding")
-    rope_theta: float | None = key(None, "base of the rotary frequencies", low=1)
-    norm_eps: float | None = key(None, "epsilon of RMSNorm", low=1e-12)
-    max_position_embeddings: int | None = key(None, "longest context that the exported config declares", low=1)
+    intermediate_size: int | None = key(
+        None, "width of the SwiGLU layer I; null: the preset's, else the source's", low=1
+    )
+    vocab_size: int | None = key(
+        None, "vocabulary size; null: the source's for a target, else the dataset's, else the preset's", low=1
+    )
+    tie_word_embeddings: bool | None = key(
+        None,
+        "share weights of embedding and output layer; null: the source's for a target, else the preset's, or false",
+    )
+    rope_theta: float | None = key(
+        None, "base of the rotary frequencies; null: the source's for a target, else the preset's, or 10000", low=1
+    )
+    norm_eps: float | None = key(
+        None, "epsilon of RMSNorm; null: the source's for a target, else the preset's, or 1e-5", low=1e-12
+    )
+    max_position_embeddings: int | None = key(
+        None,
+        "maximum context in tokens, recorded in the exported config; null: the source's for a target, else the "
+        "preset's, or 4096",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """The model a run starts from: weights in a folder, or none (a shape, initialised at random)."""
+    """The source model: weights in a folder, or a shape with random weights."""
 
     folder: str | None = key(
-        None, "folder of an imported model (`megashear import`), or null: from scratch, see `shape`"
+        None, "model folder written by `megashear import`; null: random weights in the shape given by `shape`"
     )
-    shape: ShapeConfig = key(ShapeConfig(), "shape where there is no folder, and for `check` without weights")
+    shape: ShapeConfig = key(
+        ShapeConfig(), "shape of the source if `folder` is null, and for `megashear check` without the weights"
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read."""
+    """Dataset and sequences."""
 
-    folder: str | None = key(None, "dataset folder made by tools/preprocess_data.py (holds manifest.json)")
-    sequence_length: int = key(4096, "tokens predicted per sample; a sample is one token longer", low=1)
+    folder: str | None = key(
+        None, "dataset folder written by tools/preprocess_data.py; required to train (null: no dataset)"
+    )
+    sequence_length: int = key(4096, "tokens predicted per sequence", low=1)
     exhausted: str = key(
         "repeat",
-        "a domain that runs out: repeats, is shared among the others, or stops the run",
+        "when a domain runs out of text: repeat it, renormalise (share its weight among the others), or stop the run",
         ("repeat", "renormalise", "stop"),
     )
     separate_documents: bool = key(
-        False,
-        "attention stays inside documents, which end in EOS; their positions then start at 0 as well, since rotary "
-        "attention knows distances alone",
+        False, "restrict attention to the same document and restart positions at 0 in each; documents end in EOS"
     )
-    prefetch: int = key(2, "batches read ahead of the step by threads; their order is the same; 0: none", low=0)
+    prefetch: int = key(2, "batches read ahead in background threads, in the same order; 0: none", low=0)
     repeat_limit: int | None = key(
         None,
-        "epochs after which a domain that repeats has run out, and its weight is shared among the others; null: none",
+        "epochs after which a repeated domain is dropped and its weight shared among the others; null: no limit",
         low=1,
     )
-    max_epochs: float = key(4.0, "warn at the start when planned weights need more epochs of a domain than this", low=0)
+    max_epochs: float = key(
+        4.0, "warn at start-up if the planned weights repeat a domain for more than this number of epochs", low=0
+    )
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Dynamic batch loading (Sheared LLaMA, section 2.2): how domain weights follow the losses."""
+    """Dynamic batch loading (Sheared LLaMA, section 2.2): domain weights that follow the losses."""
 
     rule: str = key(
         "paper",
-        "weight update: paper (excess clamped at 0), reference (the published code), static, schedule, or ado "
-        "(learning speed by fitted power laws, arXiv 2410.11820; needs no reference losses)",
+        "update of domain weights: paper (excess loss clamped at 0), reference (as the published code), static, "
+        "schedule, or ado (learning speed from fitted power laws, arXiv 2410.11820; needs no reference losses)",
         ("paper", "reference", "static", "schedule", "ado"),
     )
     schedule: dict[str, list[float]] | None = key(
         None,
-        "for `rule: schedule`: weights per domain at a phase's start, its end, and at equal distances between if more "
-        "are given; interpolated, normalised, taken at every evaluation",
+        "under `rule: schedule`, each domain's weights at equally spaced points from a phase's start to its end (two "
+        "or more); interpolated and normalised, updated at each evaluation; null: none",
     )
     initial_weights: dict[str, float] | None = key(
-        None, "weight per domain at the start, normalised; null: proportional to tokens"
+        None, "initial weight of each domain, normalised; null: proportional to its tokens"
     )
     pretrain_weights: dict[str, float] | None = key(
-        None, "the same at the start of continued pre-training; null: where pruning ended, else initial_weights"
+        None,
+        "initial weights of continued pre-training, normalised; null: the last weights of pruning, else "
+        "`initial_weights`",
     )
     references: str = key(
         "source",
-        "where reference losses come from: the source model's evaluation, a scaling-law file, a list",
+        "origin of the reference losses: source (evaluate the source model), scaling_law (a file), or list",
         ("source", "scaling_law", "list"),
     )
     reference_losses: dict[str, float] | None = key(
-        None, "reference loss per domain in nats per token, for `references: list`"
+        None, "under `references: list`, reference loss of each domain in nats per token; null: none"
     )
-    scaling_law: str | None = key(None, "JSON file of tools/fit_reference_losses.py, for `references: scaling_law`")
+    scaling_law: str | None = key(
+        None, "under `references: scaling_law`, JSON file written by tools/fit_reference_losses.py; null: none"
+    )
     eta: float = key(1.0, "step size of the exponential ascent", low=0)
-    mixing: float = key(1e-4, "share c of the uniform distribution mixed in by the `reference` rule", low=0, high=1)
-    floor: float = key(0.0, "smallest weight of a domain after an update", low=0, high=1)
-    cap: float = key(1.0, "largest weight of a domain after an update", low=0, high=1)
-    max_change: float = key(1.0, "largest change of a weight in one update", low=0, high=1)
+    mixing: float = key(
+        1e-4, "under `rule: reference`, fraction of the uniform distribution mixed into the weights", low=0, high=1
+    )
+    floor: float = key(0.0, "minimum weight of a domain after an update", low=0, high=1)
+    cap: float = key(1.0, "maximum weight of a domain after an update", low=0, high=1)
+    max_change: float = key(1.0, "maximum change of a weight in one update", low=0, high=1)
     smoothing: float = key(
-        0.0, "exponential smoothing of the losses: share of the previous value kept", low=0, high=0.999
+        0.0, "exponential smoothing of the losses: fraction of the previous value that is kept", low=0, high=0.999
     )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Layout of the ranks; data parallelism is what is left of the world size."""
+    """Layout of the ranks; the data-parallel size is world size / (tensor x pipeline)."""
 
-    tensor: int = key(1, "tensor parallel size", low=1)
-    pipeline: int = key(1, "pipeline parallel size; layers need not divide", low=1)
-    virtual_pipeline: int = key(1, "model chunks per pipeline stage (interleaved 1F1B)", low=1)
-    sequence: bool = key(False, "sequence parallelism in the norms and residuals (needs tensor > 1)")
-    world_size: int | None = key(None, "ranks in all, for `check` on a laptop; null: the launched ranks", low=1)
-    distributed_optimizer: bool = key(True, "shard optimizer state over data-parallel ranks")
+    tensor: int = key(1, "tensor-parallel size", low=1)
+    pipeline: int = key(1, "pipeline-parallel size; need not divide the number of layers", low=1)
+    virtual_pipeline: int = key(1, "model chunks per pipeline stage (interleaved 1F1B schedule)", low=1)
+    sequence: bool = key(False, "sequence parallelism in norms and residuals; needs `tensor` above 1")
+    world_size: int | None = key(
+        None, "number of ranks that `megashear check` plans for; null: the number of launched ranks", low=1
+    )
+    distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks")
     recompute: str = key(
-        "none", "activation recomputation: none, or full (each layer again in the backward)", ("none", "full")
+        "none", "activation recomputation in the backward pass: none, or full (every layer)", ("none", "full")
     )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved."""
+    """Checkpoint interval and retention."""
 
-    interval: int = key(200, "steps between checkpoints; one is always saved at a phase's end", low=1)
-    keep: int = key(2, "newest checkpoints kept per phase", low=1)
+    interval: int = key(200, "steps between checkpoints; one is always saved at the end of a phase", low=1)
+    keep: int = key(2, "number of newest checkpoints to keep per phase", low=1)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Progress, metrics and profiling."""
 
     interval: int = key(10, "steps between progress lines", low=1)
-    tensorboard: bool = key(True, "write TensorBoard events where the package is installed")
-    wandb_project: str | None = key(None, "Weights & Biases project; null: off")
+    tensorboard: bool = key(True, "write TensorBoard events if the package is installed")
+    wandb_project: str | None = key(None, "Weights & Biases project to log to; null: off")
     profile_steps: int = key(
         0,
-        "steps of a phase, from the third on, that rank 0 traces to `profile/` in the run's folder (Chrome's format, "
-        "for Perfetto); 0: none; `--profile` sets 3",
+        "steps per phase, from the third on, that rank 0 profiles into `profile/` in the run folder (Chrome trace "
+        "format, opens in Perfetto); 0: off; `--profile` sets 3",
         low=0,
     )
     nonfinite_limit: int = key(
-        5, "skipped steps in a row (non-finite loss or gradient) after which the run stops", low=1
+        5, "stop the run after this number of consecutive steps skipped for a non-finite loss or gradient", low=1
     )
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """The Hugging Face folder that leaves."""
+    """The exported Hugging Face checkpoint."""
 
     folder: str | None = key(None, "folder to write; null: `export` in the run folder")
-    dtype: str | None = key(None, "dtype of the weights; null: the run's precision", ("fp32", "bf16", "fp16"))
-    max_shard_gb: float = key(5.0, "largest safetensors file in 10^9 bytes", low=0.001)
+    dtype: str | None = key(None, "dtype of the exported weights; null: same as `precision`", ("fp32", "bf16", "fp16"))
+    max_shard_gb: float = key(5.0, "maximum size of a safetensors file, in GB (10^9 bytes)", low=0.001)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run file."""
+    """A complete run file."""
 
-    run: RunConfig = key(RunConfig(), "where a run lives and which phases it walks")
-    source: SourceConfig = key(SourceConfig(), "the model a run starts from")
+    run: RunConfig = key(RunConfig(), "run folder, phases and seed")
+    source: SourceConfig = key(SourceConfig(), "the model to start from")
     target: ShapeConfig = key(ShapeConfig(), "the shape to prune to")
-    data: DataConfig = key(DataConfig(), "what is read")
-    mixture: MixtureConfig = key(MixtureConfig(), "how domain weights follow the losses")
+    data: DataConfig = key(DataConfig(), "dataset and sequences")
+    mixture: MixtureConfig = key(MixtureConfig(), "domain weights and how they follow the losses")
     parallel: ParallelConfig = key(ParallelConfig(), "layout of the ranks")
-    precision: str = key("bf16", "bf16 (weights and products; fp32 masters and gradients) or fp32", ("bf16", "fp32"))
-    prune: PruneConfig = key(PruneConfig(), "learned masks")
+    precision: str = key(
+        "bf16", "bf16 (bf16 weights and matrix products, fp32 master weights and gradients), or fp32", ("bf16", "fp32")
+    )
+    prune: PruneConfig = key(PruneConfig(), "pruning, with learned masks or in one shot")
     pretrain: PretrainConfig = key(PretrainConfig(), "continued pre-training")
-    checkpoint: CheckpointConfig = key(CheckpointConfig(), "when a run is saved")
-    logging: LoggingConfig = key(LoggingConfig(), "what is written while training")
-    export: ExportConfig = key(ExportConfig(), "the Hugging Face folder that leaves")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoint interval and retention")
+    logging: LoggingConfig = key(LoggingConfig(), "progress, metrics and profiling")
+    export: ExportConfig = key(ExportConfig(), "the exported Hugging Face checkpoint")
 
 
 ASCENDING = ("paper", "reference")
-"""Rules that raise weights by the excess of losses over their references."""
+"""Rules that raise a domain's weight by its excess loss over the reference."""
 ADAPTIVE = (*ASCENDING, "ado")
-"""Rules that follow the losses."""
+"""Rules that update the weights from the losses."""

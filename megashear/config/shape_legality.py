@@ -1,8 +1,6 @@
-"""Which source, target and layout go together, before anything is loaded: every problem at once, each with a way out.
+"""Check which source shape, target shape and layout are compatible.
 
-Key properties: free of torch; pure functions of shapes and sizes that return messages, each of which names the key
-to change and the nearest values that are legal.
-Read next: `shape.py` (the sizes), `presets.py` (where shapes come from).
+Pure functions that return a list of messages. Each message names the key to change and the nearest legal values.
 """
 
 import difflib
@@ -17,7 +15,7 @@ INHERITED_KEYS = ("head_dim", "vocab_size", "tie_word_embeddings", "rope_theta",
 
 
 def granularity_sizes(source: ModelShape, target: ModelShape) -> dict[str, tuple[int, int]]:
-    """Granularity -> (units in a row, units that the target keeps); `query` only where heads share a group."""
+    """Return granularity -> (units per row, units kept in the target); `query` only if heads share a group."""
     sizes = {
         "hidden": (source.hidden_size, target.hidden_size),
         "group": (source.num_query_groups, target.num_query_groups),
@@ -31,10 +29,10 @@ def granularity_sizes(source: ModelShape, target: ModelShape) -> dict[str, tuple
 
 
 def granularity_problems(source: ModelShape, target: ModelShape, granularities: Sequence[str] | None) -> list[str]:
-    """What is wrong with prune.granularities for these shapes: null stands for those that shrink, and one has to."""
+    """Check `prune.granularities` for these shapes: list all that shrink, at least one."""
     sizes = granularity_sizes(source, target)
     shrinking = [name for name, (units, kept) in sizes.items() if kept < units]
-    problems = [] if shrinking else ["target: it is the source's own shape; make at least one of its sizes smaller"]
+    problems = [] if shrinking else ["target: same shape as the source; make at least one size smaller"]
     if granularities is None:
         return problems
     for name in granularities:
@@ -53,28 +51,32 @@ def granularity_problems(source: ModelShape, target: ModelShape, granularities: 
                 f"prune.granularities: {name} is missing though the target shrinks it from {units} to {kept}; add it"
             )
     if not granularities:
-        problems.append("prune.granularities: the list is empty; leave it null to learn what shrinks")
+        problems.append("prune.granularities: the list is empty; unset it to learn every granularity that shrinks")
     return problems
 
 
 def shape_problems(
     source: ModelShape, target: ModelShape | None, parallel: ParallelConfig, world_size: int | None = None
 ) -> list[str]:
-    """Everything that stops this source from being pruned to this target on this layout; empty where nothing does.
+    """Return every reason why this source cannot be pruned to this target on this layout; empty if it can.
 
-    target: null where a stage prunes nothing. world_size: ranks in all; null leaves it unchecked.
+    Args:
+        source: Shape of the source.
+        target: Shape of the target; None if the run does not prune.
+        parallel: The layout.
+        world_size: Number of ranks; None skips this check.
     """
     shapes = {"source": source} if target is None else {"source": source, "target": target}
-    no_sizes = [problem for section, shape in shapes.items() for problem in size_problems(shape, section)]
+    size_errors = [problem for section, shape in shapes.items() for problem in size_problems(shape, section)]
     problems = layout_problems(parallel, world_size)
-    if no_sizes:
-        return problems + no_sizes
+    if size_errors:
+        return problems + size_errors
     problems += [problem for section, shape in shapes.items() for problem in self_problems(shape, section)]
-    layout_is_one = min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) >= 1
-    if layout_is_one:
+    layout_is_valid = min(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline) >= 1
+    if layout_is_valid:
         problems += source_layout_problems(source, parallel)
     if target is not None:
-        problems += target_layout_problems(source, target, parallel) if layout_is_one else []
+        problems += target_layout_problems(source, target, parallel) if layout_is_valid else []
         problems += pruning_problems(source, target)
     if target is not None and not problems:
         problems += loading_problems(source, target)
@@ -82,7 +84,7 @@ def shape_problems(
 
 
 def layout_problems(parallel: ParallelConfig, world_size: int | None) -> list[str]:
-    """Problems of the layout by itself."""
+    """Check the layout independently of any shape."""
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
     problems = [
         f"parallel.{key}: {value} is not a size; use 1 or more"
@@ -107,7 +109,7 @@ def layout_problems(parallel: ParallelConfig, world_size: int | None) -> list[st
 
 
 def size_problems(shape: ModelShape, section: str) -> list[str]:
-    """Sizes of a shape that are not above 0, with keys under `section`."""
+    """Check that the sizes of a shape are positive; messages name keys of `section`."""
     keys = ("hidden_size", "num_layers", "num_heads", "num_query_groups", "head_dim", "intermediate_size", "vocab_size")
     return [
         f"{section}.{key}: {getattr(shape, key)} is not a size; use 1 or more"
@@ -117,7 +119,7 @@ def size_problems(shape: ModelShape, section: str) -> list[str]:
 
 
 def self_problems(shape: ModelShape, section: str) -> list[str]:
-    """Problems of a shape by itself, with keys under `section`."""
+    """Check a shape independently of the layout; messages name keys of `section`."""
     problems = size_problems(shape, section)
     if problems:
         return problems
@@ -129,14 +131,14 @@ def self_problems(shape: ModelShape, section: str) -> list[str]:
         )
     if shape.head_dim % 2:
         problems.append(
-            f"{section}.head_dim: {shape.head_dim} is odd and rotary positions turn pairs; "
+            f"{section}.head_dim: {shape.head_dim} is odd, but rotary embeddings rotate pairs; "
             f"use {either([shape.head_dim - 1, shape.head_dim + 1])}"
         )
     return problems
 
 
 def source_layout_problems(source: ModelShape, parallel: ParallelConfig) -> list[str]:
-    """Sizes of the source that the layout cannot carry; the source stands, so the layout has to give."""
+    """Check that the layout can shard the source; messages suggest another layout."""
     problems = []
     legal = [t for t in range(1, source.num_heads + 1) if not undividable(source, t)]
     for key in undividable(source, parallel.tensor):
@@ -147,27 +149,27 @@ def source_layout_problems(source: ModelShape, parallel: ParallelConfig) -> list
     stages = parallel.pipeline * parallel.virtual_pipeline
     if source.num_layers < stages:
         problems.append(
-            f"parallel.pipeline: pipeline x virtual_pipeline = {stages} stages need as many layers, and the source has "
-            f"{source.num_layers}; use at most {source.num_layers} stages"
+            f"parallel.pipeline: pipeline x virtual_pipeline = {stages} stages need at least one layer each, "
+            f"and the source has {source.num_layers}; use at most {source.num_layers} stages"
         )
     return problems
 
 
 def target_layout_problems(source: ModelShape, target: ModelShape, parallel: ParallelConfig) -> list[str]:
-    """Sizes of the target that the layout cannot carry, with the nearest that it can."""
+    """Check that the layout can shard the target; messages suggest the nearest legal sizes."""
     problems, tensor = [], parallel.tensor
     for key in undividable(target, tensor):
         value, limit = getattr(target, key), getattr(source, key)
         rule = f"not divisible by parallel.tensor {tensor}"
         if key == "num_query_groups":
             rule = f"neither a multiple nor a divisor of parallel.tensor {tensor}"
-            way_out = legal_groups(source, target, tensor)
+            advice = legal_groups(source, target, tensor)
         else:
             factor = tensor
             if key == "num_heads" and not groups_undividable(target.num_query_groups, tensor):
                 factor = math.lcm(tensor, target.num_query_groups)
-            way_out = either([near for near in near_multiples(value, factor) if near <= limit])
-        problems.append(f"target.{key}: {value} is {rule}; use {way_out or 'a smaller parallel.tensor'}")
+            advice = either([near for near in near_multiples(value, factor) if near <= limit])
+        problems.append(f"target.{key}: {value} is {rule}; use {advice or 'a smaller parallel.tensor'}")
     stages = parallel.pipeline * parallel.virtual_pipeline
     if target.num_layers < stages <= source.num_layers:
         problems.append(
@@ -178,7 +180,7 @@ def target_layout_problems(source: ModelShape, target: ModelShape, parallel: Par
 
 
 def pruning_problems(source: ModelShape, target: ModelShape) -> list[str]:
-    """Why a target cannot be cut out of a source: it is larger somewhere, or differs in what is inherited."""
+    """Check that a target is no larger than the source and equal in inherited properties."""
     problems = []
     for key in PRUNED_KEYS:
         limit, value = getattr(source, key), getattr(target, key)
@@ -188,31 +190,33 @@ def pruning_problems(source: ModelShape, target: ModelShape) -> list[str]:
     if kept > queries and target.num_heads % target.num_query_groups == 0:
         fewest = -(-target.num_heads // queries)
         legal = [g for g in divisors(target.num_heads) if fewest <= g <= source.num_query_groups]
-        way_out = either(nearest(legal, fewest)) or f"at most {queries} heads a group"
+        advice = either(nearest(legal, fewest)) or f"at most {queries} heads a group"
         problems.append(
             f"target.num_query_groups: {target.num_heads} heads in {target.num_query_groups} groups are {kept} a "
-            f"group, and the source has {queries}; use {way_out}"
+            f"group, and the source has {queries}; use {advice}"
         )
     for key in INHERITED_KEYS:
         limit, value = getattr(source, key), getattr(target, key)
         if value != limit:
-            problems.append(f"target.{key}: {value} differs from the source's {limit}, which is kept; leave it null")
+            problems.append(
+                f"target.{key}: {value} differs from the source's {limit}, which pruning cannot change; unset it"
+            )
     return problems
 
 
 def loading_problems(source: ModelShape, target: ModelShape) -> list[str]:
-    """Why transformers 5 would not load the target, although it is a sound LLaMA with an explicit head_dim."""
+    """Check that transformers 5 can load the target, which rejects some valid shapes with an explicit head_dim."""
     if target.hidden_size % target.num_heads == 0:
         return []
     legal = [near for near in near_multiples(target.hidden_size, target.num_heads) if near <= source.hidden_size]
     return [
-        f"target.hidden_size: {target.hidden_size} is no multiple of num_heads {target.num_heads}, and transformers "
+        f"target.hidden_size: {target.hidden_size} is not a multiple of num_heads {target.num_heads}, and transformers "
         f"loads no such LLaMA, whatever its head_dim; use {either(legal) or 'other num_heads'}"
     ]
 
 
 def undividable(shape: ModelShape, tensor: int) -> list[str]:
-    """Keys of a shape that tensor parallelism cannot split: sizes by multiples, groups also by replicating them."""
+    """Return the keys of a shape that tensor parallelism cannot split; groups may also be replicated."""
     keys = [key for key in ("hidden_size", "num_heads", "intermediate_size") if getattr(shape, key) % tensor]
     if groups_undividable(shape.num_query_groups, tensor):
         keys.append("num_query_groups")
@@ -220,13 +224,13 @@ def undividable(shape: ModelShape, tensor: int) -> list[str]:
 
 
 def groups_undividable(groups: int, tensor: int) -> bool:
-    """Whether key/value heads can neither be split over tensor ranks nor be held by several of them alike."""
+    """Return whether key/value heads can be neither split over tensor ranks nor replicated on them."""
     return bool(groups % tensor and tensor % groups)
 
 
 def legal_groups(source: ModelShape, target: ModelShape, tensor: int) -> str:
-    """The nearest numbers of groups that the layout carries, with the heads that keep the target's heads per group."""
-    queries = max(target.queries_per_group, 1)  # 0 where there are fewer heads than groups
+    """Format the nearest legal numbers of groups, with the heads that keep the target's heads per group."""
+    queries = max(target.queries_per_group, 1)  # 0 if there are fewer heads than groups
     legal = [
         groups
         for groups in range(1, source.num_query_groups + 1)
@@ -237,23 +241,23 @@ def legal_groups(source: ModelShape, target: ModelShape, tensor: int) -> str:
 
 
 def near_multiples(value: int, factor: int) -> list[int]:
-    """The multiples of `factor` just below (if above 0) and just above `value`."""
+    """Return the multiples of `factor` just below (if above 0) and just above `value`."""
     below = value // factor * factor
     return [near for near in (below, below + factor) if near > 0]
 
 
 def nearest(choices: Sequence[int], value: int) -> list[int]:
-    """Of the choices the closest one below or at `value` and the closest above it."""
+    """Return the closest choice at most `value` and the closest above it; `choices` ascend."""
     below = [choice for choice in choices if choice <= value]
     above = [choice for choice in choices if choice > value]
     return [*below[-1:], *above[:1]]
 
 
 def divisors(value: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
+    """Return all divisors of a positive number, ascending."""
     return [d for d in range(1, value + 1) if value % d == 0]
 
 
 def either(values: Sequence[int]) -> str:
-    """'4', '4 or 6': the values as a choice."""
+    """Format the values as a choice: '4', '4 or 6'."""
     return " or ".join(str(value) for value in values)

@@ -1,4 +1,4 @@
-"""Run files and overrides: precedence, places of problems, interpolation, the paper preset, digests."""
+"""Loading run files and overrides: precedence, error locations, interpolation, the paper preset."""
 
 import math
 from pathlib import Path
@@ -25,12 +25,12 @@ def problems(folder: Path, text: str, overrides: list[str] | None = None) -> lis
     return [line.replace(str(path), "FILE") for line in caught.value.problems]
 
 
-def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+def test_empty_file_gives_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == Config()
     assert load_config(write(tmp_path, "run:\ndata:\n")) == Config()
 
 
-def test_override_wins_over_file_wins_over_default(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_file(tmp_path: Path) -> None:
     path = write(tmp_path, "prune:\n  batch: {steps: 7, global_batch: 8}\n")
     config = load_config(path, ["prune.batch.steps=9", "mixture.initial_weights={cc: 1}", "run.folder=a=b"])
     assert (config.prune.batch.steps, config.prune.batch.global_batch, config.prune.batch.micro_batch) == (9, 8, 1)
@@ -38,7 +38,7 @@ def test_override_wins_over_file_wins_over_default(tmp_path: Path) -> None:
     assert config.run.folder == "a=b"
 
 
-def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
+def test_all_problems_are_reported_with_locations(tmp_path: Path) -> None:
     text = (
         "run:\n  sead: 3\n  phases: [prune, finalise]\n"
         "prune:\n  steps: 3\n  mask_learning_rate: fast\n"
@@ -49,9 +49,9 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
     expected = [
         "FILE:2: unknown key run.sead; did you mean seed?",
         "FILE:5: unknown key prune.steps; did you mean prune.batch.steps?",
-        "FILE:7: data is 5, expected a section with keys of its own",
+        "FILE:7: data is 5, expected a section of keys",
         "FILE:8: unknown key precison; did you mean precision?",
-        "override 'nonsense': has no `key=value`; write for example run.seed=1",
+        "override 'nonsense': is not of the form key=value, for example run.seed=1",
         "override 'seed=3': unknown key seed; did you mean run.seed?",
         "FILE:3: run.phases is 'finalise', expected one of prune, finalize, pretrain, export; did you mean finalize?",
         "override 'parallel.sequence=1': parallel.sequence is 1, expected true or false",
@@ -76,10 +76,10 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
         ("prune: {optimizer: {learning_rate: .nan}}", "finite"),
         ("prune: {clip: jiont}", "did you mean joint?"),
         ("prune: {granularities: [heads]}", "expected one of"),
-        ("run: {seed: '???'}", "give it a value"),
+        ("run: {seed: '???'}", "set a value"),
     ],
 )
-def test_wrong_values(tmp_path: Path, text: str, word: str) -> None:
+def test_wrong_value_is_reported_with_expectation(tmp_path: Path, text: str, word: str) -> None:
     (message,) = problems(tmp_path, text)
     assert message.startswith("FILE:1: ")
     assert word in message
@@ -88,12 +88,13 @@ def test_wrong_values(tmp_path: Path, text: str, word: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["- 1", "3", "run: {seed: [1", "run: {seed: 1}\nrun: {seed: 2}", "a: !!python/object/apply:os.getpid []", "\t"],
+    ids=["list", "number", "unclosed", "duplicate-key", "python-object", "tab"],
 )
-def test_files_that_are_no_run_files(tmp_path: Path, text: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, text: str) -> None:
     assert problems(tmp_path, text)[0].startswith("FILE:")
 
 
-def test_missing_and_binary_files(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
@@ -101,7 +102,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         load_config(tmp_path / "binary.yaml")
 
 
-def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+def test_number_notations_are_accepted(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, "prune: {optimizer: {learning_rate: 3e-4, clip_norm: 1}, batch: {steps: 1e3}}")
     )
@@ -123,7 +124,7 @@ def test_interpolation_of_keys_and_environment(tmp_path: Path, monkeypatch: pyte
     assert "${run.folder" in problems(tmp_path, "export: {folder: '${run.folder'}")[0]
 
 
-def test_paper_fills_what_is_not_set(tmp_path: Path) -> None:
+def test_paper_preset_sets_unset_keys(tmp_path: Path) -> None:
     path = write(tmp_path, "prune:\n  preset: paper\n  batch: {steps: 7}\n  lambda2_cap: 3\n")
     prune = load_config(path, ["prune.optimizer.warmup_steps=null"]).prune
     assert (prune.batch.steps, prune.batch.global_batch, prune.batch.eval_interval) == (7, 32, 50)
@@ -133,7 +134,7 @@ def test_paper_fills_what_is_not_set(tmp_path: Path) -> None:
     assert load_config(path, ["prune.preset=null"]).prune.masking == "exact"
 
 
-def test_paper_names_every_key_of_the_section() -> None:
+def test_paper_preset_covers_every_key() -> None:
     named = {("prune", a) for a in PAPER if not isinstance(PAPER[a], dict)}
     named |= {("prune", a, b) for a in PAPER if isinstance(PAPER[a], dict) for b in PAPER[a]}
     every = {at for at in keys.leaf_keys() if at[0] == "prune"}
@@ -141,7 +142,7 @@ def test_paper_names_every_key_of_the_section() -> None:
     assert named <= every
 
 
-def test_saved_config_loads_to_the_same(tmp_path: Path) -> None:
+def test_saved_config_loads_unchanged(tmp_path: Path) -> None:
     text = "prune: {preset: paper}\nrun: {folder: 'yes: #1', seed: 5}\nmixture: {initial_weights: {no-1: 1}}"
     config = load_config(write(tmp_path, text))
     save_config(config, tmp_path / "saved.yaml")

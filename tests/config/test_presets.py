@@ -1,4 +1,4 @@
-"""Shapes by name and how keys, preset and source make a shape."""
+"""Named shapes, and the resolution of keys, preset and source to a shape."""
 
 import dataclasses
 
@@ -29,18 +29,18 @@ def problems_of(*arguments, **keywords):
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
-def test_presets_have_the_published_number_of_parameters(name):
+def test_presets_have_published_parameter_counts(name):
     assert PRESETS[name].parameters() == PUBLISHED_PARAMETERS[name]
     assert resolve_shape(ShapeConfig(preset=name), None) == PRESETS[name]
 
 
-def test_the_4b_target_has_4_billion_parameters_and_8_groups():
+def test_4b_target_has_4_billion_parameters():
     shape = PRESETS["llama3-4b"]
     assert shape.parameters() == pytest.approx(4.0e9, rel=0.01)
     assert (shape.head_dim, shape.num_query_groups, shape.queries_per_group) == (128, 8, 3)
 
 
-def test_near_names_are_suggested():
+def test_unknown_preset_suggests_near_names():
     with pytest.raises(ConfigError, match=r"'llama2-7B'; did you mean llama2-7b"):
         preset("llama2-7B")
     with pytest.raises(ConfigError, match="there are llama2-13b, llama2-7b"):
@@ -49,7 +49,7 @@ def test_near_names_are_suggested():
     assert problems_of(ShapeConfig(preset="sheared-1.3"), None)[0].startswith("source.shape.preset: ")
 
 
-def test_a_target_takes_sizes_from_the_preset_and_the_rest_from_the_source():
+def test_target_takes_only_sizes_from_preset():
     source = dataclasses.replace(
         PRESETS["llama2-7b"], vocab_size=1000, tie_word_embeddings=True, rope_theta=5.0, rope_scaling=RopeScaling()
     )
@@ -59,7 +59,7 @@ def test_a_target_takes_sizes_from_the_preset_and_the_rest_from_the_source():
     assert ours == dataclasses.replace(source, num_layers=20, **sizes)
 
 
-def test_a_target_takes_what_is_null_from_the_source():
+def test_target_inherits_unset_keys_from_source():
     source = PRESETS["smollm2-135m"]
     assert resolve_shape(ShapeConfig(), source) == source
     assert resolve_shape(ShapeConfig(hidden_size=384), source) == dataclasses.replace(source, hidden_size=384)
@@ -70,26 +70,27 @@ def test_a_target_takes_what_is_null_from_the_source():
 @pytest.mark.parametrize(
     ("given", "groups"),
     [
-        ({"num_heads": 24}, 6),  # 4 query heads a group, as the source
+        ({"num_heads": 24}, 6),  # 4 query heads per group, as in the source
         ({"num_heads": 8}, 2),
         ({"num_heads": 24, "num_query_groups": 8}, 8),
         ({"preset": "llama3-4b"}, 8),
         ({"preset": "llama3-4b", "num_heads": 16}, 4),
     ],
+    ids=["24-heads", "8-heads", "set-groups", "preset", "preset-with-heads"],
 )
-def test_groups_follow_the_sources_queries_where_they_divide(given, groups):
+def test_groups_keep_the_source_heads_per_group(given, groups):
     assert resolve_shape(ShapeConfig(**given), PRESETS["llama3-8b"]).num_query_groups == groups
 
 
-def test_groups_stay_where_the_queries_do_not_divide():
+def test_groups_stay_if_heads_do_not_divide():
     source = PRESETS["smollm2-135m"]  # 9 heads in 3 groups
-    narrow = dataclasses.replace(source, num_heads=6, num_query_groups=2)  # 3 a group
+    narrow = dataclasses.replace(source, num_heads=6, num_query_groups=2)  # 3 per group
     assert resolve_shape(ShapeConfig(num_heads=2), narrow).num_query_groups == 2
     text = problems_of(ShapeConfig(num_heads=5), source)[0]
     assert "target.num_heads: 5 heads" in text and "use 3 or 6, or set target.num_query_groups" in text
 
 
-def test_a_shape_from_scratch_derives_what_follows():
+def test_shape_without_source_derives_sizes():
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96}
     ours = resolve_shape(ShapeConfig(**sizes), None, vocab_size=100)
     assert ours == ModelShape(64, 2, 4, 4, 16, 96, 100)
@@ -101,7 +102,7 @@ def test_a_shape_from_scratch_derives_what_follows():
     assert (changed.num_query_groups, changed.head_dim) == (2, 64)
 
 
-def test_everything_missing_or_impossible_comes_at_once():
+def test_missing_and_impossible_sizes_are_reported_together():
     missing = problems_of(ShapeConfig(hidden_size=64), None)
     assert [text.split(":")[0] for text in missing] == [
         f"source.shape.{key}" for key in ("num_layers", "num_heads", "intermediate_size", "vocab_size")

@@ -1,4 +1,4 @@
-"""Which targets and layouts are refused: one message per problem, with the key and values that would do."""
+"""Shape legality: one message per problem, with the key to change and legal values."""
 
 import dataclasses
 
@@ -24,14 +24,15 @@ def problems(target=TARGET, source=SOURCE, world_size=None, **parallel):
 @pytest.mark.parametrize(
     ("source", "target"),
     [(LLAMA2, "sheared-2.7b"), (LLAMA2, "sheared-1.3b"), (LLAMA3, "llama3-4b"), (LLAMA3, None)],
+    ids=["2.7b", "1.3b", "4b", "no-target"],
 )
-def test_the_published_targets_are_legal(source, target, tensor):
+def test_published_targets_are_legal(source, target, tensor):
     target = PRESETS[target] if target else None
     assert problems(target, source, tensor=tensor, pipeline=2, virtual_pipeline=4, world_size=8 * tensor) == []
 
 
 @pytest.mark.parametrize(
-    ("target", "parallel", "starts", "says"),
+    ("target", "parallel", "starts", "hint"),
     [
         ({"hidden_size": 31}, {"tensor": 2}, "target.hidden_size: 31 ", "use 30 or 32"),
         ({"num_heads": 2}, {"tensor": 4}, "target.num_heads: 2 ", "use 4"),
@@ -47,11 +48,11 @@ def test_the_published_targets_are_legal(source, target, tensor):
         ({"num_layers": 5}, {}, "target.num_layers: 5 is more", "use 4 or less"),
         ({"num_query_groups": 1}, {}, "target.num_query_groups: 4 heads in 1 groups", "use 2 or 4"),
         ({"num_heads": 5}, {}, "target.num_query_groups: 2 groups", "use 1 or 5"),
-        ({"head_dim": 4}, {}, "target.head_dim: 4 differs from the source's 8", "leave it null"),
-        ({"vocab_size": 64}, {}, "target.vocab_size: 64 differs", "leave it null"),
-        ({"tie_word_embeddings": True}, {}, "target.tie_word_embeddings: True differs", "leave it null"),
-        ({"rope_theta": 2.0}, {}, "target.rope_theta: 2.0 differs", "leave it null"),
-        ({"norm_eps": 1.0}, {}, "target.norm_eps: 1.0 differs", "leave it null"),
+        ({"head_dim": 4}, {}, "target.head_dim: 4 differs from the source's 8", "unset it"),
+        ({"vocab_size": 64}, {}, "target.vocab_size: 64 differs", "unset it"),
+        ({"tie_word_embeddings": True}, {}, "target.tie_word_embeddings: True differs", "unset it"),
+        ({"rope_theta": 2.0}, {}, "target.rope_theta: 2.0 differs", "unset it"),
+        ({"norm_eps": 1.0}, {}, "target.norm_eps: 1.0 differs", "unset it"),
         ({"hidden_size": 0}, {}, "target.hidden_size: 0 is not a size", "use 1 or more"),
         ({}, {"sequence": True}, "parallel.sequence: ", "parallel.tensor to 2"),
         ({}, {"virtual_pipeline": 2}, "parallel.virtual_pipeline: 2 ", "pipeline to 2"),
@@ -59,15 +60,37 @@ def test_the_published_targets_are_legal(source, target, tensor):
         ({}, {"tensor": 2, "world_size": 7}, "parallel.world_size: 7 ranks", "launch 6 or 8 ranks"),
         ({}, {"tensor": 2, "world_size": 1}, "parallel.world_size: 1 ranks", "launch 2 ranks"),
     ],
+    ids=[
+        "hidden-not-divisible",
+        "heads-not-divisible",
+        "intermediate-not-divisible",
+        "groups-neither-multiple-nor-divisor",
+        "fewer-layers-than-stages",
+        "hidden-above-source",
+        "layers-above-source",
+        "heads-per-group-above-source",
+        "groups-do-not-divide-heads",
+        "head-dim",
+        "vocab-size",
+        "tied-embeddings",
+        "rope-theta",
+        "norm-eps",
+        "hidden-zero",
+        "sequence-without-tensor",
+        "virtual-without-pipeline",
+        "tensor-zero",
+        "world-size-not-divisible",
+        "world-size-too-small",
+    ],
 )
-def test_one_problem_gives_one_message_with_its_key_and_a_way_out(target, parallel, starts, says):
+def test_each_problem_names_its_key_and_legal_values(target, parallel, starts, hint):
     world = parallel.pop("world_size", None)
     found = problems(dataclasses.replace(TARGET, **target), world_size=world, **parallel)
     assert len(found) == 1, found
-    assert found[0].startswith(starts) and says in found[0], found[0]
+    assert found[0].startswith(starts) and hint in found[0], found[0]
 
 
-def test_a_source_that_the_layout_cannot_carry_asks_for_another_layout():
+def test_unshardable_source_asks_for_another_layout():
     found = problems(None, SMOL, tensor=2)
     assert found == [
         "parallel.tensor: the source's num_heads 9 cannot be split over 2 ranks; use 1 or 3",
@@ -76,19 +99,19 @@ def test_a_source_that_the_layout_cannot_carry_asks_for_another_layout():
     assert "use at most 30 stages" in problems(None, SMOL, pipeline=16, virtual_pipeline=2)[0]
 
 
-def test_groups_may_be_fewer_than_tensor_ranks():
+def test_fewer_groups_than_tensor_ranks_are_legal():
     one_group = dataclasses.replace(SOURCE, num_query_groups=2)
     assert problems(dataclasses.replace(TARGET, num_query_groups=1), one_group, tensor=4) == []
 
 
-def test_sizes_that_are_none_are_told_before_anything_divides_by_them():
+def test_sizes_below_one_are_reported_first():
     found = problems(dataclasses.replace(TARGET, num_query_groups=0, num_heads=-2), tensor=0)
     assert [text.split(":")[0] for text in found] == [
         "parallel.tensor", "target.num_heads", "target.num_query_groups"
     ]  # fmt: skip
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     target = ModelShape(65, 5, 7, 3, 8, 50, 100)
     found = problems(target, tensor=4, world_size=6, sequence=True)
     keys = {text.split(":")[0] for text in found}
@@ -104,7 +127,7 @@ def test_all_problems_come_at_once():
     st.integers(1, 4),
 )
 @settings(max_examples=200, deadline=None)
-def test_what_passes_satisfies_every_condition(sizes, tensor, pipeline):
+def test_no_problems_iff_every_condition_holds(sizes, tensor, pipeline):
     hidden, layers, heads, groups, intermediate = sizes
     target = ModelShape(hidden, layers, heads, groups, 8, intermediate, 128)
     legal = (
@@ -119,7 +142,7 @@ def test_what_passes_satisfies_every_condition(sizes, tensor, pipeline):
     assert (problems(target, tensor=tensor, pipeline=pipeline) == []) == legal
 
 
-def test_granularities_count_queries_only_where_groups_share():
+def test_query_granularity_needs_grouped_queries():
     assert granularity_sizes(SOURCE, TARGET) == {
         "hidden": (64, 32), "group": (4, 2), "query": (2, 2), "intermediate": (96, 48), "layer": (4, 2)
     }  # fmt: skip
