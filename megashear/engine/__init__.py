@@ -1,25 +1,25 @@
-"""The distributed engine: the only room that touches megatron-core and the device. Knows nothing of masks or data.
+"""The distributed engine, the only package that uses megatron-core and selects the device.
 
-Read in this order: `device.py` (CUDA, or the CPU in its stead), `layout.py` (ranks and groups), `parallel.py` (layers),
-`pipeline.py` (schedules), `optimizer.py` (gradient buffers, Adam, clipping), `sharded.py` (checkpoints).
+`device` selects CUDA or the CPU, `layout` creates process groups, `parallel` layers, `pipeline` runs schedules,
+`optimizer` owns gradient buffers and Adam, and `sharded_checkpoint` reads and writes checkpoints.
 """
 
 import gc
 import warnings
 
-# What megatron-core says of its own options, of torch's interfaces and of optional libraries is nothing that a user
-# could act on in the midst of a run; `megashear env` tells which libraries serve.
+# Users cannot act on these warnings about options, torch interfaces and optional libraries. `megashear env` reports the
+# libraries in use.
 warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\b")
 
-# Everything that is imported stays: searching it for garbage, then and later, takes a sixth of a rank's start.
-collects = gc.isenabled()
+# Imported objects are never freed. Collecting them takes a sixth of a rank's start-up time.
+gc_was_enabled = gc.isenabled()
 gc.disable()
 try:
-    from megashear.engine.startup import on_cpu_host, skip_compiler_import
+    from megashear.engine.startup import skip_compiler_import, uses_cuda
 
-    if on_cpu_host():
+    if not uses_cuda():
         skip_compiler_import()
 finally:
     gc.freeze()
-    if collects:
+    if gc_was_enabled:
         gc.enable()

@@ -1,6 +1,4 @@
-"""Collectives over all ranks, and over one model replica, for what is replicated: flat gradients, flags, small
-objects.
-"""
+"""Collectives over all ranks and over one model replica, for replicated data such as flat gradients and flags."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,21 +14,21 @@ T = TypeVar("T")
 
 
 def sum_over_world(flat: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over every rank, in place; all ranks hold the same bits afterwards."""
+    """Sum a tensor over all ranks, in place, with the same bits on every rank."""
     if dist.get_world_size() > 1:
         dist.all_reduce(flat)
     return flat
 
 
 def max_over_world(flat: torch.Tensor) -> torch.Tensor:
-    """Elementwise maximum over every rank, in place."""
+    """Compute the elementwise maximum over all ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     return flat
 
 
 def sum_over_data(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the data-parallel ranks, in place; all of them hold the same bits afterwards."""
+    """Sum a tensor over the data-parallel ranks, in place, with the same bits on each of them."""
     group = parallel_state.get_data_parallel_group()
     if group.size() > 1:
         dist.all_reduce(tensor, group=group)
@@ -44,16 +42,16 @@ def barrier() -> None:
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """Give every rank the source rank's object (trusted: it comes from our own ranks)."""
+    """Broadcast a picklable object from the rank `source` to every rank."""
     if dist.get_world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]
+    objects = [value]
+    dist.broadcast_object_list(objects, src=source)
+    return objects[0]
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's object, on every rank, in the order of ranks."""
+    """Gather a picklable object from every rank, on every rank, in rank order."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -62,7 +60,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(part: torch.Tensor) -> torch.Tensor:
-    """Concatenate the tensor-parallel ranks' parts along dimension 0, on every rank of the group."""
+    """Concatenate the parts of the tensor-parallel ranks along dimension 0, on every rank of the group."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return part
@@ -72,7 +70,18 @@ def gather_rows(part: torch.Tensor) -> torch.Tensor:
 
 
 def on_main(layout: Layout, function: Callable[[], T]) -> T:
-    """Call a function on rank 0 alone and give its value to every rank; a user's error is raised on every rank."""
+    """Call a function on rank 0 only and broadcast its result.
+
+    Args:
+        layout: Layout of the ranks.
+        function: Called on rank 0. Its result must be picklable.
+
+    Returns:
+        The function's result, on every rank.
+
+    Raises:
+        MegashearError: On every rank if the function raises it on rank 0.
+    """
     outcome: tuple[Any, MegashearError | None] = (None, None)
     if layout.is_main:
         try:

@@ -1,6 +1,6 @@
-"""Ranks and their groups: who computes which slice of the model and which part of a batch.
+"""Create process groups and describe this rank's position in the parallel layout.
 
-Key property: nothing outside this room asks megatron-core for a group; a `Layout` answers. Read next: `parallel.py`.
+Code outside the engine uses a `Layout` and never asks megatron-core for a process group.
 """
 
 import datetime
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megashear.config.schema import ParallelConfig
-from megashear.engine.device import backend, keep_freed_memory, present_cpu, rank_device, uses_cuda
+from megashear.engine.device import backend, keep_freed_memory, present_cpu, rank_device
+from megashear.engine.startup import uses_cuda
 from megashear.errors import ConfigError, PeerError
 
 
@@ -37,26 +38,36 @@ class Layout:
 
     @property
     def is_first_stage(self) -> bool:
-        """This rank embeds tokens."""
+        """Whether this rank embeds tokens."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This rank computes the loss (in its last model chunk)."""
+        """Whether this rank computes the loss, in its last model chunk."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def is_main(self) -> bool:
-        """The one rank that prints and writes logs."""
+        """Whether this rank prints and writes logs."""
         return self.rank == 0
 
 
 @contextmanager
 def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iterator[Layout]:
-    """Start this process's ranks and groups, give the layout, and take them down.
+    """Initialize torch.distributed and the groups of a layout, and destroy them on exit.
 
-    Runs under torchrun, or alone as a world of one. Raises ConfigError where the world does not fit the layout,
-    PeerError where what is done with the layout fails because of another rank.
+    Without torchrun, the process is a world of one rank.
+
+    Args:
+        parallel: Sizes of tensor, pipeline and data parallelism.
+        timeout_minutes: Timeout of a collective.
+
+    Yields:
+        The layout of this rank.
+
+    Raises:
+        ConfigError: If the number of ranks does not fit the layout.
+        PeerError: If a collective fails because of another rank.
     """
     present_cpu()
     keep_freed_memory()
@@ -67,12 +78,12 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
     try:
         yield build_layout(parallel)
     except RuntimeError as error:
-        if not _peer_is_gone(error):
+        if not _failed_on_peer(error):
             raise
         raise PeerError(
-            f"another rank has ended, or has not answered for {timeout_minutes:g} minutes ({_reason(error)}); what it "
-            "printed says why, and the launcher names the rank that failed first; the same command again goes on from "
-            "the run's last checkpoint"
+            f"another rank has ended, or has not answered for {timeout_minutes:g} minutes ({_reason(error)}). Read its "
+            "output for the cause; the launcher names the rank that failed first. Rerun the same command to resume "
+            "from the last checkpoint"
         ) from error
     finally:
         end_groups()
@@ -80,35 +91,41 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
             dist.destroy_process_group()
 
 
-def _peer_is_gone(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another rank; gloo raises a bare RuntimeError, of its own source file."""
+def _failed_on_peer(error: RuntimeError) -> bool:
+    """Return whether a collective failed because of another rank. gloo raises a RuntimeError that names its source."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first sentence, which names the peer, without the place in the library's sources."""
+    """Return the first sentence of an error, which names the peer, without the source location."""
     return re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].split(". ")[0]
 
 
 def _start(timeout_minutes: float) -> None:
-    """Join torchrun's process group, or make one of a single rank."""
+    """Join torchrun's process group, or create one of a single rank."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend(), timeout=timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # torch.distributed does not list it
+        store = dist.HashStore()  # type: ignore[attr-defined]  # missing in the stubs of torch.distributed
         dist.init_process_group(backend(), rank=0, world_size=1, store=store, timeout=timeout)
 
 
 def build_layout(parallel: ParallelConfig) -> Layout:
-    """Make megatron-core's groups for a layout (torch.distributed is already up). Raises ConfigError."""
+    """Create megatron-core's process groups for a layout.
+
+    torch.distributed must be initialized. Groups of an earlier layout are destroyed.
+
+    Raises:
+        ConfigError: If tensor x pipeline does not divide the number of ranks.
+    """
     world = dist.get_world_size()
     model = parallel.tensor * parallel.pipeline
     if world % model:
         raise ConfigError(
             f"parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} = {model} does not divide the "
-            f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node), or change the "
-            "layout"
+            f"{world} launched ranks; launch a multiple of {model} ranks (torchrun --nproc-per-node) or change "
+            "parallel"
         )
     end_groups()
     parallel_state.initialize_model_parallel(
@@ -133,18 +150,18 @@ def build_layout(parallel: ParallelConfig) -> Layout:
 
 
 def end_groups() -> None:
-    """End a layout's groups, the world's excepted. megatron-core only forgets them; each keeps threads that poll."""
+    """Destroy the groups of a layout, except the world's. megatron-core drops them, but their threads keep polling."""
     for group in parallel_state._global_process_group_list or []:
-        if group is not None:  # stands for the world
+        if group is not None:  # None is the world's group
             dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
 def stage_layers(num_layers: int, layout: Layout, chunk: int) -> range:
-    """The global layers of one model chunk of this rank; layers need not divide by the number of chunks.
+    """Return the global layer indices of one model chunk of this rank.
 
-    Chunk c of stage p is the (c * stages + p)-th part of the stack (interleaved 1F1B); earlier parts take the
-    remainder.
+    Chunk c of stage p is part c * stages + p of the stack (interleaved 1F1B). The number of layers need not be
+    divisible by the number of parts; earlier parts get one layer more.
     """
     parts = layout.pipeline_size * layout.virtual_size
     part = chunk * layout.pipeline_size + layout.pipeline_rank

@@ -1,15 +1,13 @@
-"""Gradient buffers and Adam of the weights, by megatron-core: DistributedDataParallel, distributed optimizer, fp32
-masters.
+"""Gradient buffers and Adam for the weights, built on megatron-core's DistributedDataParallel and distributed
+optimizer.
 
-Clipping is taken apart into norm, scale and step, because a pruning step may count the masks' gradients in the same
-norm (as the published code does). Adam is fused: Transformer Engine's or Apex's where megatron-core finds them, else
-torch's. Read next: `sharded.py`.
+Clipping is split into norm, scale and step, because a pruning step may include the masks' gradients in the same norm,
+as the published code does. Adam is fused: Transformer Engine's or Apex's if megatron-core finds them, otherwise
+torch's.
 
-Adam's moments as whole tensors: shown in place of the weights, so that what moves weights can move them too.
-
-Under the distributed optimizer each data-parallel rank holds a part of every moment. Put where the fp32 masters are,
-moments reach the model's parameters the way weights do after a step, under every layout; they are rounded to the
-weights' dtype on the way. Read next: `optimizer.py`.
+Adam's moments can be exchanged with the weights (`shown_moment`), so that transformations of the weights apply to
+them. With the distributed optimizer each data-parallel rank holds a part of every moment. Copied into the fp32 masters,
+moments reach the model's parameters as weights do after a step, under every layout, rounded to the weights' dtype.
 """
 
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megashear.config.training_schema import OptimizerConfig
 from megashear.engine.device import rank_device
-from megashear.engine.patches import repair, skip_collectives_of_one, use_fused_adam
+from megashear.engine.patches import patch_optimizer_checkpoint, skip_collectives_of_one, use_fused_adam
 
 
 class WeightOptimizer:
@@ -34,7 +32,14 @@ class WeightOptimizer:
     def __init__(
         self, modules: list[MegatronModule], optimizer: OptimizerConfig, dtype: torch.dtype, distributed: bool
     ) -> None:
-        """modules: plain chunks; `chunks` holds them wrapped. distributed: shard the state over data-parallel ranks."""
+        """Wrap the chunks and build the optimizer.
+
+        Args:
+            modules: Model chunks of this rank. `chunks` holds them wrapped in DistributedDataParallel.
+            optimizer: Hyperparameters of Adam.
+            dtype: Dtype of the weights.
+            distributed: Shard the optimizer state over data-parallel ranks.
+        """
         config = modules[0].config
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
@@ -47,7 +52,7 @@ class WeightOptimizer:
         self.optimizer = get_megatron_optimizer(
             CoreOptimizerConfig(
                 optimizer="adam",
-                lr=0.0,  # each step brings its own
+                lr=0.0,  # set by every step
                 min_lr=0.0,
                 weight_decay=optimizer.weight_decay,
                 adam_beta1=optimizer.beta1,
@@ -62,17 +67,17 @@ class WeightOptimizer:
             use_gloo_process_groups=False,
         )
         for part in self.parts:
-            repair(part)
+            patch_optimizer_checkpoint(part)
             use_fused_adam(part)
         for chunk in self.chunks:
             skip_collectives_of_one(chunk)
-        # megatron-core shares one config among chunks; each chunk's gradient hooks read it.
+        # megatron-core shares one config among chunks, and the gradient hooks of each chunk read it.
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
 
     @property
     def parts(self) -> list[Any]:
-        """megatron-core's optimizers behind the one that it gave (it may chain several)."""
+        """megatron-core's optimizers, of which `optimizer` may chain several."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def zero_gradients(self) -> None:
@@ -83,10 +88,12 @@ class WeightOptimizer:
 
     @torch.no_grad()
     def prepare(self) -> torch.Tensor:
-        """Take over the reduced gradients; returns the square of their global L2 norm, fp64 [], every weight counted
-        once over all ranks.
+        """Copy the reduced gradients to the masters and compute the squared global L2 norm.
 
-        megatron-core's own norm waits for the device once for every parameter.
+        megatron-core's own norm synchronizes with the device once per parameter.
+
+        Returns:
+            Squared norm, fp64 scalar. Each weight counts once over all ranks.
         """
         self.optimizer.prepare_grads()
         total = torch.zeros((), dtype=torch.float64, device=rank_device())
@@ -99,21 +106,21 @@ class WeightOptimizer:
 
     @torch.no_grad()
     def scale(self, norm: float, limit: float) -> float:
-        """Scale gradients by min(1, limit / (norm + 1e-6)), as torch and megatron-core clip; returns the factor."""
+        """Scale gradients by min(1, limit / (norm + 1e-6)), as torch and megatron-core do, and return the factor."""
         factor = min(1.0, limit / (norm + 1e-6))
         if factor < 1.0:
-            gradients = [one.grad for part in self.parts for one in part.get_parameters() if one.grad is not None]
+            gradients = [p.grad for part in self.parts for p in part.get_parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
         return factor
 
     def step(self, learning_rate: float) -> None:
-        """One Adam step at a learning rate, and the new weights on every rank."""
+        """Take one Adam step and gather the new weights on every rank."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step_with_ready_grads()
 
     def ensure_state(self) -> None:
-        """Make Adam's moments before the first step, so that they can be saved or filled: zeros, step count 0."""
+        """Create Adam's state before the first step so that it can be saved or loaded: zero moments, step count 0."""
         for part in self.parts:
             if getattr(part, "optimizer", None) is None or part.optimizer.state:
                 continue
@@ -131,12 +138,12 @@ class WeightOptimizer:
                     state["step"].zero_()
 
     def reload_weights(self) -> None:
-        """Copy the weights into the fp32 masters (after loading weights into the chunks)."""
+        """Copy the weights into the fp32 masters. Call after loading weights into the chunks."""
         self.optimizer.reload_model_params()
 
 
 def unwrap(chunk: torch.nn.Module) -> Any:
-    """The plain model chunk inside gradient buffers."""
+    """Return the model chunk inside DistributedDataParallel."""
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
@@ -145,7 +152,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @contextmanager
 def kept_weights(weights: WeightOptimizer) -> Iterator[None]:
-    """While it lasts, the chunks' parameters may hold anything; afterwards the weights again, bit for bit."""
+    """Restore the weights bit for bit on exit. Inside the context the parameters may be overwritten."""
     weights.ensure_state()
     kept = [master.detach().clone() for master, _ in _masters(weights)]
     try:
@@ -156,7 +163,7 @@ def kept_weights(weights: WeightOptimizer) -> Iterator[None]:
 
 @contextmanager
 def shown_moment(weights: WeightOptimizer, name: str) -> Iterator[None]:
-    """While it lasts, the chunks' parameters hold the moment `name`; afterwards the weights again, bit for bit."""
+    """Copy the moment `name` into the parameters for the duration of the context, then restore the weights."""
     with kept_weights(weights):
         _publish(weights, [state[name] for _, state in _masters(weights)])
         yield
@@ -164,14 +171,14 @@ def shown_moment(weights: WeightOptimizer, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def take_moment(weights: WeightOptimizer, name: str) -> None:
-    """Make what the chunks' parameters hold the moment `name`; to be called within `kept_weights`."""
+    """Set the moment `name` to the values of the parameters. Call inside `kept_weights`."""
     weights.reload_weights()
     for master, state in _masters(weights):
         state[name].copy_(master)
 
 
 def count_steps(weights: WeightOptimizer, steps: int) -> None:
-    """Have Adam correct its moments' bias as after so many steps."""
+    """Set the number of steps that Adam uses for bias correction."""
     for part in weights.parts:
         for group in part.optimizer.param_groups:
             if "step" in group:  # Transformer Engine and Apex count by group
@@ -182,7 +189,7 @@ def count_steps(weights: WeightOptimizer, steps: int) -> None:
 
 
 def _masters(weights: WeightOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """This rank's parts of what Adam updates, and their state, in a fixed order."""
+    """Iterate over this rank's fp32 masters and their Adam state, in a fixed order."""
     for part in weights.parts:
         for group in part.optimizer.param_groups:
             for master in group["params"]:
@@ -191,7 +198,7 @@ def _masters(weights: WeightOptimizer) -> Iterator[tuple[torch.Tensor, dict[str,
 
 @torch.no_grad()
 def _publish(weights: WeightOptimizer, values: list[torch.Tensor]) -> None:
-    """Put values where the masters are, and into the parameters of every data-parallel rank."""
+    """Copy values into the masters and the parameters of every data-parallel rank."""
     for (master, _), value in zip(_masters(weights), values, strict=True):
         master.copy_(value)
     for part in weights.parts:

@@ -1,9 +1,7 @@
-"""The base of a model chunk: what megatron-core's schedules and reductions ask of a module.
+"""Tensor-parallel layers of megatron-core, without random initialisation, and the base class of model chunks.
 
-Parallel layers: megatron-core's, without their random initialisation.
-
-Weights are filled by `model/load.py`, from a folder or from a seeded generator that does not know the layout; so
-layers are made empty here, and the marks that megatron-core's initialisation would have set are set here.
+`model/load.py` fills the weights from a folder or from a seeded generator that does not depend on the layout. Layers
+are therefore created uninitialised, with the attributes that megatron-core's initialisation would set.
 """
 
 import importlib.util
@@ -21,19 +19,25 @@ from torch import Tensor
 
 from megashear.config.model_shape import ModelShape
 from megashear.config.schema import ParallelConfig
-from megashear.engine.device import uses_cuda
+from megashear.engine.startup import uses_cuda
 
 
 class StageModule(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
-    """A module that runs as part of a pipeline; its first and last chunk may hold copies of one tied embedding."""
+    """Base class of a model chunk in a pipeline. The first and last chunk may hold copies of a tied embedding."""
 
     model_type = ModelType.encoder_or_decoder
 
     def __init__(
         self, config: TransformerConfig, pre_process: bool, post_process: bool, tied: bool, vp_stage: int | None
     ) -> None:
-        """pre_process, post_process: whether this chunk embeds tokens, computes logits. vp_stage: its number among
-        the rank's chunks.
+        """Set the attributes that megatron-core's schedules read.
+
+        Args:
+            config: Configuration of megatron-core.
+            pre_process: The chunk embeds tokens.
+            post_process: The chunk computes logits.
+            tied: The output layer shares the embedding's weight.
+            vp_stage: Index among the chunks of this rank, None without interleaving.
         """
         super().__init__(config)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -42,19 +46,19 @@ class StageModule(MegatronModule):  # type: ignore[misc]  # megatron-core is unt
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding."""
+        """Whether the output layer shares the embedding's weight."""
         return self.share_embeddings_and_output_weights
 
     def set_input_tensor(self, tensors: list[Tensor | None] | Tensor | None) -> None:
-        """Take the previous stage's activations (called by the schedules)."""
+        """Set the activations of the previous stage. Called by the schedules."""
         self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
 
     def embedding_weight(self) -> Tensor | None:
-        """This chunk's copy of the tied embedding; to be given by the model."""
+        """Return this chunk's copy of the tied embedding. Implemented by the model."""
         raise NotImplementedError
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The same under the name that megatron-core's reduction between first and last stage asks for."""
+        """Return `embedding_weight` under the name that megatron-core's embedding reduction uses."""
         return self.embedding_weight()
 
 
@@ -62,10 +66,10 @@ CoreConfig = TransformerConfig
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron-core's config for a shape and a layout.
+    """Build megatron-core's config for a model shape and a layout.
 
-    `num_layers` is rounded up to what the pipeline divides: megatron-core checks it although our stages are built by
-    `layout.stage_layers`, which needs no such thing.
+    `num_layers` is rounded up to a multiple of the number of chunks, because megatron-core checks it. Stages are built
+    by `layout.stage_layers`, which accepts any number of layers.
     """
     parts = parallel.pipeline * parallel.virtual_pipeline
     return TransformerConfig(
@@ -94,12 +98,12 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
 
 
 def gradient_fusion_available() -> bool:
-    """NVIDIA Apex's kernel that adds weight gradients into the fp32 buffer inside the product."""
+    """Return whether Apex's kernel is installed that accumulates weight gradients into the fp32 buffer."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _no_initialisation(_: torch.Tensor) -> None:
-    """Stand in where megatron-core asks for an initialiser that it never calls."""
+    """Placeholder for an initialiser that megatron-core requires but never calls."""
 
 
 def _mark(weight: torch.nn.Parameter, dim: int) -> None:
@@ -107,7 +111,7 @@ def _mark(weight: torch.nn.Parameter, dim: int) -> None:
 
 
 def column_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor_parallel.ColumnParallelLinear:
-    """A linear layer whose output features are spread over tensor-parallel ranks (weight [outputs / TP, inputs])."""
+    """Create a linear layer sharded by output features over tensor-parallel ranks, weight [outputs / TP, inputs]."""
     layer = tensor_parallel.ColumnParallelLinear(
         inputs, outputs, config=config, init_method=_no_initialisation, bias=False, gather_output=False
     )
@@ -116,7 +120,7 @@ def column_parallel(inputs: int, outputs: int, config: TransformerConfig) -> ten
 
 
 def row_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor_parallel.RowParallelLinear:
-    """A linear layer whose input features are spread over tensor-parallel ranks (weight [outputs, inputs / TP])."""
+    """Create a linear layer sharded by input features over tensor-parallel ranks, weight [outputs, inputs / TP]."""
     layer = tensor_parallel.RowParallelLinear(
         inputs,
         outputs,
@@ -131,9 +135,16 @@ def row_parallel(inputs: int, outputs: int, config: TransformerConfig) -> tensor
 
 
 def parallel_product(linear: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, fused: bool) -> torch.Tensor:
-    """What a column- or row-parallel linear gives with a weight in place of its own, of any number of rows and columns.
+    """Apply a column- or row-parallel linear with another weight, of any number of rows and columns.
 
-    fused: let a kernel, where there is one, add the gradient into the weight's own buffer (`weight.main_grad`).
+    Args:
+        linear: The layer whose parallelism is used.
+        x: Input, [S, B, inputs], sharded as the layer expects.
+        weight: Weight used instead of the layer's, [rows, inputs].
+        fused: Let a kernel, if available, accumulate the gradient into `weight.main_grad`.
+
+    Returns:
+        The output as the layer would return it.
     """
     column = isinstance(linear, tensor_parallel.ColumnParallelLinear)
     out: torch.Tensor = tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce(
@@ -155,7 +166,7 @@ def parallel_product(linear: torch.nn.Module, x: torch.Tensor, weight: torch.Ten
 
 
 def vocab_embedding(rows: int, width: int, config: TransformerConfig) -> tensor_parallel.VocabParallelEmbedding:
-    """An embedding whose rows are spread over tensor-parallel ranks; its output is [S, B, D], or [S / TP, B, D]."""
+    """Create an embedding sharded by rows over tensor-parallel ranks, with output [S, B, D] or [S / TP, B, D]."""
     layer = tensor_parallel.VocabParallelEmbedding(
         rows,
         width,
@@ -168,7 +179,7 @@ def vocab_embedding(rows: int, width: int, config: TransformerConfig) -> tensor_
 
 
 def output_layer(inputs: int, rows: int, config: TransformerConfig, own_weight: bool) -> Any:
-    """The vocabulary-parallel output layer; without a weight of its own it is given the embedding's."""
+    """Create the vocabulary-parallel output layer; without `own_weight`, calls pass the embedding's weight."""
     layer = tensor_parallel.ColumnParallelLinear(
         inputs,
         rows,
@@ -184,16 +195,19 @@ def output_layer(inputs: int, rows: int, config: TransformerConfig, own_weight: 
 
 
 def mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
-    """Have the gradient of a replicated weight summed over tensor-parallel ranks when activations are split by
-    sequence.
-    """
+    """Sum the gradient of a replicated weight over tensor-parallel ranks under sequence parallelism."""
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def cross_entropy(log_sum: torch.Tensor, label_logit: torch.Tensor) -> torch.Tensor:
-    """Cross entropy per token in nats, of the terms' shape, dtype and device, the same on every tensor-parallel rank.
+    """Compute the cross entropy per token over all tensor-parallel ranks, in nats.
 
-    log_sum, label_logit: ln sum exp(logits), and the label's logit or 0, over this rank's part of the vocabulary.
+    Args:
+        log_sum: ln sum exp(logits) over this rank's part of the vocabulary.
+        label_logit: The label's logit, or 0 if the label belongs to another rank.
+
+    Returns:
+        The loss, with the shape, dtype and device of `log_sum` and the same values on every tensor-parallel rank.
     """
     group = tensor_group()
     if group.size() == 1:
@@ -202,7 +216,7 @@ def cross_entropy(log_sum: torch.Tensor, label_logit: torch.Tensor) -> torch.Ten
 
 
 class _CrossEntropyOverRanks(torch.autograd.Function):
-    """ln of the sum over ranks of exp(log_sum), less the sum over ranks of label_logit."""
+    """ln of the sum over ranks of exp(log_sum), minus the sum over ranks of label_logit."""
 
     apply: ClassVar[Callable[..., torch.Tensor]]  # untyped in torch
 
@@ -223,24 +237,24 @@ class _CrossEntropyOverRanks(torch.autograd.Function):
 
 
 def gather_features(x: torch.Tensor) -> torch.Tensor:
-    """All tensor-parallel ranks' last dimensions side by side; the gradient is summed over ranks and scattered back."""
+    """Concatenate the last dimension over tensor-parallel ranks. The gradient is reduce-scattered."""
     gathered: torch.Tensor = mappings.all_gather_last_dim_from_tensor_parallel_region(x)
     return gathered
 
 
 def gather_logits(logits: torch.Tensor) -> torch.Tensor:
-    """All columns of vocabulary-parallel logits on every tensor-parallel rank."""
+    """Gather all columns of vocabulary-parallel logits on every tensor-parallel rank."""
     gathered: torch.Tensor = mappings.gather_from_tensor_model_parallel_region(logits)
     return gathered
 
 
 @torch.no_grad()
 def gather_sequence(x: torch.Tensor) -> torch.Tensor:
-    """Activations split by sequence, [S / TP, ..], whole on every tensor-parallel rank, [S, ..]; without gradients."""
+    """Gather activations [S / TP, ..] to [S, ..] on every tensor-parallel rank, without gradients."""
     gathered: torch.Tensor = mappings.gather_from_sequence_parallel_region(x)
     return gathered
 
 
 def tensor_group() -> Any:
-    """The tensor-parallel process group."""
+    """Return the tensor-parallel process group."""
     return parallel_state.get_tensor_model_parallel_group()

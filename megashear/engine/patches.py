@@ -1,22 +1,22 @@
-"""Faults of megatron-core 0.16 mended around its methods: three in saving and loading the distributed optimizer, two
-that cost time, and a process that is left behind.
+"""Monkey-patches for megatron-core 0.16, each with the upstream issue it works around.
 
-1. Loading copies every entry of a parameter's state from the checkpoint, and torch's own Adam keeps a step count
-there which the checkpoint holds elsewhere: KeyError. The entry, set a moment before from the parameter groups, is
-given to it.
-2. Loading gives all parameters one and the same step count tensor, to which torch's Adam then adds once for each of
-them.
-3. Saving drops the padding between buckets of the gradient buffer but cuts parameters out by their padded places:
-with more than one bucket (a tied embedding has its own) the state of other parameters is written, silently. The
-padding is put back.
-4. Without Transformer Engine or Apex, torch's Adam is made in its default form, a dozen passes over memory; it has
-one that takes a single pass.
-5. With a single data-parallel rank, gradients and weights are still sent through a collective of one, in which gloo
-copies them.
-6. Writers of a checkpoint report through a process that is started for it. It outlives a rank that is killed, and with
-signals held from it (`train/signals.py`) nothing but SIGKILL ends it. Ours ends with its rank.
-`tests/parallel/test_checkpoint.py` fails without each of the first three, `tests/faults/test_killed_rank.py` without
-the last. Read next: `sharded.py`.
+1. Loading the distributed optimizer copies every entry of a parameter's state from the checkpoint. torch's Adam keeps a
+   step count there that the checkpoint stores elsewhere, which raises KeyError. Fix: pass the step count that was just
+   loaded from the parameter groups.
+2. Loading assigns one step count tensor to all parameters, and torch's Adam increments it once for each of them. Fix:
+   clone it.
+3. Saving drops the padding between buckets of the gradient buffer but slices parameters by their padded offsets. With
+   more than one bucket (a tied embedding has its own), the state of other parameters is saved without an error. Fix:
+   restore the padding.
+4. Without Transformer Engine or Apex, torch's Adam is built in its default form, a dozen passes over memory. Fix:
+select
+   its fused form, one pass.
+5. With one data-parallel rank, gradients and weights still go through collectives of one rank, which gloo copies. Fix:
+   skip them.
+6. Checkpoint writers report through a separate process that outlives a killed rank and ignores the signals that
+   `train/signals.py` blocks. Fix: end the process with its rank.
+
+`tests/parallel/test_checkpoint.py` covers 1 to 3, `tests/faults/test_killed_rank.py` covers 6.
 """
 
 import functools
@@ -30,8 +30,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megashear.processes import end_with_parent
 
 
-def repair(part: Any) -> None:
-    """Mend 1 and 3 in a distributed optimizer; others are left as they are. To be called once, when it is made."""
+def patch_optimizer_checkpoint(part: Any) -> None:
+    """Apply fixes 1 and 3 to a distributed optimizer; skip other optimizers. Call once, after construction."""
     if not hasattr(part, "get_parameter_state_dp_zero"):
         return
     set_state, get_state = part._set_main_param_and_optimizer_states, part.get_parameter_state_dp_zero
@@ -46,15 +46,15 @@ def repair(part: Any) -> None:
         for index, buffer in enumerate(part.buffers):
             for tensors in (state or {}).get(index, {}).values():
                 for key in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[key] = _with_bucket_padding(tensors[key], buffer)
+                    tensors[key] = _restore_bucket_padding(tensors[key], buffer)
         return state
 
     part._set_main_param_and_optimizer_states = set_with_step
     part.get_parameter_state_dp_zero = get_with_padding
 
 
-def _with_bucket_padding(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """The buffer's values at the places that `param_index_map` names, from buckets laid end to end without padding."""
+def _restore_bucket_padding(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Move values from concatenated buckets without padding to the offsets of `param_index_map`."""
     padded = dense.new_zeros(buffer.numel)
     offset = 0
     for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
@@ -64,19 +64,19 @@ def _with_bucket_padding(dense: torch.Tensor, buffer: Any) -> torch.Tensor:
 
 
 def separate_step_counts(part: Any) -> None:
-    """Mend 2; to be called after loading."""
+    """Apply fix 2. Call after loading."""
     for state in part.optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
 
 
 def use_fused_adam(part: Any) -> None:
-    """Mend 4; to be called when the optimizer is made, and after loading, which takes groups as they were saved.
+    """Apply fix 4. Call after construction, and after loading, which restores the saved parameter groups.
 
     The fused form keeps its step counts on the parameters' device.
     """
     adam = getattr(part, "optimizer", None)
-    if not isinstance(adam, torch.optim.Adam):  # AdamW is one of its kinds
+    if not isinstance(adam, torch.optim.Adam):  # includes AdamW
         return
     for group in adam.param_groups:
         group["foreach"], group["fused"] = None, True
@@ -85,7 +85,7 @@ def use_fused_adam(part: Any) -> None:
 
 
 def skip_collectives_of_one(chunk: Any) -> None:
-    """Mend 5 in a model chunk inside gradient buffers; to be called once, when it is made."""
+    """Apply fix 5 to a model chunk wrapped in DistributedDataParallel. Call once, after construction."""
     for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
         sharded = chunk.ddp_config.use_distributed_optimizer
         ranks = group.intra_distributed_optimizer_instance_size if sharded else group.data_parallel_group.size()
@@ -96,7 +96,7 @@ def skip_collectives_of_one(chunk: Any) -> None:
 
 
 def end_results_queue_with_rank() -> None:
-    """Mend 6; to be called before saving. A rank that has something to write then starts the process, no other."""
+    """Apply fix 6. Call before saving. Only ranks that write start the process."""
     filesystem_async._get_write_results_queue = _results_queue
 
 
@@ -108,4 +108,4 @@ def _results_queue() -> Any:
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a collective of one rank."""
+    """Replace a collective of one rank."""

@@ -1,8 +1,4 @@
-"""Model chunks under megatron-core's schedules: one forward and backward pass over all micro-batches of a step.
-
-No pipeline, 1F1B, or interleaved 1F1B, as the layout says; the caller gives what a chunk computes and what its loss is.
-Read next: `optimizer.py`.
-"""
+"""Run model chunks under megatron-core's schedules: no pipeline, 1F1B or interleaved 1F1B."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +11,20 @@ from megatron.core.transformer.module import MegatronModule
 
 from megashear.engine.layout import Layout, stage_layers
 
-# One micro-batch on one chunk: takes the batch and the chunk, gives the output and a function from output to
-# (loss, anything to collect).
+# Runs one micro-batch on one chunk. Takes the batch and the chunk; returns the output and a function that maps the
+# output to (loss, object to collect).
 ForwardStep = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, Any]]]]
 ChunkBuilder = Callable[[range, bool, bool, int | None], MegatronModule]
 
 
 def build_chunks(num_layers: int, layout: Layout, build: ChunkBuilder) -> list[MegatronModule]:
-    """This rank's model chunks; `build(layers, pre_process, post_process, vp_stage)` makes one."""
+    """Build this rank's model chunks.
+
+    Args:
+        num_layers: Layers of the whole model.
+        layout: Layout of the ranks.
+        build: Builds one chunk from `(layers, pre_process, post_process, vp_stage)`.
+    """
     chunks = []
     for chunk in range(layout.virtual_size):
         first = layout.is_first_stage and chunk == 0
@@ -40,11 +42,20 @@ def run_micro_batches(
     micro_batch: int,
     forward_only: bool = False,
 ) -> list[Any]:
-    """Run a step's micro-batches through the pipeline; gradients are reduced at the end unless `forward_only`.
+    """Run all micro-batches of a step through the pipeline and reduce the gradients.
 
-    batches: this rank's micro-batches in order; every chunk sees all of them. Returns what the loss function
-    collected, on the ranks of the last stage, and an empty list elsewhere. The loss is averaged over micro-batches
-    and data- parallel ranks.
+    The loss is averaged over micro-batches and data-parallel ranks.
+
+    Args:
+        forward_step: Computes one chunk on one micro-batch.
+        chunks: This rank's model chunks.
+        batches: This rank's micro-batches in order. Every chunk processes all of them.
+        sequence_length: Tokens of a sequence.
+        micro_batch: Sequences of a micro-batch.
+        forward_only: Skip the backward pass and the reduction.
+
+    Returns:
+        The objects collected by the loss function on the ranks of the last stage, an empty list on other ranks.
     """
     iterators: list[Iterator[Any]] = [iter(batches) for _ in chunks]
 
@@ -64,14 +75,14 @@ def run_micro_batches(
 
 
 def to_next_stage(tensor: torch.Tensor) -> None:
-    """Send a tensor to the rank of the next stage (after the last one, the first), which calls `from_previous_stage`.
+    """Send a tensor to the next stage, which calls `from_previous_stage`. The last stage sends to the first.
 
-    For what no schedule runs; returns when the tensor may be changed.
+    For transfers outside a schedule. The tensor may be modified after the call.
     """
     dist.send(tensor.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 
 
 def from_previous_stage(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill a tensor with what the rank of the stage before sends by `to_next_stage`."""
+    """Receive into `tensor` from the previous stage, which calls `to_next_stage`, and return it."""
     dist.recv(tensor, parallel_state.get_pipeline_model_parallel_prev_rank())
     return tensor

@@ -1,14 +1,14 @@
-"""Sharded checkpoints by megatron-core's dist_checkpointing: each rank describes its part of every tensor.
+"""Read and write sharded checkpoints with megatron-core's dist_checkpointing.
 
-Key property: what is described does not name the layout (tensors by global layer, optimizer state per weight), so a
-checkpoint loads on another tensor x pipeline x data layout. Wholeness is the business of `checkpoint/`: here files
-are only written and read.
+Each rank describes its part of every tensor. Descriptions do not depend on the layout (tensors by global layer,
+optimizer state per weight), so a checkpoint loads on any tensor x pipeline x data layout. `checkpoint/` verifies
+completeness; this module only reads and writes files.
 """
 
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (loaded late otherwise, unseen by present_cpu)
+import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401  (imported before present_cpu)
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -22,19 +22,23 @@ from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.engine.patches import end_results_queue_with_rank, separate_step_counts, use_fused_adam
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
-# What writing raises beside OSError: megatron-core's own, and torch's where another rank failed.
+# Errors that writing raises besides OSError. torch's is raised if another rank failed.
 WRITE_ERRORS = (CheckpointingException, CheckpointException)
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-# How each parameter is cut over tensor-parallel ranks, by the end of its name; norms are whole on every rank.
+# Sharding over tensor-parallel ranks by the suffix of a parameter's name. Norms are replicated.
 ROWS = ("qkv.weight", "embedding.weight", "output.weight")
 COLUMNS = ("out.weight", "down.weight")
 GATE_UP = "gate_up.weight"
 
 
 def sharded_parameter(name: str, parameter: torch.Tensor, copy_of_embedding: bool) -> Sharded:
-    """The description of one parameter of `Llama`; the last stage's copy of a tied embedding is a replica of the
-    first's.
+    """Describe one parameter of `Llama`.
+
+    Args:
+        name: Global name of the parameter.
+        parameter: This rank's part.
+        copy_of_embedding: The parameter is the last stage's replica of a tied embedding.
     """
     data_rank = parallel_state.get_data_parallel_rank()
     if copy_of_embedding:
@@ -52,7 +56,7 @@ def sharded_parameter(name: str, parameter: torch.Tensor, copy_of_embedding: boo
 
 
 def sharded_weights(chunks: list[torch.nn.Module]) -> dict[str, Sharded]:
-    """Descriptions of all parameters of this rank's chunks, by name."""
+    """Describe all parameters of this rank's chunks, by name."""
     described = {}
     for chunk in chunks:
         module = unwrap(chunk)
@@ -63,7 +67,7 @@ def sharded_weights(chunks: list[torch.nn.Module]) -> dict[str, Sharded]:
 
 
 def sharded_state(weights: WeightOptimizer, is_loading: bool) -> dict[str, Any]:
-    """Weights and optimizer state of this rank as dist_checkpointing takes them."""
+    """Describe the weights and optimizer state of this rank for dist_checkpointing."""
     weights.ensure_state()
     model = sharded_weights(weights.chunks)
     optimizer = weights.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
@@ -71,14 +75,14 @@ def sharded_state(weights: WeightOptimizer, is_loading: bool) -> dict[str, Any]:
 
 
 def save(weights: WeightOptimizer, folder: Path) -> None:
-    """Write this job's weights and optimizer state into an existing empty folder (every rank calls it)."""
+    """Write weights and optimizer state into an existing empty folder. Collective over all ranks."""
     present_cpu()
     end_results_queue_with_rank()
     dist_checkpointing.save(sharded_state(weights, is_loading=False), str(folder))
 
 
 def load(weights: WeightOptimizer, folder: Path) -> None:
-    """Read what `save` wrote, on this or another layout, into the weights and the optimizer (every rank calls it)."""
+    """Load weights and optimizer state written by `save` on any layout. Collective over all ranks."""
     present_cpu()
     state = dist_checkpointing.load(sharded_state(weights, is_loading=True), str(folder))
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Keep torch.compile's compiler out of CPU ranks: importing torch._dynamo and torch._inductor takes 2 CPU-seconds.
+"""Keep torch.compile's compiler out of CPU ranks and decide whether ranks use CUDA.
 
-A rank compiles nothing, but two libraries import the compiler. megatron-core decorates its fused functions with
-`torch.compile` at import; none of them is on the training path (`tests/engine/test_startup.py`). torch hides some of
-its own functions from the compiler and imports it at their first call to do so; here they are hidden only once
-something else has imported it. GPU hosts keep both as they are, and recomputation (`torch.utils.checkpoint`) still
-imports the compiler.
+Importing torch._dynamo and torch._inductor takes 2 CPU-seconds, and a rank compiles nothing. megatron-core decorates
+its fused functions with `torch.compile` at import, but none of them is used in training
+(`tests/engine/test_startup.py`). torch hides some of its own functions from the compiler and imports it at their first
+call; here they are hidden only if the compiler is already imported. GPU hosts are unchanged. Recomputation
+(`torch.utils.checkpoint`) still imports the compiler.
 """
 
 import functools
@@ -18,26 +18,26 @@ import torch
 from torch.optim import Adam, Optimizer
 
 HIDDEN_METHODS = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
-"""Methods of torch's optimizers that training calls and that `torch._disable_dynamo` wrapped at torch's import."""
+"""Methods of torch's optimizers used in training that `torch._disable_dynamo` wraps when torch is imported."""
 
 
-def on_cpu_host() -> bool:
-    """Whether ranks of this process compute on the CPU; does not initialize CUDA, which is too early at import."""
-    return os.environ.get("MEGASHEAR_DEVICE", "") == "cpu" or torch.cuda.device_count() == 0
+def uses_cuda() -> bool:
+    """Return whether ranks compute on GPUs: one exists and MEGASHEAR_DEVICE is not `cpu`. Does not initialize CUDA."""
+    return os.environ.get("MEGASHEAR_DEVICE", "") != "cpu" and torch.cuda.device_count() > 0
 
 
 def skip_compiler_import() -> None:
     """Import megatron-core with plain fused functions, and let torch import the compiler only for user code."""
     with _plain_decorator(), _no_tensorboard():
         import megatron.core  # noqa: F401
-    # Custom ops ask for this decorator when they are registered.
+    # Registering a custom op applies this decorator.
     torch._disable_dynamo = _hide_if_loaded(torch._disable_dynamo)  # type: ignore[attr-defined]
     for name in HIDDEN_METHODS:
         hidden = getattr(Optimizer, name)
         if (plain := getattr(hidden, "__wrapped__", None)) is not None:
             setattr(Optimizer, name, _choose(plain, hidden))
     step: Any = Adam.step
-    hooked = getattr(step, "hooked", False)  # an Adam exists already, whose constructor added the calls of step hooks
+    hooked = getattr(step, "hooked", False)  # the constructor of an existing Adam added the step hooks
     with_graph_breaks = step.__wrapped__ if hooked else step
     if (plain := getattr(with_graph_breaks, "__wrapped__", None)) is not None:
         step = _choose(_set_gradient_mode(plain), with_graph_breaks)
@@ -58,7 +58,7 @@ def _choose(plain: Callable[..., Any], hidden: Callable[..., Any]) -> Callable[.
 
 
 def _hide_if_loaded(disable: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch._disable_dynamo`, whose functions do not import the compiler when they are called."""
+    """Wrap `torch._disable_dynamo` so that its functions do not import the compiler when called."""
 
     def decorate(function: Callable[..., Any] | None = None, recursive: bool = True) -> Callable[..., Any]:
         if function is None:
@@ -81,7 +81,7 @@ def _set_gradient_mode(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _plain_decorator() -> Iterator[None]:
-    """Let `torch.compile` return functions as they are."""
+    """Make `torch.compile` return functions unchanged."""
     original = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -97,7 +97,7 @@ def _no_tensorboard() -> Iterator[None]:
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # makes its import raise ImportError
+    sys.modules[name] = None  # type: ignore[assignment]  # its import raises ImportError
     try:
         yield
     finally:

@@ -1,29 +1,51 @@
-"""The tensor operations that masks need: each has a meaning in plain torch and, where it was built, a compiled kernel.
+"""The tensor operations of masked transformers, each with a reference in plain torch and, if built, a compiled kernel.
 
-These functions are the only door: they take the kernel where one was built for the tensor's device and dtype, else the
-reference, with equal signatures and equal meaning. MEGASHEAR_KERNELS=reference in the environment forces the reference,
-MEGASHEAR_ATTENTION one form of attention on a GPU: compiled (the best kernel), reference (torch's), wgmma, tensor_cores
-or plain.
-Read next: `reference.py` (the meaning of every op), `kernels/` (the compiled form), `distillation.py` (a loss with a
-teacher, in plain torch on every device).
+Every function calls the kernel that was built for the tensor's device and dtype, and otherwise the reference in
+`reference.py`, with the same signature and meaning. T: tokens, D: hidden, F: intermediate units, V: vocabulary.
+
+| function | contract |
+|---|---|
+| `rms_norm(x, weight_D, eps, mask_D)` | RMSNorm over the live dimensions, times weight and mask; x: [.., D] |
+| `add_rms_norm(x, branch, branch_mask_D, weight_D, eps, mask_D)` | x + branch * branch_mask and its `rms_norm` |
+| `swiglu(gate_up, mask_F)` | silu(gate) * up * mask; [.., 2F] to [.., F] |
+| `rope_qkv(qkv_SBR, groups, queries, head_dim, cos, sin)` | split of the QKV product; rotated q, k, and v |
+| `attention(q, k, v, head_mask_H, first_BS)` | causal attention within documents, times a mask per query head |
+| `cross_entropy_terms(logits, labels, first, columns)` | ln sum exp(logits) and the label's logit per token; fp32 |
+| `mask_noise(seed, step, micro_batch, granularity, units)` | counter-based uniform noise; the same bits everywhere |
+| `hard_concrete(log_alpha, uniform)` | hard concrete sample in [0, 1], differentiable in log_alpha |
+| `sample_hard_concrete(log_alpha, seed, step, ...)` | `hard_concrete` of `mask_noise`, in one launch |
+| `live_gather(weight, rows, columns)` | weight[rows][:, columns], a copy |
+| `live_add(total, rows, columns, dlive)` | total[rows][:, columns] += dlive, in place |
+| `rope_tables`, `apply_rope` | cosine and sine tables, rotation of the last dimension; plain torch |
+| `backend`, `attention_choices` | report the implementation of each op and of each attention shape |
+| `measure_attention`, `choose_attention_backend` | time the attention backends on a GPU; select one for a shape |
+
+Environment: MEGASHEAR_KERNELS=reference forces the references. MEGASHEAR_ATTENTION selects attention on a GPU: compiled
+(the best kernel), reference (torch's), wgmma, tensor_cores or plain.
+
+`distillation_loss.py` implements the distillation loss in plain torch.
 """
 
-import torch
-from torch import Tensor
-
-from megashear.ops import reference
-from megashear.ops.kernels import attention as attention_kernel
-from megashear.ops.kernels import attention_backend as attention_choice
-from megashear.ops.kernels import cross_entropy as cross_entropy_kernel
-from megashear.ops.kernels import hard_concrete as hard_concrete_kernel
-from megashear.ops.kernels import live_weight as live_weight_kernel
-from megashear.ops.kernels import rms_norm as rms_norm_kernel
-from megashear.ops.kernels import rope as rope_kernel
-from megashear.ops.kernels import swiglu as swiglu_kernel
+from megashear.ops.dispatch import (
+    add_rms_norm,
+    attention,
+    attention_choices,
+    backend,
+    choose_attention_backend,
+    cross_entropy_terms,
+    hard_concrete,
+    live_add,
+    live_gather,
+    mask_noise,
+    measure_attention,
+    rms_norm,
+    rope_qkv,
+    sample_hard_concrete,
+    swiglu,
+)
 from megashear.ops.kernels.attention_backend import Choice as AttentionChoice
 from megashear.ops.kernels.attention_backend import Sample as AttentionSample
 from megashear.ops.kernels.attention_backend import Shape as AttentionShape
-from megashear.ops.kernels.library import compiled_for, serves
 from megashear.ops.reference import apply_rope, rope_tables
 
 __all__ = [
@@ -48,191 +70,3 @@ __all__ = [
     "sample_hard_concrete",
     "swiglu",
 ]
-
-_COMPILED = (
-    "cross_entropy_terms",
-    "live_gather",
-    "live_add",
-    "rms_norm",
-    "add_rms_norm",
-    "swiglu",
-    "rope_qkv",
-    "mask_noise",
-    "hard_concrete",
-    "sample_hard_concrete",
-)
-_PLAIN = ("rope_tables", "apply_rope")
-
-
-def backend(device: torch.device | str | None = None) -> dict[str, str]:
-    """What serves each op on `device` (default: the current GPU, or the CPU where there is none).
-
-    Returns op name -> compiled-cpu, compiled-cuda or reference; attention on a GPU is measured for each shape, unless
-    the environment settles it. Kernels take fp32, bf16 and fp16; float64 is the reference's.
-    """
-    if device is None:
-        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    compiled = f"compiled-{device.type}" if compiled_for(device) else "reference"
-    attending = compiled if attention_kernel.attention_serves(device, torch.float32, 64) else "reference"
-    if attending != "reference" and device.type == "cuda":
-        wish = attention_choice.forced()
-        served = "reference" if wish == "reference" else compiled if wish == "compiled" else f"{compiled} ({wish})"
-        attending = f"{compiled} or reference, by measuring" if wish is None else served
-    return dict.fromkeys(_COMPILED, compiled) | dict.fromkeys(_PLAIN, "reference") | {"attention": attending}
-
-
-def attention_choices() -> list[str]:
-    """Which attention serves each shape that this process met on a GPU, with the times that decided; one line each."""
-    return attention_choice.choices()
-
-
-def measure_attention(shape: AttentionShape, sample: AttentionSample) -> AttentionChoice | None:
-    """Which attention is the fastest for a shape on this rank's GPU; None where no clock decides (a CPU, or a wish)."""
-    return attention_choice.measure(shape, sample) if attention_choice.is_measured(shape) else None
-
-
-def choose_attention_backend(shape: AttentionShape, choice: AttentionChoice) -> None:
-    """Have attention of this shape served so from here on, in this process."""
-    attention_choice.settle(shape, choice)
-
-
-def _fp32(vector: Tensor | None) -> Tensor | None:
-    """Weights and masks as kernels take them; autograd casts their gradients back."""
-    return None if vector is None else vector.float()
-
-
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = None) -> Tensor:
-    """Root mean square norm, of the live dimensions alone where there is a mask; see `reference.rms_norm`."""
-    if not serves(x):
-        return reference.rms_norm(x, weight_D, eps, mask_D)
-    out: Tensor = rms_norm_kernel.masked_rms_norm(x, weight_D.float(), _fp32(mask_D), eps)[0]
-    return out
-
-
-def add_rms_norm(
-    x: Tensor,
-    branch: Tensor,
-    branch_mask_D: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    mask_D: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x + branch * branch_mask and its norm, in one pass over memory; see `reference.add_rms_norm`."""
-    if not serves(x):
-        return reference.add_rms_norm(x, branch, branch_mask_D, weight_D, eps, mask_D)
-    vectors = _fp32(branch_mask_D), weight_D.float(), _fp32(mask_D)
-    out: tuple[Tensor, Tensor] = rms_norm_kernel.add_rms_norm(x, branch, *vectors, eps)[:2]
-    return out
-
-
-def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * mask of one [.., 2F] tensor; see `reference.swiglu`."""
-    if not serves(gate_up):
-        return reference.swiglu(gate_up, mask_F)
-    out: Tensor = swiglu_kernel.masked_swiglu(gate_up, _fp32(mask_F))
-    return out
-
-
-def rope_qkv(
-    qkv_SBR: Tensor, groups: int, queries: int, head_dim: int, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned queries and keys, and values, of one [S, B, R] product; see `reference.rope_qkv`.
-
-    The kernel writes each in memory as [S, B, heads, head_dim] and lets go of the product.
-    """
-    if not serves(qkv_SBR):
-        return reference.rope_qkv(qkv_SBR, groups, queries, head_dim, cos, sin)
-    if 2 * cos.shape[-1] != head_dim:
-        raise ValueError(f"cos must be [positions, {head_dim} / 2], not {list(cos.shape)}")
-    q_SBHd, k_SBGd, v_SBGd = rope_kernel.rope_qkv(qkv_SBR, groups, queries, cos, sin)
-    return q_SBHd.permute(1, 2, 0, 3), k_SBGd.permute(1, 2, 0, 3), v_SBGd.permute(1, 2, 0, 3)
-
-
-def cross_entropy_terms(
-    logits: Tensor, labels: Tensor, first: int = 0, columns: int | None = None, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """ln sum exp(logits) and the label's logit of each token; see `reference.cross_entropy_terms`.
-
-    overwrite: nobody needs the logits after this, so that the backward may put their gradient in their place.
-    """
-    if not serves(logits):
-        return reference.cross_entropy_terms(logits, labels, first, columns)
-    columns = logits.shape[-1] if columns is None else columns
-    terms: tuple[Tensor, Tensor] = cross_entropy_kernel.cross_entropy_terms(logits, labels, first, columns, overwrite)
-    return terms
-
-
-def attention(
-    q_BHSd: Tensor,
-    k_BGSd: Tensor,
-    v_BGSd: Tensor,
-    head_mask_H: Tensor | None = None,
-    first_BS: Tensor | None = None,
-) -> Tensor:
-    """Causal attention with a mask per query head, inside documents where asked; see `reference.attention`.
-
-    On the CPU the machine and the dtype alone say whether the kernel or torch's attention serves, so that all ranks and
-    every resumed run round alike, and fp16 is computed in fp32. On a GPU the fastest one serves each shape, see
-    `kernels/attention_choice.py`.
-    """
-    inputs = q_BHSd, k_BGSd, v_BGSd, head_mask_H, first_BS
-    on_cpu = q_BHSd.device.type == "cpu"
-    narrow = on_cpu and q_BHSd.dtype == torch.float16
-    dtype = torch.float32 if narrow else q_BHSd.dtype
-    if not attention_kernel.attention_serves(q_BHSd.device, dtype, q_BHSd.shape[-1]):
-        return reference.attention(*inputs)
-    form = "compiled" if on_cpu else attention_choice.serving(q_BHSd, k_BGSd, head_mask_H, first_BS)
-    if form == "reference":
-        return reference.attention(*inputs)
-    if narrow:
-        q_BHSd, k_BGSd, v_BGSd = q_BHSd.float(), k_BGSd.float(), v_BGSd.float()
-    tiles = "" if form == "compiled" else form
-    out: Tensor = attention_kernel.masked_attention(q_BHSd, k_BGSd, v_BGSd, _fp32(head_mask_H), first_BS, tiles)[0]
-    return out.half() if narrow else out
-
-
-def mask_noise(
-    seed: int, step: int, micro_batch: int, granularity: int, units: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Uniform fp32 [units], a pure function of the first five arguments on any device; see `reference.mask_noise`."""
-    device = torch.device(device)
-    if not compiled_for(device):
-        return reference.mask_noise(seed, step, micro_batch, granularity, units, device)
-    reference.check_counter(step, micro_batch, granularity)
-    uniform: Tensor = hard_concrete_kernel.mask_noise(seed, step, micro_batch, granularity, units, device)
-    return uniform
-
-
-def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """A hard concrete sample for given noise; see `reference.hard_concrete`."""
-    if log_alpha.dtype != torch.float32 or not serves(log_alpha):
-        return reference.hard_concrete(log_alpha, uniform)
-    z: Tensor = hard_concrete_kernel.hard_concrete(log_alpha, uniform.float())[0]
-    return z
-
-
-def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int) -> Tensor:
-    """A hard concrete sample with the noise of these indices, in one launch; see `reference.sample_hard_concrete`."""
-    if log_alpha.dtype != torch.float32 or not serves(log_alpha):
-        return reference.sample_hard_concrete(log_alpha, seed, step, micro_batch, granularity)
-    reference.check_counter(step, micro_batch, granularity)
-    signed = (seed + 2**63) % 2**64 - 2**63  # as a 64-bit argument of the custom op
-    z: Tensor = hard_concrete_kernel.sample_hard_concrete(log_alpha, signed, step, micro_batch, granularity)[0]
-    return z
-
-
-def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-    """The live rows and columns of a weight; see `reference.live_gather`."""
-    if not serves(weight):
-        return reference.live_gather(weight, rows, columns)
-    live: Tensor = live_weight_kernel.live_gather(weight, rows, columns)
-    return live
-
-
-def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:
-    """Add a live part's gradient into the full one, in place; see `reference.live_add`."""
-    if total.dtype == torch.float32 and serves(dlive):
-        live_weight_kernel.live_add(total, rows, columns, dlive)
-    else:
-        reference.live_add(total, rows, columns, dlive)

@@ -1,11 +1,11 @@
-"""A teacher's distribution in the loss of each token: KL of logits beside cross entropy, over parts of a vocabulary.
+"""Distillation loss per token: KL of logits plus cross entropy, over parts of a vocabulary.
 
     loss = (1 - w) * cross entropy(student) + w * T^2 * KL(softmax(teacher / T) || softmax(student / T))
 
-(Hinton et al. 2015, section 2). Key properties: fp32 exists for `chunk` tokens at a time; the student's logits are
-overwritten by their gradient while the teacher's are there, so these are computed once; the vocabulary may be spread
-over ranks, which exchange eight numbers per token and chunk, and one more per token. Shape suffixes: N tokens of a
-chunk, V this rank's columns of the vocabulary that are not padding. Read next: `../model/distillation.py`.
+(Hinton et al. 2015, section 2). fp32 copies exist for `chunk` tokens at a time. The student's logits are overwritten by
+their gradient while the teacher's are available, so the teacher's logits are computed once. Ranks that share a
+vocabulary exchange eight numbers per token and chunk, and one more per token.
+Shape suffixes: N tokens of a chunk, V this rank's columns of the vocabulary without padding.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from torch import Tensor
 from megashear.config.resolve import DistillationPlan
 
 TeacherLogits = Callable[[int, int], Tensor]
-"""Gives the teacher's logits [stop - start, columns] of tokens start .. stop, over the same part of the vocabulary."""
+"""Computes the teacher's logits [stop - start, columns] of tokens start .. stop for the same vocabulary part."""
 
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """This rank's columns: the vocabulary's from `first` on, the first `columns` of them real, spread over `group`."""
+    """This rank's part of a vocabulary sharded over `group`: entries from `first`, `columns` of them not padding."""
 
     first: int
     columns: int
@@ -34,13 +34,21 @@ class VocabularyPart:
 def distillation_losses(
     logits: Tensor, labels: Tensor, teacher: TeacherLogits, how: DistillationPlan, part: VocabularyPart
 ) -> Tensor:
-    """Four numbers per token in nats, [4, ..] in at least fp32: the loss above, cross entropy, T^2 KL, and the
-    teacher's own cross entropy.
+    """Compute the distillation loss and its parts. Collective over the group of `part`.
 
-    logits: [.., columns] of any floating dtype, this rank's part; labels: int64 [..]. Only the first of the four has a
-    gradient. It is written over the logits here already (where they are contiguous), for a loss that counts each token
-    once; the backward, which can run once, scales it by what each token counts. Tokens are in the order of
-    `logits.flatten(0, -2)`; every rank of the group calls, and gets the same bits.
+    Only the loss has a gradient. The forward pass already overwrites the logits with it (if they are contiguous), with
+    weight 1 for each token. The backward pass scales it by the upstream gradient and can run once.
+
+    Args:
+        logits: The student's logits [.., columns] of any floating dtype, this rank's part.
+        labels: int64 [..].
+        teacher: Computes the teacher's logits of a range of tokens, in the order of `logits.flatten(0, -2)`.
+        how: Weight, temperature and chunk size.
+        part: This rank's part of the vocabulary.
+
+    Returns:
+        [4, ..] in nats, at least fp32: loss, cross entropy, T^2 KL, and the teacher's cross entropy. Every rank of the
+        group gets the same bits.
     """
     return _Distillation.apply(logits, labels, teacher, how, part)
 
@@ -73,7 +81,9 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, ctx.rows = ctx.rows, None
-        assert rows is not None, "the gradient of a distilled loss can be taken once: it stands in the logits' place"
+        assert rows is not None, (
+            "the backward pass of a distillation loss can run only once, because its gradient overwrites the logits"
+        )
         for part, counts in zip(rows.split(ctx.chunk), dlosses[0].reshape(-1, 1).split(ctx.chunk), strict=True):
             part.copy_(part.to(counts.dtype) * counts)
         return rows.view(ctx.shape), None, None, None, None
@@ -82,45 +92,49 @@ class _Distillation(torch.autograd.Function):
 def _chunk(
     logits: Tensor, labels_N: Tensor, teacher: Tensor, how: DistillationPlan, part: VocabularyPart, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Cross entropy [N], this rank's addends of T^2 KL [N], the teacher's cross entropy [N], and with `gradient` the
-    logits' gradient [N, V].
+    """Return cross entropy [N], this rank's terms of T^2 KL [N], the teacher's cross entropy [N], and the gradient.
+
+    The gradient of the logits [N, V] is None unless `gradient`.
     """
-    heat = how.temperature
-    student, taught = _Softmax(logits[:, : part.columns], heat), _Softmax(teacher[:, : part.columns], heat)
+    temperature = how.temperature
+    student, teacher_softmax = (
+        _Softmax(logits[:, : part.columns], temperature),
+        _Softmax(teacher[:, : part.columns], temperature),
+    )
     column_N = labels_N - part.first
     here_N = (column_N >= 0) & (column_N < part.columns)
     column_N1 = torch.where(here_N, column_N, 0).unsqueeze(-1)
     labels = [torch.where(here_N, one.gather(-1, column_N1).squeeze(-1), 0.0) for one in (logits, teacher)]
-    local = (*student.terms(), labels[0], *taught.terms(), labels[1])
+    local = (*student.terms(), labels[0], *teacher_softmax.terms(), labels[1])
     terms = _over_ranks(torch.stack([one.to(student.peak_N.dtype) for one in local]), part.group)
-    entropy_N, cold_N, best_N, warm_N = _log_sums(terms[:4], heat)
-    own_N, _, *taught_sums = _log_sums(terms[4:], heat)
+    entropy_N, cold_N, best_N, warm_N = _log_sums(terms[:4], temperature)
+    own_N, _, *teacher_softmax_sums = _log_sums(terms[4:], temperature)
 
     q_NV, log_q_NV = student.normalised(best_N, warm_N)
-    p_NV, log_p_NV = taught.normalised(*taught_sums)
+    p_NV, log_p_NV = teacher_softmax.normalised(*teacher_softmax_sums)
     # sum (q - p) is 0 over the whole vocabulary; with it, the roundings of both normalisations cancel.
     divergence_N = log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(-1)
     gradient_NV = q_NV.sub_(p_NV)
-    divergence_N = heat**2 * (divergence_N + gradient_NV.sum(-1))
+    divergence_N = temperature**2 * (divergence_N + gradient_NV.sum(-1))
     if not gradient:
         return entropy_N, divergence_N, own_N, None
-    gradient_NV.mul_(how.weight * heat)
+    gradient_NV.mul_(how.weight * temperature)
     kept = 1 - how.weight
     if kept and part.columns:
-        if heat != 1:
-            log_q_NV.add_(warm_N.unsqueeze(-1)).mul_(heat).sub_(cold_N.unsqueeze(-1))
+        if temperature != 1:
+            log_q_NV.add_(warm_N.unsqueeze(-1)).mul_(temperature).sub_(cold_N.unsqueeze(-1))
         gradient_NV.add_(log_q_NV.exp_(), alpha=kept)
         gradient_NV.scatter_add_(-1, column_N1, here_N.to(q_NV.dtype).mul_(-kept).unsqueeze(-1))
     return entropy_N, divergence_N, own_N, gradient_NV
 
 
 class _Softmax:
-    """One model's logits of a chunk in at least fp32, their largest subtracted before they are divided by T."""
+    """Softmax of one model's logits of a chunk in at least fp32. The largest is subtracted before the division by T."""
 
     def __init__(self, logits_NV: Tensor, temperature: float) -> None:
         wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         self.temperature = temperature
-        # A rank whose columns are all padding counts nothing.
+        # A rank whose columns are all padding contributes nothing.
         lowest = torch.finfo(wide.dtype).min
         self.peak_N = wide.amax(-1) if wide.shape[-1] else wide.new_full(wide.shape[:1], lowest)
         self.scaled_NV = (wide - self.peak_N.unsqueeze(-1)).div_(temperature)
@@ -128,19 +142,19 @@ class _Softmax:
         self.sum_N = self.power_NV.sum(-1)
 
     def terms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest logit, and the sums of exp(logit - largest) and of exp((logit - largest) / T), each [N]."""
-        heat = self.temperature
-        cold_N = self.sum_N if heat == 1 else (self.scaled_NV * heat).exp_().sum(-1)
+        """Return the largest logit and the sums of exp(logit - largest) and of exp((logit - largest) / T), each [N]."""
+        temperature = self.temperature
+        cold_N = self.sum_N if temperature == 1 else (self.scaled_NV * temperature).exp_().sum(-1)
         return self.peak_N, cold_N, self.sum_N
 
     def normalised(self, best_N: Tensor, log_sum_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and their logarithms [N, V], given what `_log_sum` gives; in the place of what was held."""
+        """Return probabilities and their logarithms [N, V], given results of `_log_sums`. Overwrites the buffers."""
         offset_N1 = ((self.peak_N - best_N) / self.temperature - log_sum_N).unsqueeze(-1)
         return self.power_NV.mul_(offset_N1.exp()), self.scaled_NV.add_(offset_N1)
 
 
 def _over_ranks(terms: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
-    """Every rank's terms: of terms [8, N] eight [ranks, N]."""
+    """Gather terms [8, N] of every rank as eight tensors [ranks, N]."""
     if group is None or group.size() == 1:
         return terms.unsqueeze(1).unbind(0)
     parts = [torch.empty_like(terms) for _ in range(group.size())]
@@ -148,12 +162,13 @@ def _over_ranks(terms: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor,
     return torch.stack(parts, 1).unbind(0)
 
 
-def _log_sums(terms: tuple[Tensor, ...], heat: float) -> tuple[Tensor, ...]:
-    """One model's cross entropy, ln of the sum of exp(logit - largest), largest logit, and ln of the sum of
-    exp((logit - largest) / T), each [N]; from the terms of all ranks and their labels' logits, each [ranks, N].
+def _log_sums(terms: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, ...]:
+    """Combine the terms of all ranks and their labels' logits, each [ranks, N].
+
+    Returns cross entropy, ln sum exp(logit - largest), largest logit, and ln sum exp((logit - largest) / T), each [N].
     """
     peak, cold, sums, label = terms
     best_N = peak.amax(0)
     cold_N = (cold * (peak - best_N).exp()).sum(0).log()
-    warm_N = (sums * ((peak - best_N) / heat).exp()).sum(0).log()
+    warm_N = (sums * ((peak - best_N) / temperature).exp()).sum(0).log()
     return cold_N - (label.sum(0) - best_N), cold_N, best_N, warm_N

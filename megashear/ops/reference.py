@@ -1,9 +1,9 @@
-"""What each op means, in plain torch: masked norm, SwiGLU and attention, RoPE, mask noise, hard concrete samples.
+"""Reference of each op in plain torch: masked norm, SwiGLU and attention, RoPE, mask noise, hard concrete samples.
 
-Compiled kernels are held against these functions, and these run wherever no kernel was built. Everything is computed in
-at least fp32 (float64 stays float64), nothing waits for the device, and autograd of these lines defines the gradients.
-Shape suffixes: T tokens, D hidden, F intermediate units, B batch, H query heads, G key/value groups, S positions.
-Read next: `__init__.py` (which form is used when), `../masks/` and `../model/` (who calls).
+Compiled kernels are tested against these functions, which are also used if no kernel was built. Arithmetic is at least
+fp32 (float64 stays float64), nothing synchronizes with the device, and autograd of these functions defines the
+gradients. Shape suffixes: T tokens, D hidden, F intermediate units, B batch, H query heads, G key/value groups, S
+positions.
 """
 
 import math
@@ -19,7 +19,7 @@ BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 """Temperature and stretch of the hard concrete distribution (Louizos et al. 2018; Sheared LLaMA, section 2.1)."""
 
 NOISE_FLOOR = 17
-"""Least numerator over 2^24 of the mask noise: the first odd one above 1e-6; 2^24 - 17 is the last below 1 - 1e-6."""
+"""Smallest numerator over 2^24 of the mask noise, the first odd one above 1e-6; the largest is 2^24 - 17."""
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -27,13 +27,22 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, mask_D: Tensor | None = None) -> Tensor:
-    """Root mean square norm; with a mask, only live dimensions count and the output is masked (Sheared LLaMA's N_w).
+    """Compute RMSNorm; with a mask, over live dimensions only and masked (Sheared LLaMA's N_w).
 
-    x: [.., D] of any floating dtype; weight_D, mask_D: [D]. Returns x's shape and dtype.
-    out = weight * mask * x * rsqrt(sum of x^2 over mask != 0 / #(mask != 0) + eps), the normalised x rounded to x's
-    dtype before the products, as Hugging Face's LLaMA does: a mask of ones gives the same bits as none. A mask of zeros
-    gives zeros.
-    The mask's gradient comes from the product alone, never from the selection.
+    out = weight * mask * x * rsqrt(sum of x^2 over mask != 0 / #(mask != 0) + eps)
+
+    The normalised x is rounded to x's dtype before the products, as in Hugging Face's LLaMA, so a mask of ones gives
+    the same bits as no mask. A mask of zeros gives zeros. The mask's gradient comes only from the product, not from the
+    selection.
+
+    Args:
+        x: [.., D] of any floating dtype.
+        weight_D: [D].
+        eps: Added to the mean square.
+        mask_D: [D] or None.
+
+    Returns:
+        A tensor of x's shape and dtype.
     """
     wide = _accumulation_dtype(x)
     x_wide = x.to(wide)
@@ -57,10 +66,16 @@ def add_rms_norm(
     eps: float,
     mask_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + branch * branch_mask, rounded once to x's dtype, and `rms_norm` of that: the residual stream and its norm.
+    """Compute x + branch * branch_mask, rounded once to x's dtype, and its `rms_norm`.
 
-    x, branch: [.., D] of one floating dtype; branch_mask_D, weight_D, mask_D: [D]. Returns two tensors of x's shape and
-    dtype.
+    Args:
+        x: Residual stream, [.., D] of any floating dtype.
+        branch: Output of a block, of x's shape and dtype.
+        branch_mask_D, weight_D, mask_D: [D]; masks may be None.
+        eps: Added to the mean square.
+
+    Returns:
+        The residual stream and its norm, of x's shape and dtype.
     """
     wide = _accumulation_dtype(x)
     added = branch.to(wide) if branch_mask_D is None else branch.to(wide) * branch_mask_D.to(wide)
@@ -69,7 +84,7 @@ def add_rms_norm(
 
 
 def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * mask, gate the first half of the last dimension and up the second (Shazeer 2020).
+    """Compute silu(gate) * up * mask; gate is the first half of the last dimension, up the second (Shazeer 2020).
 
     gate_up: [.., 2F] of any floating dtype; mask_F: [F]. Returns [.., F] in gate_up's dtype, rounded once.
     """
@@ -83,21 +98,28 @@ def swiglu(gate_up: Tensor, mask_F: Tensor | None = None) -> Tensor:
 def cross_entropy_terms(
     logits: Tensor, labels: Tensor, first: int = 0, columns: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The terms of each token's cross entropy over a part of the vocabulary: ln sum exp(logits), and the label's logit.
+    """Compute ln sum exp(logits) and the label's logit of each token over a part of the vocabulary.
 
-    logits: [.., V] for entries first .. first + V - 1, of any floating dtype; labels: int64 [..]; columns: those that
-    count, from the left (None: all), the rest is padding. Returns two [..] in at least fp32; a label whose column is
-    not here gives 0. Over the whole vocabulary the loss in nats is their difference.
+    Over the whole vocabulary the cross entropy in nats is their difference.
+
+    Args:
+        logits: [.., V] for entries first .. first + V - 1, of any floating dtype.
+        labels: int64 [..].
+        first: First vocabulary entry of this part.
+        columns: Number of leading columns that count, the rest is padding. None: all.
+
+    Returns:
+        Two tensors [..] in at least fp32. The second is 0 for labels outside of this part.
     """
     real = logits[..., :columns].to(_accumulation_dtype(logits))
     column = labels - first
-    here = (column >= 0) & (column < real.shape[-1])
-    found = logits.gather(-1, torch.where(here, column, 0).unsqueeze(-1)).squeeze(-1)
-    return torch.logsumexp(real, -1), torch.where(here, found.to(real.dtype), 0.0)
+    inside = (column >= 0) & (column < real.shape[-1])
+    label_logit = logits.gather(-1, torch.where(inside, column, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.logsumexp(real, -1), torch.where(inside, label_logit.to(real.dtype), 0.0)
 
 
 def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Rotary frequencies [head_dim / 2] in fp32, rescaled as Llama 3 does where `scaling` is given."""
+    """Return the rotary frequencies, fp32 [head_dim / 2], rescaled as in Llama 3 if `scaling` is given."""
     frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     if scaling is None:
         return frequency
@@ -113,17 +135,17 @@ def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | Non
 def rope_tables(
     head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles of positions 0 to `positions` - 1 (Su et al. 2021).
+    """Compute cosine and sine of the rotary angles of positions 0 to `positions` - 1 (Su et al. 2021).
 
-    Returns two fp32 tensors [positions, head_dim / 2] on `device`; computed on the CPU, so every device holds the same
-    bits.
+    Returns:
+        Two fp32 tensors [positions, head_dim / 2] on `device`, computed on the CPU: the same bits on every device.
     """
     angle = torch.arange(positions, dtype=torch.float32)[:, None] * _inverse_frequencies(head_dim, theta, scaling)
     return angle.cos().to(device), angle.sin().to(device)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of the last dimension: the rotate-half convention of Hugging Face's LLaMA.
+    """Rotate the pairs (i, i + head_dim / 2) of the last dimension, the rotate-half convention of Hugging Face's LLaMA.
 
     x: [.., S, head_dim]; cos, sin: [positions, head_dim / 2] with positions >= S, of which the first S are used, or any
     shape that broadcasts to x's halves. Returns x's shape and dtype; computed in at least fp32.
@@ -137,11 +159,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_qkv(
     qkv_SBR: Tensor, groups: int, queries: int, head_dim: int, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys turned by their positions, and values, from the fused product.
+    """Split the fused QKV product and rotate queries and keys by their positions.
 
-    qkv_SBR: [S, B, groups * (queries + 2) * head_dim], each group's rows being its query heads, its key, its value;
-    cos, sin: fp32 [positions, head_dim / 2], positions >= S. Returns [B, groups * queries, S, head_dim] and twice
-    [B, groups, S, head_dim], in qkv's dtype.
+    Args:
+        qkv_SBR: [S, B, groups * (queries + 2) * head_dim]; each group holds its query heads, its key, its value.
+        groups: Key/value groups.
+        queries: Query heads per group.
+        head_dim: Head size.
+        cos, sin: fp32 [positions, head_dim / 2], positions >= S.
+
+    Returns:
+        Queries [B, groups * queries, S, head_dim], keys and values [B, groups, S, head_dim], in qkv's dtype.
     """
     x_SBGrd = qkv_SBR.unflatten(2, (groups, queries + 2, head_dim))
     q_SBHd, k_SBGd, v_SBGd = x_SBGrd[..., :-2, :].flatten(2, 3), x_SBGrd[..., -2, :], x_SBGrd[..., -1, :]
@@ -156,22 +184,28 @@ def attention(
     head_mask_H: Tensor | None = None,
     first_BS: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head, inside documents where asked.
+    """Compute causal softmax(q k^T / sqrt(head_dim)) v, times the mask of each query head, within documents if given.
 
-    q_BHSD: [B, H, S, head_dim]; k_BGSD, v_BGSD: [B, G, S, head_dim] with H a multiple of G, query head h reading group
-    h * G // H; head_mask_H: [H]; first_BS: int32 [B, S], position i sees positions first[i] to i: the first of its
-    document, or 0. Returns [B, H, S, head_dim] in q's dtype.
-    A head whose mask is 0 is left out: its output is 0 and so are all its gradients, by definition that of its mask
-    too. The sample that made the mask has slope 0 there, so nothing that learns is lost.
+    A head whose mask is 0 is skipped: its output and all its gradients are 0, including that of its mask. The hard
+    concrete sample has slope 0 there, so no gradient is lost.
+
+    Args:
+        q_BHSD: [B, H, S, head_dim].
+        k_BGSD, v_BGSD: [B, G, S, head_dim]; H is a multiple of G, and query head h reads group h * G // H.
+        head_mask_H: [H] or None.
+        first_BS: int32 [B, S] or None; position i attends to positions first[i] to i.
+
+    Returns:
+        [B, H, S, head_dim] in q's dtype.
     """
     grouped = q_BHSD.shape[1] != k_BGSD.shape[1]
-    seen_BHSS = None
+    visible_BHSS = None
     if first_BS is not None:
         position_S = torch.arange(q_BHSD.shape[2], device=q_BHSD.device)
-        seen_BSS = (position_S <= position_S[:, None]) & (position_S >= first_BS[:, :, None])
-        seen_BHSS = seen_BSS[:, None]
+        visible_BSS = (position_S <= position_S[:, None]) & (position_S >= first_BS[:, :, None])
+        visible_BHSS = visible_BSS[:, None]
     out = F.scaled_dot_product_attention(
-        q_BHSD, k_BGSD, v_BGSD, attn_mask=seen_BHSS, is_causal=seen_BHSS is None, enable_gqa=grouped
+        q_BHSD, k_BGSD, v_BGSD, attn_mask=visible_BHSS, is_causal=visible_BHSS is None, enable_gqa=grouped
     )
     if head_mask_H is None:
         return out
@@ -182,7 +216,7 @@ def attention(
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011): ten rounds of multiply and exchange.
+    """Compute Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011).
 
     counter: uint64 [4, blocks]; key: two integers. Returns uint64 [4, blocks]. All words are below 2^32.
     """
@@ -200,13 +234,15 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 def mask_noise(
     seed: int, step: int, micro_batch: int, granularity: int, units: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Uniform noise of one granularity's units: a pure function of its arguments, the same bits everywhere.
+    """Draw uniform noise for one granularity, a pure function of its arguments with the same bits everywhere.
 
     Returns fp32 [units] on `device`, strictly inside (1e-6, 1 - 1e-6). Unit i takes word i % 4 of the Philox block
     whose counter is (i // 4, granularity, micro_batch, step) and whose key is (seed mod 2^32, seed div 2^32 mod 2^32).
     A word w becomes n / 2^24 with the odd n = 2 (w >> 9) + 1 clipped to [17, 2^24 - 17]; n / 2^24 and 1 - n / 2^24 are
     exact in fp32.
-    Raises ValueError where step, micro_batch or granularity is outside [0, 2^32).
+
+    Raises:
+        ValueError: If step, micro_batch or granularity is outside [0, 2^32).
     """
     check_counter(step, micro_batch, granularity)
     blocks = -(-units // 4)
@@ -226,7 +262,7 @@ def check_counter(step: int, micro_batch: int, granularity: int) -> None:
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """A hard concrete sample for each unit, in [0, 1] with exact zeros and ones (Louizos et al. 2018).
+    """Sample the hard concrete distribution of each unit, in [0, 1] with exact zeros and ones (Louizos et al. 2018).
 
     log_alpha, uniform: one shape, uniform inside (0, 1). Returns that shape in log_alpha's dtype. The gradient to
     log_alpha is (zeta - gamma) s (1 - s) / beta strictly inside (0, 1) and exactly 0 at the bounds; uniform has none.
@@ -240,16 +276,16 @@ def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 
 def sample_hard_concrete(log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int) -> Tensor:
-    """`hard_concrete` on `mask_noise` of the same indices, units counted in row-major order of log_alpha.
+    """Compute `hard_concrete` with `mask_noise` of the same indices, units in row-major order of log_alpha.
 
-    The compiled form draws the noise, the sample and its gradient in one launch. Returns log_alpha's shape and dtype.
+    The kernel computes noise, sample and slope in one launch. Returns log_alpha's shape and dtype.
     """
     noise = mask_noise(seed, step, micro_batch, granularity, log_alpha.numel(), log_alpha.device)
     return hard_concrete(log_alpha, noise.view(log_alpha.shape))
 
 
 def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-    """The live part of a weight: weight[rows][:, columns], a copy.
+    """Copy the live part of a weight, weight[rows][:, columns].
 
     weight: [R, C]; rows, columns: int64, strictly ascending, None for all. Returns [rows, columns].
     """
@@ -258,7 +294,7 @@ def live_gather(weight: Tensor, rows: Tensor | None = None, columns: Tensor | No
 
 
 def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:
-    """Add the gradient of a live part where it belongs in the full one, in place: total[rows][:, columns] += dlive.
+    """Add the gradient of a live part to the full gradient in place: total[rows][:, columns] += dlive.
 
     total: [R, C]; dlive: [rows, columns]; indices as in `live_gather`.
     """

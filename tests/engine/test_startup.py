@@ -34,7 +34,7 @@ if __name__ == "__main__":
     import megatron.core
     torch.compile = compile_function
     from megashear.config.load import load_config
-    from megashear.run import summary
+    from megashear.phases import summary
     from megashear.phases.runner import run
     summary.draw_pictures = lambda folder: None
     run(load_config(Path(sys.argv[1]), sys.argv[2:]))

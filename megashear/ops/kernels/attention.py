@@ -1,7 +1,6 @@
-"""Masked causal attention as a custom op over csrc/masked_attention: forward, backward, a mask per head.
+"""Masked causal attention with a mask per head, as a custom op over csrc/masked_attention.
 
-Tensors are read at any strides; results lie in memory as [S, B, heads, d], which the layer's output product reads
-without a copy. Read next: `attention_choice.py` (kernel or torch's), csrc/masked_attention/masked_attention.h.
+Inputs may have any strides. Results are laid out as [S, B, heads, d], which the output projection reads without a copy.
 """
 
 from typing import Any
@@ -20,28 +19,27 @@ from megashear.ops.kernels.library import (
 )
 
 TILES = ""
-"""Instructions of the kernels where a call names none, one that `masked_attention_tiles` of the library gives; empty:
-the best."""
+"""Default kernel, one of the library's `masked_attention_tiles`; empty for the best."""
 
 
 def _faster() -> bool:
-    """Whether this processor's kernels beat torch's scaled_dot_product_attention.
+    """Return whether this processor's kernels are faster than torch's scaled_dot_product_attention.
 
     torch's time / ours, forward and backward, [B, H, S, d] = [4, 8, 512, 64], [8, 10, 256, 32], [1, 8, 1024, 128], one
     Zen 4 core (tools/bench/attention.py; torch held to the same instruction set for AVX2):
         bf16  AVX512_BF16 4.1, 4.9, 2.7   AVX-512 2.5, 3.2, 1.5   AVX2 38, 12, 14
         fp32                              AVX-512 2.6, 2.2, 1.7   AVX2 2.4, 2.1, 1.5
-    So the kernel serves wherever there are vectors of 256 bits; without them nothing was measured.
+    The kernel is used if vectors of 256 bits exist; narrower ones were not measured.
     """
     library = _LIBRARIES["cpu"]
     return library is not None and library.masked_attention_tiles(library.FLOAT32) != "portable"
 
 
-_FASTER = _faster()  # asked once, so that equal machines always choose alike and torch.compile sees a constant
+_FASTER = _faster()  # evaluated once: equal machines choose alike and torch.compile sees a constant
 
 
 def attention_serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel can compute attention, and on the CPU is the faster one; else torch's attention must."""
+    """Return whether the kernel supports the arguments and, on the CPU, is faster than torch's attention."""
     if not compiled_for(device):
         return False
     if device.type == "cpu":
@@ -52,7 +50,7 @@ def attention_serves(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def kernel_names(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The kernels that compute attention there, the best first; the slowest, `plain`, only where it stands alone."""
+    """Return the available kernels, best first. `plain`, the slowest, is listed only if no other exists."""
     library = _LIBRARIES[device.type]
     names = [] if library is None else library.masked_attention_tiles(getattr(library, _DTYPES[dtype])).split()
     return [name for name in names if name != "plain"] or names
@@ -67,10 +65,10 @@ def masked_attention(
     first_BS: Tensor | None,
     tiles: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, H, S, d], and the logarithm of each query's sum of exponentials, fp32 [B, H, S].
+    """Return the output [B, H, S, d] and each query's log-sum-exp, fp32 [B, H, S].
 
     q_BHSd: [B, H, S, d], fp32 or bf16, on CUDA also fp16; k_BGSd, v_BGSd: [B, G, S, d]; mask_H: fp32 [H]; first_BS:
-    int32 [B, S]. tiles: one of `kernel_names`, empty for the best; the backward takes the same.
+    int32 [B, S]. tiles: one of `kernel_names`, empty for the best; the backward pass uses the same.
     """
     sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
     q, k, v = map(_readable, (q_BHSd, k_BGSd, v_BGSd))
@@ -117,7 +115,7 @@ def masked_attention_backward(
     lse: Tensor,
     tiles: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, in their shapes, and of the mask, fp32 [H] (empty where there is no mask)."""
+    """Return the gradients of q, k, v, in their shapes, and of the mask, fp32 [H] (empty without a mask)."""
     sizes = _sizes(q_BHSd, k_BGSd, v_BGSd, mask_H, first_BS)
     dout, q, k, v, out = map(_readable, (dout, q_BHSd, k_BGSd, v_BGSd, out))
     mask, first, lse = _contiguous(mask_H), _contiguous(first_BS), lse.contiguous()
@@ -166,7 +164,7 @@ def _(
 def _sizes(
     q: Tensor, k: Tensor, v: Tensor, mask_H: Tensor | None, first_BS: Tensor | None
 ) -> tuple[int, int, int, int, int]:
-    """Sequences, heads, groups, tokens, head size; ValueError where the shapes or dtypes do not fit."""
+    """Return sequences, heads, groups, tokens and head size; raise ValueError if shapes or dtypes do not fit."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"q, k, v must be [B, H, S, d], [B, G, S, d] twice, not {[list(x.shape) for x in (q, k, v)]}")
     batch, heads, tokens, head_dim = q.shape
@@ -182,13 +180,13 @@ def _sizes(
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """New memory for x's shape [B, H, S, d], laid out [S, B, H, d]."""
+    """Allocate x's shape [B, H, S, d], laid out as [S, B, H, d]."""
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty(tokens, batch, heads, head_dim).permute(1, 2, 0, 3)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x, copied where its last dimension is not contiguous."""
+    """Return x, copied if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -197,7 +195,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _bound(x: Tensor) -> tuple[int, int, int, int]:
-    """A tensor [B, H, S, d] as the kernels take it."""
+    """Return the address and strides of a tensor [B, H, S, d] for the kernels."""
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
 
 

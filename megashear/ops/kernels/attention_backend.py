@@ -1,11 +1,10 @@
-"""Which attention serves a shape on a GPU: one of the kernels or torch's, by the clock of that GPU.
+"""Select the attention backend of each shape on a GPU, a kernel or torch's, by measuring.
 
-All of them are computed on random numbers. A kernel whose results differ from torch's by more than roundings is left
-out with a warning; the rest are timed in turns, forward and backward with a mask's gradient, and the fastest serves
-that shape for the rest of the process. Training settles its shapes before the first step, by rank 0's clock for all
-ranks (`settle`), so that ranks and resumed runs round alike; any other shape is measured at its first call.
-MEGASHEAR_ATTENTION in the environment takes one form for all shapes. Read next: `attention.py`,
-`megashear/phases/attention_choice.py`.
+All backends are computed on random numbers. A kernel whose results differ from torch's by more than rounding is
+excluded with a warning. The others are timed in alternation, forward and backward with the gradient of a mask, and the
+process uses the fastest for that shape. Training sets its shapes before the first step from rank 0's times
+(`set_choice`), so that ranks and resumed runs round alike. Other shapes are measured at their first call.
+MEGASHEAR_ATTENTION forces one backend for all shapes.
 """
 
 import logging
@@ -28,26 +27,26 @@ from megashear.ops.kernels.attention import attention_serves, kernel_names, mask
 logger = logging.getLogger(__name__)
 
 ROUNDS = 5
-"""Times that each form is timed; medians are compared."""
+"""Timings of each backend; their medians are compared."""
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Largest relative distance (2-norms) between a kernel's results and torch's: about 5 roundings to bf16 or fp16, where
-each form rounds its probabilities, their gradients and its results; fp32 sums of some thousand terms."""
+"""Largest relative distance (2-norm) between a kernel's results and torch's: about 5 roundings to bf16 or fp16 of
+probabilities, their gradients and results, or fp32 sums of some thousand terms."""
 
 MEASURED = ("cuda",)
-"""Types of devices whose clock decides; on the CPU the machine and the dtype do."""
+"""Device types on which backends are measured; on the CPU the machine and the dtype decide."""
 
 REFERENCE = "reference"
-"""The name of torch's attention; the kernels have those of the library's `masked_attention_tiles`."""
+"""Name of torch's attention. The kernels' names come from the library's `masked_attention_tiles`."""
 
-WISHES = ("compiled", REFERENCE, "wgmma", "tensor_cores", "plain")
+FORCED_BACKENDS = ("compiled", REFERENCE, "wgmma", "tensor_cores", "plain")
 
 Form = Callable[[], list[Tensor]]
-"""Computes the output and the gradients of its inputs."""
+"""Computes the output and the gradients of the inputs."""
 
 
 class Shape(NamedTuple):
-    """What the choice depends on. Heads are no part of it: their number falls while a model is pruned."""
+    """Key of a choice. The number of heads is not included, because it falls while a model is pruned."""
 
     device: torch.device
     dtype: torch.dtype
@@ -63,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The sizes that a shape is measured with: sequences, query heads, groups, and whether heads have masks."""
+    """Sizes used to measure a shape: sequences, query heads, groups, and whether heads have masks."""
 
     batch: int
     heads: int
@@ -72,8 +71,12 @@ class Sample(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What serves, and why: milliseconds of each form that was timed, forward and backward (empty: not measured here),
-    and distances of the kernels' results from torch's.
+    """A selected backend and its evidence.
+
+    Attributes:
+        serves: Name of the backend.
+        milliseconds: Forward and backward time of each backend; empty if not measured in this process.
+        distances: Relative distance of each kernel's results from torch's.
     """
 
     serves: str
@@ -82,8 +85,8 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         times = [f"{milliseconds:.3f} ms by {name}" for name, milliseconds in self.milliseconds.items()]
-        left_out = [name for name in self.distances if name not in self.milliseconds]
-        wrong = [f"{name} is {self.distances[name]:.1e} off" for name in left_out]
+        excluded = [name for name in self.distances if name not in self.milliseconds]
+        wrong = [f"{name} is {self.distances[name]:.1e} off" for name in excluded]
         return ", ".join([self.serves, *times, *wrong])
 
 
@@ -91,27 +94,31 @@ _CHOICES: dict[Shape, Choice] = {}
 
 
 def forced() -> str | None:
-    """The form that MEGASHEAR_ATTENTION names: compiled (the best kernel), reference (torch's), or a kernel; None where
-    it is unset.
+    """Return the backend that MEGASHEAR_ATTENTION forces, None if it is unset.
 
-    A kernel that does not serve a shape or a GPU gives way to the best one that does. Raises ConfigError for another
-    value.
+    Values: compiled (the best kernel), reference (torch's), or the name of a kernel. A kernel that does not support a
+    shape or a GPU is replaced by the best one that does.
+
+    Raises:
+        ConfigError: If the value is unknown.
     """
-    wish = os.environ.get("MEGASHEAR_ATTENTION", "")
-    if wish not in ("", *WISHES):
-        raise ConfigError(f"MEGASHEAR_ATTENTION is {wish!r}: leave it unset, or set it to one of {', '.join(WISHES)}")
-    return wish or None
+    value = os.environ.get("MEGASHEAR_ATTENTION", "")
+    if value not in ("", *FORCED_BACKENDS):
+        raise ConfigError(
+            f"MEGASHEAR_ATTENTION is {value!r}: leave it unset, or set it to one of {', '.join(FORCED_BACKENDS)}"
+        )
+    return value or None
 
 
 def serving(q_BHSd: Tensor, k_BGSd: Tensor, head_mask_H: Tensor | None, first_BS: Tensor | None) -> str:
-    """The form for this call: the name of a kernel, `compiled` for the best one, or `reference`.
+    """Return the backend of a call: the name of a kernel, `compiled` for the best one, or `reference`.
 
-    By the environment, by what was settled or measured, or by measuring now. While a CUDA graph is captured or
-    torch.compile looks on, a shape that was not met before is not measured: torch's serves.
+    Taken from the environment, an earlier choice, or a measurement now. During the capture of a CUDA graph or under
+    torch.compile, a new shape is not measured and uses torch's attention.
     """
-    wish = forced()
-    if wish is not None:
-        return wish
+    name = forced()
+    if name is not None:
+        return name
     batch, heads, tokens, head_dim = q_BHSd.shape
     if q_BHSd.numel() == 0:
         return "compiled"
@@ -119,12 +126,12 @@ def serving(q_BHSd: Tensor, k_BGSd: Tensor, head_mask_H: Tensor | None, first_BS
     if shape not in _CHOICES:
         if torch.compiler.is_compiling() or (q_BHSd.is_cuda and torch.cuda.is_current_stream_capturing()):
             return REFERENCE
-        settle(shape, measure(shape, Sample(batch, heads, k_BGSd.shape[1], head_mask_H is not None)))
+        set_choice(shape, measure(shape, Sample(batch, heads, k_BGSd.shape[1], head_mask_H is not None)))
     return _CHOICES[shape].serves
 
 
 def is_measured(shape: Shape) -> bool:
-    """Whether a clock decides what serves a shape: on a GPU with kernels for it, and no wish in the environment."""
+    """Return whether the backend of a shape is measured: on a GPU with kernels for it, unless one is forced."""
     return (
         shape.device.type in MEASURED
         and forced() is None
@@ -132,35 +139,35 @@ def is_measured(shape: Shape) -> bool:
     )
 
 
-def settle(shape: Shape, choice: Choice) -> None:
-    """Have this process serve a shape so from here on; a kernel that this GPU lacks gives way to its best one."""
+def set_choice(shape: Shape, choice: Choice) -> None:
+    """Use a backend for a shape in this process. A kernel that this GPU lacks is replaced by the best one."""
     _CHOICES[shape] = choice
     logger.info("attention of %s: %s", shape, choice)
 
 
 def measure(shape: Shape, sample: Sample) -> Choice:
-    """Compare and time all forms. Under any mode of torch: it is done in a thread apart, where none is in force."""
-    with ThreadPoolExecutor(1) as apart:
-        return apart.submit(_measured, shape, sample).result()
+    """Compare and time all backends, in a separate thread so that torch modes of the caller do not apply."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(_measured, shape, sample).result()
 
 
 def _measured(shape: Shape, sample: Sample) -> Choice:
     if shape.device.type != "cuda":
         return choose(forms(shape, sample), LIMITS[shape.dtype])
     with torch.cuda.device(shape.device):
-        torch.cuda.synchronize()  # this thread has a stream of its own, and nothing else is to run beside what is timed
+        torch.cuda.synchronize()  # this thread has its own stream; nothing else may run during the timing
         return choose(forms(shape, sample), LIMITS[shape.dtype])
 
 
 def choices() -> list[str]:
-    """What was chosen so far in this process, one line a shape."""
+    """Return the choices of this process, one line per shape."""
     return [f"{shape}: {choice}" for shape, choice in _CHOICES.items()]
 
 
 def forms(shape: Shape, sample: Sample) -> dict[str, Form]:
-    """The kernels and torch's attention on equal random numbers, laid out as in a layer; torch's generators stay.
+    """Build the kernels and torch's attention on the same random numbers, laid out as in a layer.
 
-    Documents are four to a sequence, of different lengths.
+    Each sequence has four documents of different lengths. torch's default generators are not used.
     """
     generator = torch.Generator(shape.device).manual_seed(0)
 
@@ -191,30 +198,30 @@ def forms(shape: Shape, sample: Sample) -> dict[str, Form]:
 
 
 def choose(contenders: dict[str, Form], limit: float) -> Choice:
-    """Compare the results of all forms with `reference`, the last one, then the times of those that are right."""
+    """Compare the results of all backends with `reference`, then the times of the correct ones."""
     plain = contenders[REFERENCE]
-    theirs = plain()
-    device = theirs[0].device
+    expected = plain()
+    device = expected[0].device
     distances: dict[str, float] = {}
     for name, form in contenders.items():
         if name == REFERENCE:
             continue
-        distances[name] = max(_distance(a, b) for a, b in zip(form(), theirs, strict=True))
+        distances[name] = max(_distance(a, b) for a, b in zip(form(), expected, strict=True))
         if not distances[name] <= limit:
-            found = f"the kernel's results are {distances[name]:.1e} from torch's, more than {limit:.0e}"
-            warnings.warn(f"attention on {device} is not left to {name}: {found}", stacklevel=2)
-    del theirs
-    right = {name: form for name, form in contenders.items() if distances.get(name, 0.0) <= limit}
-    if len(right) == 1:
+            message = f"relative distance {distances[name]:.1e} from torch's results exceeds {limit:.0e}"
+            warnings.warn(f"attention on {device} does not use {name}: {message}", stacklevel=2)
+    del expected
+    correct = {name: form for name, form in contenders.items() if distances.get(name, 0.0) <= limit}
+    if len(correct) == 1:
         return Choice(REFERENCE, {}, distances)
-    rounds = [{name: _milliseconds(form, device) for name, form in right.items()} for _ in range(ROUNDS)]
-    medians = {name: statistics.median(times[name] for times in rounds) for name in right}
+    rounds = [{name: _milliseconds(form, device) for name, form in correct.items()} for _ in range(ROUNDS)]
+    medians = {name: statistics.median(times[name] for times in rounds) for name in correct}
     return Choice(min(medians, key=lambda name: medians[name]), medians, distances)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    found = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-    return math.inf if math.isnan(found) else found
+    distance = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+    return math.inf if math.isnan(distance) else distance
 
 
 def _milliseconds(form: Form, device: torch.device) -> float:

@@ -1,7 +1,6 @@
-"""The two terms of cross entropy as custom ops over csrc/cross_entropy: logits are never copied to a wider dtype.
+"""The two terms of cross entropy as custom ops over csrc/cross_entropy, without a copy of the logits in a wider dtype.
 
-The gradient is written over the logits where the caller says that nobody needs them any more, else over a copy.
-Read next: `../reference.py` (`cross_entropy_terms`), csrc/cross_entropy/cross_entropy.h.
+The gradient overwrites the logits if the caller permits it, otherwise a copy.
 """
 
 from typing import Any
@@ -16,7 +15,7 @@ from megashear.ops.kernels.library import address, dtype_code, launching
 def cross_entropy_terms(
     logits: Tensor, labels: Tensor, first: int, columns: int, overwrite: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials, and the label's logit, fp32 [..]. logits: [.., V], fp32 or bf16; labels: [..]."""
+    """Return log-sum-exp and the label's logit, fp32 [..]. logits: [.., V]; labels: int64 [..]."""
     logits, labels = logits.contiguous(), labels.contiguous()
     sizes = _sizes(logits, labels, columns)
     log_sum, label_logit = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(2))
@@ -44,7 +43,7 @@ def _(logits: Tensor, labels: Tensor, first: int, columns: int, overwrite: bool)
 def cross_entropy_gradient_(
     logits: Tensor, labels: Tensor, log_sum: Tensor, dlog_sum: Tensor, dlabel_logit: Tensor, first: int, columns: int
 ) -> None:
-    """Put their gradient in the place of contiguous logits; the gradients of both terms come as fp32 [..]."""
+    """Overwrite contiguous logits with their gradient. The gradients of both terms are fp32 [..]."""
     sizes = _sizes(logits, labels, columns)
     labels, dlog_sum, dlabel_logit = labels.contiguous(), dlog_sum.contiguous(), dlabel_logit.contiguous()
     with launching(logits) as (library, executor):
@@ -69,7 +68,7 @@ def _(
 
 
 def _sizes(logits: Tensor, labels: Tensor, columns: int) -> tuple[int, int, int]:
-    """Tokens, columns in memory and columns that count; ValueError where the shapes do not fit."""
+    """Return tokens, columns in memory and columns that count; raise ValueError if the shapes do not fit."""
     if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels must be [..] of logits [.., V], not {list(labels.shape)} and {list(logits.shape)}")
     if labels.dtype != torch.int64 or labels.device != logits.device:

@@ -1,7 +1,6 @@
-"""Mask noise, hard concrete samples and their slopes as custom ops over csrc/hard_concrete, one launch for all three.
+"""Mask noise, hard concrete samples and their slopes as custom ops over csrc/hard_concrete, in one launch.
 
-The slope dz/d log-alpha is made with the sample, so the backward pass is one product.
-Read next: `../reference.py` (`mask_noise`, `hard_concrete`), csrc/hard_concrete/hard_concrete.h.
+The forward pass also computes the slope dz/d log-alpha, so the backward pass is one product.
 """
 
 from typing import Any
@@ -13,7 +12,7 @@ from megashear.ops.kernels.library import address, launching
 
 
 def mask_noise(seed: int, step: int, micro_batch: int, granularity: int, units: int, device: torch.device) -> Tensor:
-    """Uniform noise, fp32 [units] on `device`: the bits of the reference. seed counts modulo 2^64."""
+    """Draw uniform noise, fp32 [units] on `device`, bit-identical to the reference. seed is taken modulo 2^64."""
     uniform = torch.empty(units, dtype=torch.float32, device=device)
     with launching(uniform) as (library, executor):
         library.hard_concrete_noise(seed % 2**64, step, micro_batch, granularity, address(uniform), units, executor)
@@ -22,7 +21,7 @@ def mask_noise(seed: int, step: int, micro_batch: int, granularity: int, units: 
 
 @torch.library.custom_op("megashear::hard_concrete", mutates_args=())
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample and slope of each unit for given noise. log_alpha, uniform: fp32 of one shape, and so are both results."""
+    """Return sample and slope of each unit for given noise, in the shape of log_alpha and uniform, all fp32."""
     if uniform.shape != log_alpha.shape or uniform.device != log_alpha.device or uniform.dtype != torch.float32:
         raise ValueError(f"uniform must be fp32 {list(log_alpha.shape)} on {log_alpha.device}, as log_alpha is")
     return _sample(log_alpha, uniform.contiguous(), 0, 0, 0, 0)
@@ -32,7 +31,7 @@ def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def sample_hard_concrete(
     log_alpha: Tensor, seed: int, step: int, micro_batch: int, granularity: int
 ) -> tuple[Tensor, Tensor]:
-    """Sample and slope of each unit, the noise drawn on the way. log_alpha: fp32; seed: signed 64 bits."""
+    """Draw noise and return sample and slope of each unit. log_alpha: fp32; seed: signed 64 bits."""
     return _sample(log_alpha, None, seed, step, micro_batch, granularity)
 
 

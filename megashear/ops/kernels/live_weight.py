@@ -1,7 +1,4 @@
-"""Gathering live weights, and adding their gradients, as custom ops over csrc/live_weight.
-
-Read next: `../reference.py` (`live_gather`, `live_add`), `model/live_linear.py` (the product that uses both).
-"""
+"""Gather live weights and add their gradients, as custom ops over csrc/live_weight."""
 
 import torch
 from torch import Tensor
@@ -11,7 +8,7 @@ from megashear.ops.kernels.library import address, dtype_code, launching
 
 @torch.library.custom_op("megashear::live_gather", mutates_args=())
 def live_gather(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """weight[rows][:, columns], contiguous. weight: [R, C] of 2 or 4 bytes an element; indices: int64, ascending."""
+    """Return weight[rows][:, columns]. weight: [R, C] of 2 or 4 bytes per element; indices: int64, ascending."""
     counts = _check(weight, rows, columns)
     live = weight.new_empty(counts)
     with launching(weight) as (library, executor):
@@ -35,7 +32,7 @@ def _(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("megashear::live_add", mutates_args=("total",))
 def live_add(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor) -> None:
-    """total[rows][:, columns] += dlive, in place. total: fp32 [R, C]; dlive: [rows, columns] of any kernel's dtype."""
+    """Compute total[rows][:, columns] += dlive in place. total: fp32 [R, C]; dlive: [rows, columns]."""
     counts = _check(total, rows, columns)
     if total.dtype != torch.float32 or dlive.shape != counts:
         raise ValueError(f"dlive must be {list(counts)} and total fp32, not {list(dlive.shape)}, {total.dtype}")
@@ -59,7 +56,7 @@ def _(total: Tensor, rows: Tensor | None, columns: Tensor | None, dlive: Tensor)
 
 
 def _check(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[int, int]:
-    """Live rows and columns; ValueError where the matrix or an index is not as kernels take it."""
+    """Return the numbers of live rows and columns; raise ValueError if the matrix or an index does not fit."""
     if matrix.dim() != 2 or not matrix.is_contiguous():
         raise ValueError(f"the weight must be a contiguous matrix, not {list(matrix.shape)}")
     for index in (rows, columns):

@@ -1,8 +1,7 @@
-"""Masked RMSNorm, alone or after adding a masked branch to the residual, as custom ops over csrc/masked_rms_norm.
+"""Masked RMSNorm, optionally after adding a masked branch to the residual, as custom ops over csrc/masked_rms_norm.
 
-The forward leaves 1 / rms of each token for the backward, which both ops share. Tables of column sums, added in a fixed
-order, give the gradients of weight and masks.
-Read next: `../reference.py` (`rms_norm`, `add_rms_norm`), csrc/masked_rms_norm/masked_rms_norm.h.
+The forward pass saves 1 / rms of each token for the backward pass, which both ops share. The gradients of weight and
+masks are column sums of a table, added in a fixed order.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from megashear.ops.kernels.library import address, check_vector, dtype_code, lau
 
 @torch.library.custom_op("megashear::masked_rms_norm", mutates_args=())
 def masked_rms_norm(x: Tensor, weight_D: Tensor, mask_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of x: [.., D], fp32, bf16 or fp16, and 1 / rms of each token, fp32 [..]. weight_D, mask_D: fp32 [D]."""
+    """Return the norm of x [.., D] (fp32, bf16, fp16) and 1 / rms per token, fp32 [..]. weight_D, mask_D: fp32 [D]."""
     _, out, r = _forward(x, None, None, weight_D, mask_D, eps)
     return out, r
 
@@ -24,7 +23,7 @@ def masked_rms_norm(x: Tensor, weight_D: Tensor, mask_D: Tensor | None, eps: flo
 def add_rms_norm(
     x: Tensor, branch: Tensor, branch_mask_D: Tensor | None, weight_D: Tensor, mask_D: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch * branch_mask, the norm of that, and 1 / rms of each token. branch: x's shape and dtype."""
+    """Return x + branch * branch_mask, its norm, and 1 / rms of each token. branch: x's shape and dtype."""
     if branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device:
         raise ValueError(f"the branch must be {x.dtype} {list(x.shape)} on {x.device}, as the residual is")
     return _forward(x, branch, branch_mask_D, weight_D, mask_D, eps)
@@ -38,7 +37,7 @@ def _forward(
     mask_D: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum (empty without a branch), norm, and 1 / rms."""
+    """Return sum (empty without a branch), norm, and 1 / rms."""
     tokens, hidden = _sizes(x, branch_mask_D, weight_D, mask_D)
     x, branch = rows(x), None if branch is None else rows(branch)
     branch_mask_D, weight_D, mask_D = _contiguous(branch_mask_D), weight_D.contiguous(), _contiguous(mask_D)
@@ -86,10 +85,10 @@ def masked_rms_norm_backward(
     mask_D: Tensor | None,
     r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, weight, mask and branch mask; x is what was normed, dtotal the gradient it has besides.
+    """Return the gradients of x, branch, weight, mask and branch mask.
 
-    Those of branch and branch mask are empty where there is no branch mask (the branch's is then x's), that of the mask
-    where there is no mask. Vectors are fp32 [D].
+    x is the input of the norm, dtotal its other gradient. Without a branch mask the gradients of branch and branch mask
+    are empty (the branch's equals that of x); without a mask that of the mask is empty. Vectors are fp32 [D].
     """
     tokens, hidden = _sizes(x, branch_mask_D, weight_D, mask_D)
     dout, x = rows(dout), rows(x)
@@ -138,7 +137,7 @@ def _(
 def _gradients(
     x: Tensor, branch: Tensor | None, branch_mask_D: Tensor | None, weight_D: Tensor, mask_D: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what the backward pass returns."""
+    """Allocate the results of the backward pass."""
     return (
         x.new_empty(x.shape),
         x.new_empty(0 if branch is None else x.shape),
@@ -149,7 +148,7 @@ def _gradients(
 
 
 def _sizes(x: Tensor, branch_mask_D: Tensor | None, weight_D: Tensor, mask_D: Tensor | None) -> tuple[int, int]:
-    """Tokens and hidden dimensions; ValueError where the shapes do not fit."""
+    """Return tokens and hidden dimensions; raise ValueError if the shapes do not fit."""
     if x.dim() == 0:
         raise ValueError("x must have a hidden dimension")
     check_vector("the norm's weight", weight_D, x.shape[-1], x.device)

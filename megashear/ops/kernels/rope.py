@@ -1,8 +1,7 @@
-"""Split of the fused QKV product and RoPE as one custom op over csrc/rope: one pass forward, one pass backward.
+"""Split of the fused QKV product and RoPE as one custom op over csrc/rope, one pass forward and one backward.
 
-The values are copied rather than left as a view of the product: so the product's memory is free once it is split, where
-a view would keep all of it alive for the third of it that attention saves.
-Read next: `../reference.py` (`rope_qkv`), csrc/rope/rope.h.
+The values are copied so that the product's memory is freed after the split. A view would keep all of it alive for the
+third that attention saves.
 """
 
 from typing import Any
@@ -15,7 +14,7 @@ from megashear.ops.kernels.library import dtype_code, launching
 
 @torch.library.custom_op("megashear::rope_qkv", mutates_args=())
 def rope_qkv(qkv_SBR: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned queries, turned keys and values: [S, B, heads, d], contiguous. cos, sin: fp32 [positions, d / 2]."""
+    """Return rotated queries and keys, and values, [S, B, heads, d]. cos, sin: fp32 [positions, d / 2]."""
     sizes = _sizes(qkv_SBR, groups, queries, cos, sin)
     positions, batch, _, _, half = sizes
     fused = _heads(qkv_SBR.unflatten(2, (groups * (queries + 2), 2 * half)))
@@ -46,7 +45,7 @@ def _(qkv_SBR: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor) -> t
 
 @torch.library.custom_op("megashear::rope_qkv_backward", mutates_args=())
 def rope_qkv_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradient of the product, [S, B, R], from those of its parts, [S, B, heads, d]."""
+    """Return the gradient of the product [S, B, R] from those of its parts [S, B, heads, d]."""
     positions, batch, groups, width = dk.shape
     queries = dq.shape[2] // groups if groups else 0
     sizes = (positions, batch, groups, queries, width // 2)
@@ -74,7 +73,7 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _sizes(qkv_SBR: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor) -> tuple[int, int, int, int, int]:
-    """Positions, sequences, groups, queries per group and half the head size; ValueError where they do not fit."""
+    """Return positions, sequences, groups, queries per group and half the head size; raise ValueError if unfit."""
     if cos.dim() != 2 or sin.shape != cos.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise ValueError(f"cos and sin must be fp32 [positions, head_dim / 2], not {cos.dtype} {list(cos.shape)}")
     half = cos.shape[1]
@@ -88,7 +87,7 @@ def _sizes(qkv_SBR: Tensor, groups: int, queries: int, cos: Tensor, sin: Tensor)
 
 
 def _heads(x_SBHd: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a contiguous copy."""
+    """Return x if its last dimension is contiguous, else a contiguous copy."""
     return x_SBHd if x_SBHd.stride(-1) == 1 else x_SBHd.contiguous()
 
 

@@ -1,7 +1,6 @@
-"""Masked SwiGLU as a custom op over csrc/masked_swiglu: gate and up as one matrix, their gradient as one buffer.
+"""Masked SwiGLU as a custom op over csrc/masked_swiglu. Gate and up are one matrix, and so is their gradient.
 
 The mask's gradient is summed over tokens in a fixed order, so equal inputs give equal bits on any number of threads.
-Read next: `../reference.py` (`swiglu`), csrc/masked_swiglu/masked_swiglu.h.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ from megashear.ops.kernels.library import address, check_vector, dtype_code, lau
 
 @torch.library.custom_op("megashear::masked_swiglu", mutates_args=())
 def masked_swiglu(gate_up: Tensor, mask_F: Tensor | None) -> Tensor:
-    """silu(gate) * up * mask. gate_up: [.., 2F], fp32, bf16 or fp16; mask_F: fp32 [F] or None. Returns [.., F]."""
+    """Return silu(gate) * up * mask, [.., F]. gate_up: [.., 2F] of fp32, bf16 or fp16; mask_F: fp32 [F] or None."""
     tokens, features = _sizes(gate_up, mask_F)
     gate_up, mask_F = rows(gate_up), _contiguous(mask_F)
     out = gate_up.new_empty(*gate_up.shape[:-1], features)
@@ -32,7 +31,7 @@ def _(gate_up: Tensor, mask_F: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("megashear::masked_swiglu_backward", mutates_args=())
 def masked_swiglu_backward(dout: Tensor, gate_up: Tensor, mask_F: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_up, in its shape, and of the mask, fp32 [F] (empty where there is no mask). dout: [.., F]."""
+    """Return the gradients of gate_up and of the mask, fp32 [F] (empty without a mask). dout: [.., F]."""
     tokens, features = _sizes(gate_up, mask_F)
     dout, gate_up, mask_F = rows(dout), rows(gate_up), _contiguous(mask_F)
     dgate_up = gate_up.new_empty(gate_up.shape)
@@ -62,7 +61,7 @@ def _(dout: Tensor, gate_up: Tensor, mask_F: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _sizes(gate_up: Tensor, mask_F: Tensor | None) -> tuple[int, int]:
-    """Tokens and features; ValueError where the shapes do not fit."""
+    """Return tokens and features; raise ValueError if the shapes do not fit."""
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [.., 2F], not {list(gate_up.shape)}")
     features = gate_up.shape[-1] // 2
