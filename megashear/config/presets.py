@@ -163,14 +163,14 @@ PAPER: dict[str, Any] = {
     "basis": "source",
     "importance": {"criterion": None, "layer_criterion": None, "spread": 5.0, "batches": 16},
     "refit": None,  # one-shot pruning only
-    "distillation": {"weight": 0.0, "temperature": 1.0, "until": "end", "chunk": 256},
+    "distillation": {"weight": 0.0, "temperature": 1.0, "stop_when": "end", "chunk": 256},
     "constraint": "lagrangian",
     "mask_learning_rate": 1.0,
     "lambda_learning_rate": 1.0,
     "sparsity_warmup_steps": 640,
-    "closing": None,
+    "granularity_order": None,
     "sharpening": 1.0,
-    "settle_steps": 0,
+    "freeze_steps": 0,
     # the published code has no grouped queries, so "group" is a head
     "granularities": ["hidden", "group", "intermediate", "layer"],
     "log_alpha_init": 5.0,

@@ -99,13 +99,13 @@ def sparsity_warmup_length(prune: PruneConfig) -> int:
         return prune.sparsity_warmup_steps
     steps = prune.batch.steps
     share = PROJECTED_WARMUP_SHARE if prune.constraint == "projected" else LAGRANGIAN_WARMUP_SHARE
-    return min(int(steps * share), steps - (prune.settle_steps or 0))
+    return min(int(steps * share), steps - (prune.freeze_steps or 0))
 
 
 def frozen_steps(prune: PruneConfig) -> int:
     """Return the final steps with frozen masks; by default at least 1, at most those after the sparsity warm-up."""
-    if prune.settle_steps is not None:
-        return prune.settle_steps
+    if prune.freeze_steps is not None:
+        return prune.freeze_steps
     steps = prune.batch.steps
     return min(max(1, int(steps * FROZEN_SHARE)), steps - (prune.sparsity_warmup_steps or 0))
 

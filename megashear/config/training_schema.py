@@ -69,11 +69,11 @@ class DistillationConfig:
         "tokens per rank whose logits are held in fp32 at a time; affects memory, and results only by rounding",
         low=1,
     )
-    until: str = key(
-        "outgrown",
-        "when distillation stops: outgrown (the student's loss over 8 steps is at most the teacher's; in pruning, only "
-        "after sparsities reach half their targets), or end (at the end of the phase)",
-        ("outgrown", "end"),
+    stop_when: str = key(
+        "student_better",
+        "when distillation stops: student_better (the student's loss over 8 steps is at most the teacher's; in pruning "
+        "only after sparsities reach half their targets), or end (at the end of the phase)",
+        ("student_better", "end"),
     )
 
 
@@ -157,7 +157,7 @@ class PruneConfig:
         "`lagrangian`, at most those before masks are frozen",
         low=0,
     )
-    closing: list[str] | None = key(
+    granularity_order: list[str] | None = key(
         None,
         "order in which granularities are pruned one after another, in equal parts of the sparsity warm-up; unlisted "
         "ones come last; null: all at the same time",
@@ -169,7 +169,7 @@ class PruneConfig:
         "stay between 0 and 1; 1: no scaling, as published",
         low=1,
     )
-    settle_steps: int | None = key(
+    freeze_steps: int | None = key(
         None,
         "final steps of the phase with frozen masks, exactly 0 or 1 at the target shape; 0: never frozen, as "
         "published; null: 10 % of the steps, at least 1, at most those after the sparsity warm-up",

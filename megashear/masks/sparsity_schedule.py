@@ -62,11 +62,11 @@ class SparsitySchedule:
     def targets(self, step: int) -> dict[str, float]:
         """Scheduled target sparsity by granularity at a step (from 0).
 
-        All grow together over the warm-up, or one after another in the order of `prune.closing`, each over an equal
-        part of it; what `closing` leaves out comes last, in the order of the specs, and what keeps all of its units has
+        All grow together over the warm-up, or one after another in the order of `prune.granularity_order`, each over
+        an equal part of it. Unlisted granularities come last, in the order of the specs; those that keep all units have
         no part.
         """
-        order = self.config.closing
+        order = self.config.granularity_order
         if order is None:
             return {s.name: scheduled_target(s.target_sparsity, step, self.warmup_steps) for s in self.specs}
         names = [s.name for s in self.specs if s.zeros_per_row]

@@ -197,7 +197,7 @@ def identity(config: Config) -> dict[str, Any]:
         functools.reduce(dict.__getitem__, sections, own).pop(free)
     for taught in (own["prune"]["distillation"], own["pretrain"]["distillation"]):
         if taught["weight"] == 0:  # no teacher, so nothing that these could change
-            del taught["temperature"], taught["until"]
+            del taught["temperature"], taught["stop_when"]
     return own
 
 

@@ -87,17 +87,21 @@ def distillation_problems(config: Config, phase: str) -> list[str]:
 def schedule_length_problems(prune: PruneConfig) -> list[str]:
     """Mask schedules that do not fit into the steps, and a granularity that closes twice."""
     problems, steps = [], prune.batch.steps
-    sparsity, settled, closing = prune.sparsity_warmup_steps or 0, prune.settle_steps or 0, prune.closing or []
+    sparsity, settled, closing = (
+        prune.sparsity_warmup_steps or 0,
+        prune.freeze_steps or 0,
+        prune.granularity_order or [],
+    )
     if sparsity >= steps:
         problems.append(
             f"prune.sparsity_warmup_steps: {sparsity} of {steps} steps leaves none at the full target; "
             "use fewer, or null"
         )
     elif settled >= steps:
-        problems.append(f"prune.settle_steps: {settled} of {steps} steps leaves none to learn in; use fewer, or null")
+        problems.append(f"prune.freeze_steps: {settled} of {steps} steps leaves none to learn in; use fewer, or null")
     elif settled and sparsity + settled > steps:
         problems.append(
-            f"prune.settle_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
+            f"prune.freeze_steps: {settled} and a sparsity warm-up of {sparsity} are more than {steps} steps: masks "
             f"would be fixed before they are at their target; use at most {steps - sparsity}, or null"
         )
     elif frozen_steps(prune) >= steps and prune.importance.criterion is None:
@@ -107,5 +111,5 @@ def schedule_length_problems(prune: PruneConfig) -> list[str]:
         )
     twice = sorted({name for name in closing if closing.count(name) > 1})
     if twice:
-        problems.append(f"prune.closing: {', '.join(twice)} more than once; name each granularity once")
+        problems.append(f"prune.granularity_order: {', '.join(twice)} more than once; name each granularity once")
     return problems

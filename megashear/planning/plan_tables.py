@@ -43,7 +43,7 @@ def render(config: Config, report: Report) -> str:
     if phases:
         parts.append(phase_table(phases, learning_rates(config, report), config.data.sequence_length))
     if teachers := distillation_rows(config, report):
-        header = ["", "share of the loss", "temperature", "until", "FLOPs/token", "of the teacher", "as a share"]
+        header = ["", "share of the loss", "temperature", "stop when", "FLOPs/token", "of the teacher", "as a share"]
         parts.append(table("Teachers (FLOPs of training a token, and of the teacher's forward)", header, teachers))
     if rows := calibration_rows(config, report):
         parts.append(table("Calibration before pruning", ["", ""], rows))
@@ -92,7 +92,7 @@ def distillation_rows(config: Config, report: Report) -> list[list[str]]:
         student = report.target if name == "pretrain" and report.target is not None else report.source
         length = config.data.sequence_length
         own, extra = student.flops_per_token(length), teacher_flops_per_token(report.source, length)
-        shares = [f"{how.weight:g}", f"{how.temperature:g}", how.until]
+        shares = [f"{how.weight:g}", f"{how.temperature:g}", how.stop_when]
         rows.append([name, *shares, count(own), count(extra), f"{extra / own:.0%}"])
     return rows
 

@@ -21,15 +21,15 @@ PROJECTED = (*MULTIPLIERS, "log_alpha_init", "log_alpha_limit")
 """Keys of `prune` that are not read where expected sparsities are projected."""
 ONE_SHOT = (
     *PROJECTED,
-    "closing",
-    "settle_steps",
+    "granularity_order",
+    "freeze_steps",
     "sparsity_warmup_steps",
     "mask_learning_rate",
     "sharpening",
     "importance.spread",
     "distillation.temperature",
     "distillation.chunk",
-    "distillation.until",
+    "distillation.stop_when",
     "clip",
     "live_units",
     "batch.steps",
@@ -67,7 +67,7 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
             for key in changed(prune, ("log_alpha_init",))
         ]
     sizes = granularity_sizes(source, target)
-    for key, names in (("closing", prune.closing), ("granularities", prune.granularities)):
+    for key, names in (("granularity_order", prune.granularity_order), ("granularities", prune.granularities)):
         if key == "granularities" and (prune.constraint != "projected" or names == PAPER["granularities"]):
             continue  # multipliers close some of what stays; the published list is as good as unset
         stay = [name for name in names or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
@@ -114,7 +114,7 @@ def distillation_warnings(config: Config, source: ModelShape | None, target: Mod
             continue
         said += [
             f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
-            for key in ("temperature", "chunk", "until")
+            for key in ("temperature", "chunk", "stop_when")
             if getattr(phase.distillation, key) not in (plain[key], published[key])
         ]
     weight, phases = config.pretrain.distillation.weight, config.run.phases
@@ -122,8 +122,8 @@ def distillation_warnings(config: Config, source: ModelShape | None, target: Mod
         return said
     comes = (
         "holds it there at the cost of its forward passes; set it to 0"
-        if config.pretrain.distillation.until == "end"
-        else "goes after the first steps, being outgrown: it changes next to nothing"
+        if config.pretrain.distillation.stop_when == "end"
+        else "stops after the first steps, once the student is better: it changes next to nothing"
     )
     return [
         *said,

@@ -121,7 +121,7 @@ class DistillationStop(Callback):
     def after_step(self, phase: Phase, result: StepResult) -> None:
         """Compare, and stop distillation if the student is no worse."""
         teacher, masks, counters = phase.stepper.teacher, phase.stepper.masks, phase.counters
-        if teacher is None or teacher.how.until == "end" or result.teacher_loss is None or result.skipped:
+        if teacher is None or teacher.how.stop_when == "end" or result.teacher_loss is None or result.skipped:
             return
         counters.loss_gaps = [*counters.loss_gaps, result.loss - result.teacher_loss][-WINDOW_STEPS:]
         gap = sum(counters.loss_gaps) / WINDOW_STEPS

@@ -58,5 +58,5 @@ def poisoned_run(file: str) -> dict[str, Any]:
 
     with world_kept(), patch.object(loop, "train_step", train_step), patch.object(step, "_mean_loss", mean_loss):
         # masks that settle by schedule would move in a skipped step too
-        finish(load_config(Path(file), ["run.phases=[prune]", "prune.batch.steps=6", "prune.settle_steps=0"]))
+        finish(load_config(Path(file), ["run.phases=[prune]", "prune.batch.steps=6", "prune.freeze_steps=0"]))
     return {"ranks": [list(one) for one in zip(*ranks, strict=True)], "skipped": skipped}

@@ -16,7 +16,7 @@ LIMIT = 4.605170185988092
 
 def published_config(**keys) -> PruneConfig:
     """The published constraint with the given keys; nothing sharpens and nothing settles."""
-    plain = {"basis": "source", "constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0, "lambda1_cap": None}
+    plain = {"basis": "source", "constraint": "lagrangian", "sharpening": 1.0, "freeze_steps": 0, "lambda1_cap": None}
     return PruneConfig(**plain | keys)
 
 

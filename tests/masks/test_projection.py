@@ -28,7 +28,7 @@ def test_any_row_meets_any_target_and_keeps_its_differences(rows, units, sparsit
 
 
 def state(source, target, **keys):
-    chosen = {"constraint": "projected", "sparsity_warmup_steps": 20, "settle_steps": 10, "sharpening": 1.0} | keys
+    chosen = {"constraint": "projected", "sparsity_warmup_steps": 20, "freeze_steps": 10, "sharpening": 1.0} | keys
     config = PruneConfig(batch=BatchConfig(steps=40), **chosen)
     return MaskState(source, target, config, seed=3)
 
@@ -110,7 +110,9 @@ def test_a_skipped_step_does_not_keep_masks_from_settling(source, target):
 def test_what_the_target_keeps_stays_open(source):
     """A granularity that is named but loses nothing is never closed; one that loses little never closes more."""
     target = dataclasses.replace(source, intermediate_size=95, hidden_size=60)
-    masks = state(source, target, granularities=["hidden", "group", "intermediate", "layer"], closing=["layer"])
+    masks = state(
+        source, target, granularities=["hidden", "group", "intermediate", "layer"], granularity_order=["layer"]
+    )
     assert masks.closing.targets(10)["hidden"] == pytest.approx(masks.specs[0].target_sparsity)
     walk(masks, range(29))
     for step in range(40):

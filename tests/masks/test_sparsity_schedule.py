@@ -15,12 +15,12 @@ def specs(source, target):
 
 
 def closing(specs, **keys):
-    published = {"constraint": "lagrangian", "sharpening": 1.0, "settle_steps": 0}
+    published = {"constraint": "lagrangian", "sharpening": 1.0, "freeze_steps": 0}
     return SparsitySchedule(PruneConfig(batch=BatchConfig(steps=100), **(published | keys)), specs)
 
 
 def test_lengths_follow_the_number_of_steps(specs):
-    published, ours = closing(specs), closing(specs, constraint="projected", settle_steps=None)
+    published, ours = closing(specs), closing(specs, constraint="projected", freeze_steps=None)
     assert (published.warmup_steps, published.freeze_step) == (20, 100)
     assert (ours.warmup_steps, ours.freeze_step) == (50, 90)
     assert not any(published.settled(step) for step in range(101))
@@ -35,10 +35,10 @@ def test_lengths_follow_the_number_of_steps(specs):
 
 def test_what_is_left_open_gives_way_to_what_is_set(specs):
     """Masks never settle before their targets are reached: 90 settled steps of 100 leave 10 to close in, and so on."""
-    ours = {"constraint": "projected", "settle_steps": None}
-    assert closing(specs, **ours | {"settle_steps": 90}).warmup_steps == 10
+    ours = {"constraint": "projected", "freeze_steps": None}
+    assert closing(specs, **ours | {"freeze_steps": 90}).warmup_steps == 10
     assert closing(specs, **ours, sparsity_warmup_steps=95).freeze_step == 95
-    for keys in ({"settle_steps": 90}, {"sparsity_warmup_steps": 95}):
+    for keys in ({"freeze_steps": 90}, {"sparsity_warmup_steps": 95}):
         schedule = closing(specs, **ours | keys)
         full = {s.name: s.target_sparsity for s in specs}
         assert schedule.targets(schedule.freeze_step) == pytest.approx(full)
@@ -53,7 +53,7 @@ def test_granularities_close_together_by_default(specs):
 def test_granularities_close_one_after_another_in_the_order_asked_for(specs):
     names = [s.name for s in specs]
     assert names == ["hidden", "group", "intermediate", "layer"]
-    schedule = closing(specs, sparsity_warmup_steps=40, closing=["layer", "group"])
+    schedule = closing(specs, sparsity_warmup_steps=40, granularity_order=["layer", "group"])
     shares = {s.name: [schedule.targets(step)[s.name] / s.target_sparsity for step in range(0, 50, 5)] for s in specs}
     assert shares["layer"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1])
     assert shares["group"] == pytest.approx([0, 0, 0, 0.5, 1, 1, 1, 1, 1, 1])
@@ -62,7 +62,7 @@ def test_granularities_close_one_after_another_in_the_order_asked_for(specs):
 
 
 def test_sharpening_multiplies_up_until_masks_settle(specs):
-    schedule = closing(specs, sharpening=10.0, settle_steps=20)
+    schedule = closing(specs, sharpening=10.0, freeze_steps=20)
     assert schedule.sharpening_factor() ** 80 == pytest.approx(10.0)
     assert closing(specs).sharpening_factor() == 1.0
 

@@ -89,7 +89,7 @@ def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskSt
         constraint="lagrangian",
         sparsity_warmup_steps=4,
         sharpening=1.0,
-        settle_steps=0,
+        freeze_steps=0,
     )
     masks = MaskState(source, target, prune, seed=7, device=layout.device)
     with torch.no_grad():

@@ -27,7 +27,7 @@ from megashear.train.training_phase import Counters
 TAUGHT = [
     *("prune.distillation.weight=0.5", "prune.distillation.temperature=2", "prune.distillation.chunk=23"),
     *("pretrain.distillation.weight=0.75", "prune.batch.steps=5", "pretrain.batch.steps=4"),
-    *("prune.distillation.until=end", "pretrain.distillation.until=end"),
+    *("prune.distillation.stop_when=end", "pretrain.distillation.stop_when=end"),
 ]
 PHASES = ("prune", "pretrain")
 MADE, WHOLE = ["prune", "finalize"], ["prune", "finalize", "pretrain"]
@@ -165,16 +165,16 @@ def test_in_pruning_it_stays_until_masks_have_half_of_their_targets(tiny: Tiny, 
 def test_what_sends_nobody_away(capsys: pytest.CaptureFixture[str]) -> None:
     """Fewer steps than are asked, a skipped step, the last step; otherwise a loss that is not above the teacher's."""
     for behind, step, skipped, until, goes in [
-        ([0.0] * 6, 7, False, "outgrown", 0),
-        ([0.0] * 7, 9, False, "outgrown", 0),
-        ([0.0] * 7, 8, True, "outgrown", 0),
+        ([0.0] * 6, 7, False, "student_better", 0),
+        ([0.0] * 7, 9, False, "student_better", 0),
+        ([0.0] * 7, 8, True, "student_better", 0),
         ([0.0] * 7, 8, False, "end", 0),
-        ([0.1, *[0.0] * 6], 8, False, "outgrown", 0),
-        ([9.0, *[0.0] * 7], 8, False, "outgrown", 1),
+        ([0.1, *[0.0] * 6], 8, False, "student_better", 0),
+        ([9.0, *[0.0] * 7], 8, False, "student_better", 1),
     ]:
         phase = MagicMock(counters=Counters(step=step, loss_gaps=behind), batch=BatchConfig(steps=9))
         phase.stepper.teacher.how, phase.stepper.masks, phase.name = (
-            DistillationPlan(weight=0.5, until=until),
+            DistillationPlan(weight=0.5, stop_when=until),
             None,
             "pretrain",
         )

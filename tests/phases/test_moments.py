@@ -29,7 +29,7 @@ def phase(steps: int) -> dict:
 
 def run(tiny: Tiny, folder: Path, prune_steps: int, phases: list[str], kept: str = "pruned", *overrides: str) -> list:
     """Losses of every training step; masks settle after step 5 whatever the number of steps."""
-    prune = SETTLING | {"batch": phase(prune_steps), "settle_steps": prune_steps - 5}
+    prune = SETTLING | {"batch": phase(prune_steps), "freeze_steps": prune_steps - 5}
     pretrain = {"batch": phase(6), "optimizer": STEADY, "moments": kept}
     weights = {"library": 0.5, "command": 0.25, "help": 0.25}
     sections = {
@@ -58,7 +58,7 @@ def test_moments_wait_for_a_pre_training_that_is_broken_off(tiny: Tiny, tmp_path
         tmp_path / "broken",
         run={"seed": 3, "phases": ["prune", "finalize", "pretrain"]},
         mixture={"rule": "static", "initial_weights": {"library": 0.5, "command": 0.25, "help": 0.25}},
-        prune=SETTLING | {"batch": phase(8), "settle_steps": 3},
+        prune=SETTLING | {"batch": phase(8), "freeze_steps": 3},
         pretrain={"batch": phase(6), "optimizer": STEADY},
     )
     assert break_off(file, ("pretrain", 2))
@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_before_they_went_lets_them_go(
 
 @pytest.mark.parametrize("settle", [0, 3])
 def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path, settle: int) -> None:
-    prune = SETTLING | {"batch": phase(8), "settle_steps": settle}
+    prune = SETTLING | {"batch": phase(8), "freeze_steps": settle}
     finish(tiny.config(tmp_path / "run", run={"seed": 3, "phases": ["prune", "finalize"]}, prune=prune))
     assert not (tmp_path / "run" / moments.FOLDER).exists(), "not settled, or nothing goes on"
 
@@ -95,7 +95,7 @@ def test_masks_that_have_not_settled_hand_nothing_on(tiny: Tiny, tmp_path: Path,
 def test_a_fresh_start_is_told_where_moments_would_have_been_handed_on(
     tiny: Tiny, tmp_path: Path, settle: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prune = SETTLING | {"batch": phase(8), "settle_steps": settle}
+    prune = SETTLING | {"batch": phase(8), "freeze_steps": settle}
     for phases in (["prune", "finalize"], ["pretrain"]):
         finish(tiny.config(tmp_path / "run", run={"seed": 3, "phases": phases}, prune=prune))
     assert ("Adam starts fresh: run.phases did not name pretrain" in caplog.text) == bool(settle)

@@ -161,7 +161,7 @@ def test_scores_that_are_gone_or_others_are_refused(tiny: Tiny, tmp_path: Path, 
 def test_learned_masks_start_from_scores(tiny: Tiny, tmp_path: Path) -> None:
     keys = ["prune.importance.criterion=taylor_mask", "prune.importance.batches=2", "run.phases=[prune]"]
     keys += ["prune.importance.spread=4", "prune.mask_learning_rate=0", "prune.optimizer.warmup_steps=0"]
-    config = tiny.config(tmp_path / "run", *keys, "prune.batch.steps=1", "prune.settle_steps=0")
+    config = tiny.config(tmp_path / "run", *keys, "prune.batch.steps=1", "prune.freeze_steps=0")
     finish(config)
     scores = load_scores(tmp_path / "run/importance.safetensors")[0]
     masks = load_file(tmp_path / "run/prune/step-00000001/masks.safetensors")

@@ -152,9 +152,13 @@ def test_every_one_of_forty_steps_of_both_phases(tiny: Tiny, tmp_path: Path, pre
 @pytest.mark.parametrize(
     ("then", "now", "changed"),
     [
-        (["weight=0"], ["until=end"], ["temperature: unset -> 1.0", "until: unset -> end", "weight: 0.0 -> None"]),
-        (["weight=0.5"], ["weight=0.5", "until=end"], ["until: outgrown -> end"]),
-        (["weight=0"], ["weight=0", "until=end", "temperature=3"], []),  # without a teacher they change nothing
+        (
+            ["weight=0"],
+            ["stop_when=end"],
+            ["temperature: unset -> 1.0", "stop_when: unset -> end", "weight: 0.0 -> None"],
+        ),
+        (["weight=0.5"], ["weight=0.5", "stop_when=end"], ["stop_when: student_better -> end"]),
+        (["weight=0"], ["weight=0", "stop_when=end", "temperature=3"], []),  # without a teacher they change nothing
     ],
     ids=["a teacher is added", "it stays longer", "no teacher"],
 )

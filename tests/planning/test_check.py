@@ -284,8 +284,8 @@ def test_a_teacher_is_counted(tmp_path: Path) -> None:
 
 def test_a_model_that_would_teach_itself_is_said(tmp_path):
     weight = "pretrain.distillation.weight=0.5"
-    for until, consequence in (("end", "holds it there"), ("outgrown", "it changes next to nothing")):
-        keys = [weight, "run.phases=[pretrain]", "target=null", f"pretrain.distillation.until={until}"]
+    for until, consequence in (("end", "holds it there"), ("student_better", "it changes next to nothing")):
+        keys = [weight, "run.phases=[pretrain]", "target=null", f"pretrain.distillation.stop_when={until}"]
         said = examine(config(tmp_path, *keys), None, None).warnings
         assert [text for text in said if "the very model that training starts from" in text and consequence in text]
     assert not [text for text in examine(config(tmp_path, weight), None, None).warnings if "very model" in text]

@@ -41,10 +41,10 @@ def test_without_source_or_target_nobody_teaches(tmp_path: Path) -> None:
 
 
 def test_the_other_keys_are_the_sections(tmp_path: Path) -> None:
-    keys = ["prune.distillation.temperature=2", "pretrain.distillation.chunk=7", "pretrain.distillation.until=end"]
+    keys = ["prune.distillation.temperature=2", "pretrain.distillation.chunk=7", "pretrain.distillation.stop_when=end"]
     found = distillation_plans(config(tmp_path, *keys), SOURCE, SMALL)
-    assert (found["prune"].temperature, found["prune"].until) == (2, "outgrown")
-    assert (found["pretrain"].chunk, found["pretrain"].until) == (7, "end")
+    assert (found["prune"].temperature, found["prune"].stop_when) == (2, "student_better")
+    assert (found["pretrain"].chunk, found["pretrain"].stop_when) == (7, "end")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ ONE_SHOT = "prune.method=one_shot"
 NONE = "prune.importance.criterion=null"
 PAPER = ["prune.preset=paper"]
 UNTAUGHT = "prune.distillation.weight=0"
-TEACHERS = {"distillation.until", "distillation.chunk"}
+TEACHERS = {"distillation.stop_when", "distillation.chunk"}
 DEAR = ["target.preset=sheared-1.3b", "prune.distillation.temperature=2"]  # an open weight is 0 there
 UNTRAINED = {"optimizer.beta1", "batch.steps"}  # a joint clip is the published one
 ONE_SHOT_LEAVES = {"lambda2_cap", "log_alpha_init", "importance.spread"}
@@ -37,9 +37,9 @@ ONE_SHOT_LEAVES = {"lambda2_cap", "log_alpha_init", "importance.spread"}
         (["prune.importance.criterion=block_influence"], "prune.importance.criterion"),
         (["prune.method=two_shots"], "prune.method"),
         (["prune.basis=any"], "prune.basis"),
-        (["prune.settle_steps=3200"], "prune.settle_steps: 3200 of 3200"),
-        (["prune.sparsity_warmup_steps=3000", "prune.settle_steps=300"], "use at most 200"),
-        (["prune.closing=[hidden,layer,hidden]"], "prune.closing: hidden more than once"),
+        (["prune.freeze_steps=3200"], "prune.freeze_steps: 3200 of 3200"),
+        (["prune.sparsity_warmup_steps=3000", "prune.freeze_steps=300"], "use at most 200"),
+        (["prune.granularity_order=[hidden,layer,hidden]"], "prune.granularity_order: hidden more than once"),
     ],
 )
 def test_each_rule(tmp_path: Path, overrides: list[str], words: str) -> None:
@@ -69,7 +69,7 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
     [
         ([], set()),
         ([ONE_SHOT], set()),
-        ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.settle_steps=9"], {"settle_steps"}),
+        ([ONE_SHOT, "prune.distillation.weight=0.5", "prune.freeze_steps=9"], {"freeze_steps"}),
         ([ONE_SHOT, "prune.distillation.weight=0.5", "pretrain.distillation.weight=1"], {"distillation.weight"}),
         ([ONE_SHOT, "prune.distillation.weight=0.5", "run.phases=[prune,finalize]"], {"distillation.weight"}),
         ([ONE_SHOT, "prune.refit=4"], set()),
@@ -80,9 +80,9 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.granularities=[hidden,group,layer,intermediate]"], {"granularities"}),
         ([ONE_SHOT, "prune.clip=joint", "prune.optimizer.beta1=0.8", "prune.batch.steps=7"], UNTRAINED),
         (["pretrain.moments=fresh"], set()),
-        (["pretrain.moments=fresh", "prune.settle_steps=0"], {"pretrain.moments"}),
+        (["pretrain.moments=fresh", "prune.freeze_steps=0"], {"pretrain.moments"}),
         (["pretrain.moments=fresh", ONE_SHOT], {"pretrain.moments"}),
-        (["prune.closing=[layer,query,hidden]"], {"closing"}),
+        (["prune.granularity_order=[layer,query,hidden]"], {"granularity_order"}),
         ([ONE_SHOT, "prune.lambda2_cap=1", "prune.log_alpha_init=1", "prune.importance.spread=7"], ONE_SHOT_LEAVES),
         (
             [ONE_SHOT, *PAPER, "prune.importance.criterion=fisher", "prune.refit=8", "prune.sharpening=2"],
@@ -96,10 +96,10 @@ def test_a_criterion_of_layers_that_all_stay_is_said(tmp_path: Path) -> None:
         (["prune.distillation.temperature=2"], set()),
         (["prune.distillation.temperature=2", "prune.distillation.weight=0"], {"distillation.temperature"}),
         (["prune.distillation.temperature=2", "prune.distillation.weight=1"], set()),
-        (["prune.distillation.until=end"], set()),
-        ([UNTAUGHT, "prune.distillation.until=end", "prune.distillation.chunk=9"], TEACHERS),
-        ([UNTAUGHT, *PAPER, "prune.distillation.until=end"], set()),
-        ([UNTAUGHT, *PAPER, "prune.distillation.until=outgrown"], set()),
+        (["prune.distillation.stop_when=end"], set()),
+        ([UNTAUGHT, "prune.distillation.stop_when=end", "prune.distillation.chunk=9"], TEACHERS),
+        ([UNTAUGHT, *PAPER, "prune.distillation.stop_when=end"], set()),
+        ([UNTAUGHT, *PAPER, "prune.distillation.stop_when=student_better"], set()),
         ([ONE_SHOT, "prune.distillation.temperature=2"], {"distillation.temperature"}),
         (DEAR, {"distillation.temperature"}),
     ],

@@ -175,8 +175,8 @@ class RunFiles:
         elif case.row == "taught":
             prune |= {"distillation": {"weight": WEIGHT}}
         elif case.row == "distilled":
-            prune |= {"distillation": {"weight": WEIGHT, "until": "end"}}
-            pretrain |= {"distillation": {"until": "end"}}
+            prune |= {"distillation": {"weight": WEIGHT, "stop_when": "end"}}
+            pretrain |= {"distillation": {"stop_when": "end"}}
         if case.row == "dynamic":
             for phase in (prune, pretrain):
                 phase["batch"]["eval_interval"] = min(phase["batch"]["steps"], trial.eval_interval)

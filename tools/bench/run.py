@@ -87,7 +87,7 @@ PUBLISHED = {
     "mask_learning_rate": 1.0,
     "lambda_learning_rate": 1.0,
     "sharpening": 1.0,
-    "settle_steps": 0,
+    "freeze_steps": 0,
     "clip": "joint",
 }
 """The published constraint and rates, whose warm-ups take the same shares of any number of steps."""

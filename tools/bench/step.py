@@ -110,7 +110,7 @@ def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alph
         mask_learning_rate=0.0,
         lambda_learning_rate=0.0,
         sharpening=1.0,
-        settle_steps=0,
+        freeze_steps=0,
         log_alpha_init=log_alpha,
         log_alpha_limit=100.0,
     )
