@@ -155,7 +155,7 @@ def test_every_one_of_forty_steps_of_both_phases(tiny: Tiny, tmp_path: Path, pre
         (
             ["weight=0"],
             ["stop_when=end"],
-            ["temperature: unset -> 1.0", "stop_when: unset -> end", "weight: 0.0 -> None"],
+            ["stop_when: unset -> end", "temperature: unset -> 1.0", "weight: 0.0 -> None"],
         ),
         (["weight=0.5"], ["weight=0.5", "stop_when=end"], ["stop_when: student_better -> end"]),
         (["weight=0"], ["weight=0", "stop_when=end", "temperature=3"], []),  # without a teacher they change nothing
