@@ -43,6 +43,11 @@ class Key:
         """Dotted name, as in an override."""
         return ".".join(self.path)
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether an unset value is derived: written as `auto` in run files, None in the config."""
+        return "auto: " in self.help
+
 
 @cache
 def leaf_keys() -> dict[Path, Key]:
@@ -95,6 +100,8 @@ def convert(value: Any, key: Key) -> Any:
     """
     if value == "???":
         raise ValueError("is ???, a placeholder; set a value")
+    if key.is_auto and value == "auto":
+        return None
     result = _typed(value, key.type)
     for item in result if isinstance(result, list) else [result]:
         if key.choices and item is not None and item not in key.choices:
@@ -102,6 +109,11 @@ def convert(value: Any, key: Key) -> Any:
             raise ValueError(f"is {item!r}, expected one of {words}{near(str(item), key.choices)}")
         _in_bounds(item, key)
     return result
+
+
+def written(value: Any, key: Key) -> Any:
+    """Return a value as run files write it: `auto` for the None of a derived key."""
+    return "auto" if value is None and key.is_auto else value
 
 
 def _in_bounds(value: Any, key: Key) -> None:

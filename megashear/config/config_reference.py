@@ -24,7 +24,8 @@ def config_markdown() -> str:
         "All keys of a run file. This page and the comments in the recipes are generated from the schema in",
         "`megashear/config/` by `python -m megashear.config.config_reference docs/config.md examples/llama*.yaml`.",
         "",
-        "If the meaning of a key describes `null`, then `null` selects that derived value.",
+        "The value `auto` selects the derived value that the meaning describes (`null` is accepted too);",
+        "elsewhere `null` means none or off.",
         "",
         "Override any key on the command line: `megashear run FILE prune.batch.steps=400`. Values may refer to other",
         "keys and to environment variables: `${run.folder}`, `${oc.env:SCRATCH}`.",
@@ -38,7 +39,8 @@ def config_markdown() -> str:
             lines += ["", f"## {title}", *(["", f"{meaning[0].upper()}{meaning[1:]}."] if meaning else []), ""]
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         meaning = key.help.replace("|", "\\|")
-        lines.append(f"| `{key.path[-1]}` | {_kind(key)} | `{_flow(key.default)}` | {meaning}{_bounds(key)} |")
+        default = _flow(config_keys.written(key.default, key))
+        lines.append(f"| `{key.path[-1]}` | {_kind(key)} | `{default}` | {meaning}{_bounds(key)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +61,8 @@ def recipe_text(text: str) -> str:
             lines.append("")
         section = key.path[:-1]
         indent = "  " * len(section)
-        lines += [f"{indent}# {key.help}", f"{indent}{key.path[-1]}: {_flow(_value(tree, key))}"]
+        value = _flow(config_keys.written(_value(tree, key), key))
+        lines += [f"{indent}# {key.help}", f"{indent}{key.path[-1]}: {value}"]
     return "\n".join(lines) + "\n"
 
 
@@ -79,6 +82,8 @@ def _flow(value: Any) -> str:
 
 def _kind(key: config_keys.Key) -> str:
     kind = _type(key.type)
+    if key.is_auto:
+        kind = kind.removesuffix("null") + "auto"
     if kind.startswith("text") and key.choices:
         return " or ".join(f"`{word}`" for word in key.choices) + kind.removeprefix("text")
     return kind

@@ -5,6 +5,7 @@ OmegaConf parses overrides and resolves interpolations (`${run.folder}`, `${oc.e
 execute code. All unknown keys and wrong values are reported in one error, each with its location.
 """
 
+import functools
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -60,7 +61,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as a run file that loads to the same config (raises StorageError)."""
-    write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    tree = to_dict(config)
+    for at, one in config_keys.leaf_keys().items():
+        section = functools.reduce(dict.__getitem__, at[:-1], tree)
+        section[at[-1]] = config_keys.written(section[at[-1]], one)
+    write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
 def _read_file(path: Path) -> tuple[dict[Any, Any], dict[config_keys.Path, int]]:

@@ -1,7 +1,7 @@
 """Schema of a run file: one frozen dataclass per section, each key with its type, default and meaning.
 
 The meanings are the source of `docs/config.md` and of the comments in the recipes. Training phases are in
-`training_schema.py`. A default of null means that the value is derived, as the meaning describes.
+`training_schema.py`. A None default is `auto` in run files if the meaning says `auto: ...`; otherwise it is null.
 """
 # ruff: noqa: RUF009 - `key` returns a dataclass field and the sections are frozen, so nothing mutable is shared
 
@@ -31,37 +31,37 @@ class ShapeConfig:
     """A model shape: a preset, sizes, or a preset with some sizes replaced. A target inherits the rest."""
 
     preset: str | None = key(None, "named shape (`megashear check --presets` lists them); null: none")
-    hidden_size: int | None = key(None, "hidden size d; null: the preset's, else the source's", low=1)
-    num_layers: int | None = key(None, "number of decoder layers L; null: the preset's, else the source's", low=1)
-    num_heads: int | None = key(None, "number of query heads H; null: the preset's, else the source's", low=1)
+    hidden_size: int | None = key(None, "hidden size d; auto: the preset's, else the source's", low=1)
+    num_layers: int | None = key(None, "number of decoder layers L; auto: the preset's, else the source's", low=1)
+    num_heads: int | None = key(None, "number of query heads H; auto: the preset's, else the source's", low=1)
     num_query_groups: int | None = key(
         None,
-        "number of key/value heads G; null: the preset's, else the number that keeps the source's query heads per "
+        "number of key/value heads G; auto: the preset's, else the number that keeps the source's query heads per "
         "group if possible",
         low=1,
     )
     head_dim: int | None = key(
-        None, "size of a head; null: the source's for a target, else the preset's, else hidden_size / num_heads", low=1
+        None, "size of a head; auto: the source's for a target, else the preset's, else hidden_size / num_heads", low=1
     )
     intermediate_size: int | None = key(
-        None, "width of the SwiGLU layer I; null: the preset's, else the source's", low=1
+        None, "width of the SwiGLU layer I; auto: the preset's, else the source's", low=1
     )
     vocab_size: int | None = key(
-        None, "vocabulary size; null: the source's for a target, else the dataset's, else the preset's", low=1
+        None, "vocabulary size; auto: the source's for a target, else the dataset's, else the preset's", low=1
     )
     tie_word_embeddings: bool | None = key(
         None,
-        "share weights of embedding and output layer; null: the source's for a target, else the preset's, or false",
+        "share weights of embedding and output layer; auto: the source's for a target, else the preset's, or false",
     )
     rope_theta: float | None = key(
-        None, "base of the rotary frequencies; null: the source's for a target, else the preset's, or 10000", low=1
+        None, "base of the rotary frequencies; auto: the source's for a target, else the preset's, or 10000", low=1
     )
     norm_eps: float | None = key(
-        None, "epsilon of RMSNorm; null: the source's for a target, else the preset's, or 1e-5", low=1e-12
+        None, "epsilon of RMSNorm; auto: the source's for a target, else the preset's, or 1e-5", low=1e-12
     )
     max_position_embeddings: int | None = key(
         None,
-        "maximum context in tokens, recorded in the exported config; null: the source's for a target, else the "
+        "maximum context in tokens, recorded in the exported config; auto: the source's for a target, else the "
         "preset's, or 4096",
         low=1,
     )
@@ -122,11 +122,11 @@ class MixtureConfig:
         "or more); interpolated and normalised, updated at each evaluation; null: none",
     )
     initial_weights: dict[str, float] | None = key(
-        None, "initial weight of each domain, normalised; null: proportional to its tokens"
+        None, "initial weight of each domain, normalised; auto: proportional to its tokens"
     )
     pretrain_weights: dict[str, float] | None = key(
         None,
-        "initial weights of continued pre-training, normalised; null: the last weights of pruning, else "
+        "initial weights of continued pre-training, normalised; auto: the last weights of pruning, else "
         "`initial_weights`",
     )
     references: str = key(
@@ -161,7 +161,7 @@ class ParallelConfig:
     virtual_pipeline: int = key(1, "model chunks per pipeline stage (interleaved 1F1B schedule)", low=1)
     sequence: bool = key(False, "sequence parallelism in norms and residuals; needs `tensor` above 1")
     world_size: int | None = key(
-        None, "number of ranks that `megashear check` plans for; null: the number of launched ranks", low=1
+        None, "number of ranks that `megashear check` plans for; auto: the number of launched ranks", low=1
     )
     distributed_optimizer: bool = key(True, "shard optimizer states over data-parallel ranks")
     recompute: str = key(
@@ -199,8 +199,8 @@ class LoggingConfig:
 class ExportConfig:
     """The exported Hugging Face checkpoint."""
 
-    folder: str | None = key(None, "folder to write; null: `export` in the run folder")
-    dtype: str | None = key(None, "dtype of the exported weights; null: same as `precision`", ("fp32", "bf16", "fp16"))
+    folder: str | None = key(None, "folder to write; auto: `export` in the run folder")
+    dtype: str | None = key(None, "dtype of the exported weights; auto: same as `precision`", ("fp32", "bf16", "fp16"))
     max_shard_gb: float = key(5.0, "maximum size of a safetensors file, in GB (10^9 bytes)", low=0.001)
 
 

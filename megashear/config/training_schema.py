@@ -14,7 +14,7 @@ class OptimizerConfig:
     """Adam for the weights; one section per training phase."""
 
     learning_rate: float | None = key(
-        None, "peak learning rate of the weights; null: 1e-4 x 2560 / hidden size of the model being trained", low=0
+        None, "peak learning rate of the weights; auto: 1e-4 x 2560 / hidden size of the model being trained", low=0
     )
     beta1: float = key(0.9, "decay rate of Adam's first moment", low=0, high=0.9999)
     beta2: float = key(0.95, "decay rate of Adam's second moment", low=0, high=0.999999)
@@ -27,10 +27,10 @@ class OptimizerConfig:
         ("cosine", "wsd"),
     )
     warmup_steps: int | None = key(
-        None, "linear learning rate warm-up, in steps; null: 10 % of the steps in `prune`, 3 % in `pretrain`", low=0
+        None, "linear learning rate warm-up, in steps; auto: 10 % of the steps in `prune`, 3 % in `pretrain`", low=0
     )
     decay_steps: int | None = key(
-        None, "final decay under `schedule: wsd`, in steps; null: 20 % of the steps, at most those after warm-up", low=0
+        None, "final decay under `schedule: wsd`, in steps; auto: 20 % of the steps, at most those after warm-up", low=0
     )
     min_ratio: float = key(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
 
@@ -54,7 +54,7 @@ class DistillationConfig:
 
     weight: float | None = key(
         None,
-        "weight w in the loss (1 - w) x cross entropy + w x KL(teacher, student); 0: no distillation; null: 0.5 "
+        "weight w in the loss (1 - w) x cross entropy + w x KL(teacher, student); 0: no distillation; auto: 0.5 "
         "in runs that prune if the source's forward pass costs at most the FLOPs of training the target and the source "
         "is not known to have seen at most as many tokens as the run trains on, else 0, decided at the first start; in "
         "`pretrain` the weight of `prune`",
@@ -95,7 +95,7 @@ class ImportanceConfig:
     )
     layer_criterion: str | None = key(
         None,
-        "importance score of whole layers; null: same as `criterion`, but block_influence if that is `activation`",
+        "importance score of whole layers; auto: same as `criterion`, but block_influence if that is `activation`",
         (*CRITERIA, *LAYER_CRITERIA),
     )
     spread: float = key(
@@ -124,7 +124,7 @@ class PruneConfig:
     )
     basis: str | None = key(
         None,
-        "hidden dimensions to prune: the source's own, or principal directions of its residual stream; null: principal "
+        "hidden dimensions to prune: the source's own, or principal directions of its residual stream; auto: principal "
         "if the target has a smaller hidden size, else source",
         ("source", "principal"),
     )
@@ -132,7 +132,7 @@ class PruneConfig:
     refit: int | None = key(
         None,
         "calibration batches for refitting output matrices to the source by least squares, under `one_shot` only; 0: "
-        "no refit; null: 16 under `one_shot`",
+        "no refit; auto: 16 under `one_shot`",
         low=0,
     )
     distillation: DistillationConfig = key(DistillationConfig(), "distillation from the source model")
@@ -144,23 +144,23 @@ class PruneConfig:
     )
     mask_learning_rate: float | None = key(
         None,
-        "learning rate of log-alpha; null: steps / 3200 (under `lagrangian` at least 16 x log_alpha_limit / steps), at "
+        "learning rate of log-alpha; auto: steps / 3200 (under `lagrangian` at least 16 x log_alpha_limit / steps), at "
         "most 1.0",
         low=0,
     )
     lambda_learning_rate: float | None = key(
-        None, "learning rate of the Lagrange multipliers; null: 3200 / steps, at least 1.0", low=0
+        None, "learning rate of the Lagrange multipliers; auto: 3200 / steps, at least 1.0", low=0
     )
     sparsity_warmup_steps: int | None = key(
         None,
-        "steps over which the target sparsities grow from 0; null: 50 % of the steps under `projected`, 20 % under "
+        "steps over which the target sparsities grow from 0; auto: 50 % of the steps under `projected`, 20 % under "
         "`lagrangian`, at most those before masks are frozen",
         low=0,
     )
     granularity_order: list[str] | None = key(
         None,
         "order in which granularities are pruned one after another, in equal parts of the sparsity warm-up; unlisted "
-        "ones come last; null: all at the same time",
+        "ones come last; auto: all at the same time",
         GRANULARITIES,
     )
     sharpening: float = key(
@@ -172,13 +172,13 @@ class PruneConfig:
     freeze_steps: int | None = key(
         None,
         "final steps of the phase with frozen masks, exactly 0 or 1 at the target shape; 0: never frozen, as "
-        "published; null: 10 % of the steps, at least 1, at most those after the sparsity warm-up",
+        "published; auto: 10 % of the steps, at least 1, at most those after the sparsity warm-up",
         low=0,
     )
     granularities: list[str] | None = key(
         None,
         "masks to learn, any of: hidden, group (a key/value head with its query heads), query, intermediate, layer; "
-        "null: those whose size differs between source and target",
+        "auto: those whose size differs between source and target",
         GRANULARITIES,
     )
     log_alpha_init: float = key(

@@ -148,3 +148,14 @@ def test_saved_config_loads_unchanged(tmp_path: Path) -> None:
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert to_dict(config)["run"]["folder"] == "yes: #1"
+
+
+def test_auto_and_null_select_the_derived_value(tmp_path: Path) -> None:
+    for word in ("auto", "null"):
+        config = load_config(write(tmp_path, f"prune: {{sparsity_warmup_steps: {word}}}"), [f"export.dtype={word}"])
+        assert (config.prune.sparsity_warmup_steps, config.export.dtype) == (None, None)
+    save_config(config, tmp_path / "saved.yaml")
+    assert "sparsity_warmup_steps: auto" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+    assert "wandb_project: null" in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert "expected a whole number" in problems(tmp_path, "data: {repeat_limit: auto}")[0]
