@@ -1,13 +1,13 @@
-"""Build the kernels: csrc/ for the CPU as megashear._csrc and, with nvcc, for CUDA as megashear._csrc_cuda.
+"""Build the kernels of csrc/ for the CPU (megashear._csrc) and, with nvcc, for CUDA (megashear._csrc_cuda).
 
-Neither needs torch. What cannot be built is left out, and megashear then computes in plain torch; the build says what
-it did, and so does `megashear env`. Objects and compiler logs are kept in build/kernels, and a source is compiled again
-only if the source, a header, the flags or the compiler have changed. Environment:
-    MEGASHEAR_CPU        auto (default: build where there is a C++ compiler), 0 (never), 1 (fail if it cannot be built)
-    MEGASHEAR_CUDA       the same for CUDA, where nvcc decides; no GPU is needed to build
-    MEGASHEAR_CUDA_ARCH  compute capabilities, default "80;90a"; PTX of the first lets later devices run it too
+Neither library needs torch. A library that cannot be built is skipped and megashear uses plain torch instead, as the
+build and `megashear env` report. Objects and compiler logs are cached in build/kernels by the digest of source,
+headers, flags and compiler. Environment:
+    MEGASHEAR_CPU        auto (default: build if a C++ compiler exists), 0 (never), 1 (fail if it cannot be built)
+    MEGASHEAR_CUDA       the same for CUDA and nvcc; building needs no GPU
+    MEGASHEAR_CUDA_ARCH  compute capabilities, default "80;90a"; PTX of the first supports later devices
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_APPEND_FLAGS  as usual
-The rest of the package's description stands in pyproject.toml.
+All other package metadata is in pyproject.toml.
 """
 
 import fcntl
@@ -29,11 +29,11 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "kernels"
-"""Object files, kept between builds, each with the compiler's output in `log.txt`, and for CUDA with its PTX."""
+"""Cache of object files, each with the compiler's output in `log.txt` and, for CUDA, its PTX."""
 SECONDS_KEPT = 24 * 3600
-"""How long an object is kept after its last use."""
+"""Seconds that an object is kept after its last use."""
 VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH")
-"""Variables of the environment that compilers read."""
+"""Environment variables that compilers read."""
 CUDA_ARCHITECTURES = "80;90a"
 CPU, CUDA = "megashear._csrc", "megashear._csrc_cuda"
 SWITCHES = {CPU: "MEGASHEAR_CPU", CUDA: "MEGASHEAR_CUDA"}
@@ -41,18 +41,18 @@ PATTERNS = {CPU: "cpu.cpp", CUDA: "cuda.cu"}
 
 
 class CannotBuild(Exception):
-    """Why one of the two libraries is left out."""
+    """A library is skipped; the message is the reason."""
 
 
 def sources(library: str) -> list[Path]:
-    """The binding file and the kernel sources of one library."""
+    """Return the binding file and the kernel sources of a library."""
     pattern = PATTERNS[library]
     found = [*ROOT.glob(f"csrc/device_{pattern}"), *ROOT.glob(f"csrc/*/{pattern}")]
     return [ROOT / "csrc/bindings.cpp", *sorted(found)]
 
 
 def headers() -> list[str]:
-    """Compiler flags that find Python's and pybind11's headers; CannotBuild if pybind11 is not installed."""
+    """Return include flags of Python and pybind11; raise CannotBuild if pybind11 is not installed."""
     try:
         import pybind11
     except ImportError as error:
@@ -61,7 +61,7 @@ def headers() -> list[str]:
 
 
 def cpu_commands() -> tuple[list[str], list[str]]:
-    """The commands, without files, that compile and link the CPU kernels; CannotBuild if there is no C++ compiler."""
+    """Return the compile and link commands of the CPU kernels; raise CannotBuild if no C++ compiler is found."""
     named = shlex.split(os.environ.get("CXX", ""))
     configured = shlex.split(sysconfig.get_config_var("CXX") or "")[:1]
     candidates = [named] if named else [configured, ["c++"], ["g++"], ["clang++"]]
@@ -69,13 +69,13 @@ def cpu_commands() -> tuple[list[str], list[str]]:
     if compiler is None:
         raise CannotBuild("no C++ compiler was found (set CXX or install g++)")
     flags = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion"]
-    flags += ["-fno-trapping-math", "-fno-math-errno"]  # no result changes, but loops with selections are vectorised
+    flags += ["-fno-trapping-math", "-fno-math-errno"]  # vectorises loops with selections; results are unchanged
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
     return [*compiler, *flags], [*compiler, *flags, "-shared"]
 
 
 def find_nvcc() -> str:
-    """Path of nvcc; CannotBuild where there is none."""
+    """Return the path of nvcc; raise CannotBuild if it is not found."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [*(str(Path(home) / "bin" / "nvcc") for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
@@ -85,7 +85,7 @@ def find_nvcc() -> str:
 
 
 def cuda_architecture_flags() -> list[str]:
-    """nvcc's flags for MEGASHEAR_CUDA_ARCH: code for each, and PTX of the first. Raises CompileError."""
+    """Return nvcc's flags for MEGASHEAR_CUDA_ARCH: code for each capability and PTX of the first."""
     names = os.environ.get("MEGASHEAR_CUDA_ARCH", CUDA_ARCHITECTURES).replace(",", ";").replace(".", "").split(";")
     names = [name.strip() for name in names if name.strip()]
     if not names or not all(name.rstrip("af").isdigit() for name in names):
@@ -95,7 +95,7 @@ def cuda_architecture_flags() -> list[str]:
 
 
 def cuda_commands() -> tuple[list[str], list[str]]:
-    """The commands that compile and link the CUDA kernels, with the CUDA runtime inside; CannotBuild without nvcc."""
+    """Return the compile and link commands of the CUDA kernels; raise CannotBuild without nvcc."""
     flags = ["-std=c++17", "-O3", "--threads=0", "-DMEGASHEAR_CUDA", "-Xptxas=-v"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", *cuda_architecture_flags()]
     return [find_nvcc(), *flags], [find_nvcc(), "-shared", "-cudart=static"]
@@ -105,9 +105,9 @@ COMMANDS = {CPU: cpu_commands, CUDA: cuda_commands}
 
 
 def compile_source(library: str, command: list[str], source: Path) -> Path:
-    """Compile one source unless that was done before; returns the folder of its `object.o` and `log.txt`."""
+    """Compile a source unless it is cached, and return the folder of its `object.o` and `log.txt`."""
     name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
-    includes = headers() if source.name == "bindings.cpp" else []  # no kernel includes headers of Python
+    includes = headers() if source.name == "bindings.cpp" else []  # kernels include no Python headers
     place = OBJECTS / library.rpartition(".")[2] / f"{name}-{digest(command, source)}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / f"{name}.lock").open("w") as lock:
@@ -138,7 +138,7 @@ def compile_source(library: str, command: list[str], source: Path) -> Path:
 
 
 def digest(command: list[str], source: Path) -> str:
-    """What an object depends on: command, environment, compilers, the source and all headers."""
+    """Return the digest of everything an object depends on: command, environment, compilers, source and headers."""
     parts = [shlex.join(command), *(os.environ.get(name, "") for name in VARIABLES), version(command[0])]
     if source.suffix == ".cu":
         parts.append(version("g++"))  # nvcc's host compiler
@@ -156,7 +156,7 @@ def digest(command: list[str], source: Path) -> str:
 
 @functools.cache
 def version(compiler: str) -> str:
-    """A compiler's path, and its version as it prints it."""
+    """Return a compiler's path and its printed version."""
     path = shutil.which(compiler)
     if path is None:
         return ""
@@ -165,26 +165,26 @@ def version(compiler: str) -> str:
 
 
 def compile_library(library: str) -> list[Path]:
-    """Compile the sources of a library, as many at a time as there are cores; returns the folder of each object."""
+    """Compile the sources of a library in parallel and return the folder of each object."""
     command, _ = COMMANDS[library]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda source: compile_source(library, command, source), sources(library)))
 
 
 class BuildKernels(build_ext):
-    """Builds each library by one command, or leaves it out and says why."""
+    """Build each library, or skip it and print the reason."""
 
     extensions: list[Extension]
 
     def build_extensions(self) -> None:
-        """Build what the environment asks for; forget the rest, so that nothing expects its file."""
-        self.left_out: list[Extension] = []
+        """Build the libraries that the environment enables and remove the others from the extensions."""
+        self.skipped: list[Extension] = []
         for extension in list(self.extensions):
             try:
                 self._build(extension)
             except CannotBuild as reason:
-                self._leave_out(extension, reason)
-        self.extensions = [extension for extension in self.extensions if extension not in self.left_out]
+                self._skip(extension, reason)
+        self.extensions = [extension for extension in self.extensions if extension not in self.skipped]
 
     def _build(self, extension: Extension) -> None:
         switch = SWITCHES[extension.name]
@@ -206,28 +206,28 @@ class BuildKernels(build_ext):
         fresh.replace(target)
         print(f"megashear: built {extension.name} with {command[0]}", flush=True)
 
-    def _leave_out(self, extension: Extension, reason: CannotBuild) -> None:
+    def _skip(self, extension: Extension, reason: CannotBuild) -> None:
         switch = SWITCHES[extension.name]
         if os.environ.get(switch) == "1":
-            raise CompileError(f"megashear: {extension.name} was asked for by {switch}=1, but {reason}") from reason
-        print(f"megashear: {extension.name} is left out, plain torch serves in its place: {reason}", flush=True)
+            raise CompileError(f"megashear: {extension.name} is required by {switch}=1, but {reason}") from reason
+        print(f"megashear: {extension.name} is skipped, using plain torch instead: {reason}", flush=True)
         Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-        self.left_out.append(extension)
+        self.skipped.append(extension)
 
     def copy_extensions_to_source(self) -> None:
-        """Place the libraries beside the sources (editable installs) whole: others may be loading them."""
+        """Copy the libraries beside the sources (editable installs) atomically: other processes may be loading them."""
         folder = ROOT / self.get_finalized_command("build_py").get_package_dir("megashear")
         for extension in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(extension.name))
             fresh = folder / f"{built.name}.new"
             shutil.copy2(built, fresh)
             fresh.replace(folder / built.name)
-        for extension in self.left_out:
+        for extension in self.skipped:
             (folder / Path(self.get_ext_filename(extension.name)).name).unlink(missing_ok=True)
 
 
 def check_switches() -> None:
-    """Stop with one message where a switch of the environment has a value that means nothing."""
+    """Exit with a message if a switch of the environment has an unknown value."""
     for switch in SWITCHES.values():
         if os.environ.get(switch, "auto") not in ("auto", "0", "1"):
             raise SystemExit(f"megashear: {switch} must be auto, 0 or 1, not {os.environ[switch]!r}")

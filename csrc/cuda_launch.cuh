@@ -1,4 +1,4 @@
-// cuda_launch.cuh: what the CUDA kernels share: vector access, sums over a block, launch checks, and a strip sum.
+// cuda_launch.cuh: helpers of the CUDA kernels: vector access, block sums, launch checks and strip sums.
 #pragma once
 
 #include <cuda_runtime.h>

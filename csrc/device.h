@@ -5,7 +5,7 @@
 
 namespace megashear {
 
-// Empty where kernels run on the current device, else the reason why not.
+// Returns why the kernels cannot run on the current device; empty if they can.
 std::string device_problem();
 
 }  // namespace megashear

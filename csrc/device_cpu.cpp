@@ -1,4 +1,4 @@
-// device_cpu.cpp: the CPU runs every kernel that was compiled for its architecture.
+// device_cpu.cpp: kernels compiled for the CPU's architecture always run.
 #include "device.h"
 
 namespace megashear {

@@ -1,4 +1,4 @@
-// device_cuda.cu: the current CUDA device runs the kernels if driver and device know the code that was compiled.
+// device_cuda.cu: check whether the driver and the device support the compiled code.
 #include <cuda_runtime.h>
 
 #include "device.h"

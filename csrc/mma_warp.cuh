@@ -1,4 +1,4 @@
-// mma_warp.cuh: the tensor cores and what feeds them, one instruction a function. All inline PTX is here and in mma_warpgroup.cuh.
+// mma_warp.cuh: tensor core and copy instructions of a warp, one per function. The only other PTX is in mma_warpgroup.cuh.
 //
 // sm_80 and later. A warp's 32 threads call each function together. Which thread holds which element is in the PTX ISA,
 // "Matrix Fragments for mma.m16n8k16 with floating point type" and "ldmatrix"; with g = lane / 4 and t = lane % 4:

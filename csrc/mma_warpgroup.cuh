@@ -1,6 +1,6 @@
-// mma_warpgroup.cuh: products that a warpgroup (four warps) makes by Hopper's tensor cores, one instruction a function.
+// mma_warpgroup.cuh: tensor core instructions of a warpgroup (four warps, Hopper), one per function.
 //
-// sm_90a alone. The four warps call each function together. Products run in the background: their sums may not be
+// sm_90a only. The four warps call each function together. Products run in the background: their sums may not be
 // touched from the first one to wait_products. What is in the PTX ISA, "Asynchronous Warpgroup Level Matrix
 // Instructions", of operands of 2 bytes:
 //   C [64, N]: as mma_warp.cuh's, the warp w of the group (from 0) holding rows 16 w to 16 w + 15; c[n] is columns 8 n
@@ -12,8 +12,7 @@
 //     and 64
 //     columns multiplied (K-major): the stride is that of 8 rows; 16 columns lie in one block, no leading distance
 //     rows multiplied (MN-major): the stride is that of 8 rows, the leading distance that of a block of columns
-// So a thread's sums of one product, packed in pairs, are its rows of A for another one. Read next:
-// masked_attention/warpgroup_tiles.cuh.
+// So a thread's sums of one product, packed in pairs, are its rows of A for another one.
 #pragma once
 
 #include "mma_warp.cuh"
@@ -63,9 +62,9 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Keeps the compiler from reading sums before a wait that stands above.
+// Prevents the compiler from moving reads of sums above a preceding wait.
 template <int N>
-__device__ __forceinline__ void settle(float (&c)[N][4]) {
+__device__ __forceinline__ void read_after_wait(float (&c)[N][4]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
 }

@@ -1,8 +1,8 @@
-// number.h: what every op's arithmetic stands on, for one element, on the CPU and on CUDA alike.
+// number.h: storage types and arithmetic of one element, shared by the CPU and CUDA.
 //
 // Storage types (fp32, bf16, fp16) are widened to fp32 on reading and rounded to nearest even on writing. exp and log
 // are the CUDA library's on the device; on the CPU they are short series without branches, so that compilers vectorise
-// the loops around them, with a relative error below 3 units in the last place. Read next: the folders, one per op.
+// the loops around them, with a relative error below 3 units in the last place.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace megashear {
 
-// Element types of activations, by the numbers that the bindings publish.
+// Element types of activations, numbered as in the bindings.
 enum class Dtype : int { Float32 = 0, BFloat16 = 1, Float16 = 2 };
 
 struct BFloat16 {

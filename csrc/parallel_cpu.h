@@ -1,8 +1,8 @@
-// parallel_cpu.h: how the CPU kernels use threads and vector units.
+// parallel_cpu.h: threads and vector instructions of the CPU kernels.
 //
 // A kernel is a loop over rows shared by OpenMP threads, around a function of one row. MEGASHEAR_MULTIVERSION compiles
 // such a row function for several instruction sets and picks one by the processor's features when the library is loaded
-// (not by its name: arch=haswell would leave out every AMD); the rest of the code stays at the compiler's portable
+// (not by its name: arch=haswell would exclude every AMD); the rest of the code stays at the compiler's portable
 // baseline, so one build runs on any machine of its architecture.
 #pragma once
 

@@ -27,7 +27,7 @@ MEGASHEAR_INLINE float cross_entropy_gradient(float logit, float log_sum, float 
   return dlog_sum * exponential(logit - log_sum) + dlabel_logit;
 }
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 // logits: [tokens, width] of `dtype`; labels: int64 [tokens]; the others: fp32 [tokens]. 0 <= columns <= width.
 void cross_entropy_forward(const void* logits, const int64_t* labels, float* log_sum, float* label_logit,
                            int64_t tokens, int64_t width, int64_t columns, int64_t first, Dtype dtype,

@@ -61,7 +61,7 @@ MEGASHEAR_INLINE Sample hard_concrete(float log_alpha, float uniform) {
   return sample;
 }
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 // uniform [units] may be null: then the noise is drawn from `noise`. z, slope: fp32 [units].
 void hard_concrete_noise(const NoiseKey& noise, float* uniform, int64_t units, intptr_t executor);
 void hard_concrete_sample(const float* log_alpha, const float* uniform, const NoiseKey& noise, float* z, float* slope,

@@ -2,14 +2,14 @@
 //
 // The part of a weight whose units have a mask that is not 0, gathered before a product, and its gradient added where
 // it belongs in the full fp32 gradient. Rows and columns are strictly ascending, so no two elements meet: no atomics, the
-// same bits every run. A null index stands for all rows, or all columns. Each live element is moved once.
+// same bits every run. A null index means all rows, or all columns. Each live element is moved once.
 #pragma once
 
 #include "../number.h"
 
 namespace megashear {
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 // weight: [.., stride] of elements of `bytes` bytes (2 or 4); live: [row_count, column_count] of the same;
 // rows: int64 [row_count] or null; columns: int64 [column_count] or null.
 void live_weight_gather(const void* weight, const int64_t* rows, const int64_t* columns, void* live, int64_t row_count,

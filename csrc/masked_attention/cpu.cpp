@@ -1,6 +1,6 @@
 // cpu.cpp: masked attention on the CPU; threads share the heads forward and the query groups backward.
 //
-// Each head or group is computed by one thread in one order, so results repeat on any number of threads. Read next:
+// Each head or group is computed by one thread in one order, so results repeat on any number of threads. See
 // cpu_forward.h, cpu_backward.h (the passes), cpu_blocking.h, cpu_operands.h (operands), cpu_tiles.h (arithmetic of one block).
 #include <omp.h>
 

@@ -11,7 +11,7 @@ class BackwardGroup {
   BackwardGroup(const AttentionBackward& pass, const Tiles& tiles, Word* memory)
       : pass_(pass), forward_(pass.forward), tiles_(tiles), plan_(pass.forward.sizes, tiles), scratch_(memory) {
     const int64_t words = plan_.block_words();
-    for (Word** form : {&k_rows_, &k_turned_, &v_rows_}) *form = scratch_.words(plan_.blocks * words);
+    for (Word** form : {&k_rows_, &k_transposed_, &v_rows_}) *form = scratch_.words(plan_.blocks * words);
     for (float** sum : {&dk_, &dv_}) *sum = scratch_.floats(plan_.blocks * kBlock * plan_.padded);
     for (Word** form : {&rows_, &pairs_, &q_columns_, &q_pairs_, &dout_columns_, &dout_pairs_}) {
       *form = scratch_.words(words);
@@ -19,7 +19,7 @@ class BackwardGroup {
     for (Word** part : {&p_rows_, &ds_rows_, &ds_}) *part = scratch_.words(kBlock * kBlock);
     if (plan_.pair == 1) ds_rows_ = ds_;  // words of one element run along both
     for (float** part : {&scores_, &dp_}) *part = scratch_.floats(kBlock * kBlock);
-    for (float** sum : {&dq_turned_, &dq_}) *sum = scratch_.floats(plan_.padded * kBlock);
+    for (float** sum : {&dq_transposed_, &dq_}) *sum = scratch_.floats(plan_.padded * kBlock);
   }
 
   int64_t words_needed() const { return scratch_.used(); }
@@ -45,7 +45,7 @@ class BackwardGroup {
     for (int64_t block = 0; block < plan_.blocks; ++block) {
       const int64_t offset = block * plan_.block_words();
       read_rows(rows(forward_.k, b, g, block), tiles_, 1.0f, k_rows_ + offset);
-      rearrange(k_rows_ + offset, plan_.padded, tiles_, nullptr, pairs_, k_turned_ + offset);
+      rearrange(k_rows_ + offset, plan_.padded, tiles_, nullptr, pairs_, k_transposed_ + offset);
       read_rows(rows(forward_.v, b, g, block), tiles_, 1.0f, v_rows_ + offset);
     }
   }
@@ -66,7 +66,7 @@ class BackwardGroup {
   double query_block(int64_t b, int64_t h, int64_t block, float z) {
     const int64_t begin = block * kBlock, tokens = plan_.tokens_in(block), lanes = rounded_up(tokens, kStep);
     read_queries(b, h, block, z);
-    std::fill_n(dq_turned_, plan_.padded * kBlock, 0.0f);
+    std::fill_n(dq_transposed_, plan_.padded * kBlock, 0.0f);
     const Queries queries(forward_.first == nullptr ? nullptr : forward_.first + b * plan_.tokens, begin, tokens);
     for (int64_t key_block = 0; key_block <= block; ++key_block) {
       if (!queries.see(key_block * kBlock, kBlock)) continue;
@@ -74,7 +74,7 @@ class BackwardGroup {
         add_keys(key, keys, lane, lanes, queries.window(key, keys, lane));
       });
     }
-    tiles_.transpose(reinterpret_cast<const Word*>(dq_turned_), kBlock, reinterpret_cast<Word*>(dq_), plan_.padded,
+    tiles_.transpose(reinterpret_cast<const Word*>(dq_transposed_), kBlock, reinterpret_cast<Word*>(dq_), plan_.padded,
                      plan_.padded, kBlock);
     write(dq_, plan_.scale, rows(pass_.dq, b, h, block));
     double sum = 0.0;
@@ -109,8 +109,8 @@ class BackwardGroup {
                     padded, pairs, true});
     tiles_.product({ds_rows_ + skipped, row, q_pairs_ + skipped * padded, padded, dk_ + key * padded, padded, keys,
                     padded, pairs, true});
-    const Word* k = k_turned_ + key / kBlock * plan_.block_words() + key % kBlock / pair;
-    tiles_.product({k, row, ds_ + lane, kBlock, dq_turned_ + lane, kBlock, padded, count, keys / pair, true});
+    const Word* k = k_transposed_ + key / kBlock * plan_.block_words() + key % kBlock / pair;
+    tiles_.product({k, row, ds_ + lane, kBlock, dq_transposed_ + lane, kBlock, padded, count, keys / pair, true});
   }
 
   void write(const float* from, float factor, const Rows& to) {
@@ -123,9 +123,9 @@ class BackwardGroup {
   const Tiles& tiles_;
   const Plan plan_;
   Scratch scratch_;
-  Word *k_rows_, *k_turned_, *v_rows_, *rows_, *pairs_, *q_columns_, *q_pairs_, *dout_columns_, *dout_pairs_;
+  Word *k_rows_, *k_transposed_, *v_rows_, *rows_, *pairs_, *q_columns_, *q_pairs_, *dout_columns_, *dout_pairs_;
   Word *p_rows_, *ds_rows_, *ds_;
-  float *scores_, *dp_, *dq_turned_, *dq_, *dk_, *dv_;
+  float *scores_, *dp_, *dq_transposed_, *dq_, *dk_, *dv_;
   float lse_[kBlock], delta_[kBlock], factor_[kBlock];
 };
 

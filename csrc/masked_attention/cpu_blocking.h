@@ -1,4 +1,4 @@
-// cpu_blocking.h: how one head is cut into blocks, and the thread's own memory for them.
+// cpu_blocking.h: blocks of one head, and scratch memory of a thread.
 #pragma once
 
 #include <algorithm>

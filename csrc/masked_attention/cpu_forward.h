@@ -11,7 +11,7 @@ class ForwardHead {
       : pass_(pass), tiles_(tiles), plan_(pass.sizes, tiles), scratch_(memory) {
     const int64_t words = plan_.block_words();
     k_rows_ = scratch_.words(plan_.blocks * words);
-    v_turned_ = scratch_.words(plan_.blocks * words);
+    v_transposed_ = scratch_.words(plan_.blocks * words);
     rows_ = scratch_.words(words);
     pairs_ = scratch_.words(words);
     q_columns_ = scratch_.words(words);
@@ -36,7 +36,7 @@ class ForwardHead {
       const int64_t begin = block * kBlock, tokens = plan_.tokens_in(block), words = plan_.block_words();
       read_rows({pass_.k, pass_.dtype, b, g, begin, tokens, plan_.width}, tiles_, 1.0f, k_rows_ + block * words);
       read_rows({pass_.v, pass_.dtype, b, g, begin, tokens, plan_.width}, tiles_, 1.0f, rows_);
-      rearrange(rows_, plan_.padded, tiles_, nullptr, pairs_, v_turned_ + block * words);
+      rearrange(rows_, plan_.padded, tiles_, nullptr, pairs_, v_transposed_ + block * words);
     }
     for (int64_t block = 0; block < plan_.blocks; ++block) {
       query_block(b, h, block);
@@ -67,7 +67,7 @@ class ForwardHead {
     tiles_.softmax(
         {scores_, maximum_, sum_, factor_, p_, keys, lane, lanes, plan_.scale * kLog2E, window});
     scale_lanes(out_turned_ + lane, factor_ + lane, plan_.padded, lanes - lane);
-    const Word* v = v_turned_ + key / kBlock * plan_.block_words() + key % kBlock / plan_.pair;
+    const Word* v = v_transposed_ + key / kBlock * plan_.block_words() + key % kBlock / plan_.pair;
     tiles_.product({v, kBlock / plan_.pair, p_ + lane, kBlock, out_turned_ + lane, kBlock, plan_.padded, lanes - lane,
                     keys / plan_.pair, true});
   }
@@ -87,7 +87,7 @@ class ForwardHead {
   const Tiles& tiles_;
   const Plan plan_;
   Scratch scratch_;
-  Word *k_rows_, *v_turned_, *rows_, *pairs_, *q_columns_, *p_;
+  Word *k_rows_, *v_transposed_, *rows_, *pairs_, *q_columns_, *p_;
   float *scores_, *out_turned_, *out_;
   float maximum_[kBlock], sum_[kBlock], factor_[kBlock];
 };

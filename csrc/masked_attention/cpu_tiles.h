@@ -1,9 +1,9 @@
-// cpu_tiles.h: what attention does with one block of keys and queries, written once for every instruction set.
+// cpu_tiles.h: arithmetic of one block of keys and queries, for every instruction set.
 //
 // A block of scores is [keys, queries]: keys down the rows, kBlock queries along the lanes, so that maxima, sums and
 // statistics of queries are vertical and need no shuffle. All products are C[rows, lanes] += A[rows, words] B[words,
-// lanes], where words run along the contraction: A is read a word at a time, B a vector of words. Read next:
-// cpu_portable.h and cpu_avx512.h, which make tables of these functions for instruction sets.
+// lanes], where words run along the contraction: A is read a word at a time, B a vector of words.
+// cpu_portable.h and cpu_avx512.h define tables of these functions per instruction set.
 #pragma once
 
 #include "cpu_vectors.h"

@@ -1,8 +1,8 @@
-// cuda.cu: masked attention on CUDA: which kernels serve a pass, and their launches.
+// cuda.cu: masked attention on CUDA: kernel selection and launches.
 //
-// Tensor cores serve bf16 and fp16 up to a head size of 128: by warpgroups on sm_90 (Hopper) for heads above 32, by
-// warps elsewhere. fp32 and wider heads take kernels without them. Read next: tile.cuh, warp_tiles.cuh,
-// warpgroup_tiles.cuh (products of tiles), forward.cuh, backward.cuh, delta.cuh, cuda_cores.cuh.
+// Tensor cores are used for bf16 and fp16 up to a head size of 128: by warpgroups on sm_90 (Hopper) for heads above 32, by
+// warps elsewhere. fp32 and wider heads use cuda_cores.cuh.
+// tile.cuh, warp_tiles.cuh and warpgroup_tiles.cuh hold the tiles and their products.
 #include <cmath>
 
 #include "backward.cuh"

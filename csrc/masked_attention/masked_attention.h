@@ -6,7 +6,7 @@
 //   delta[i] = dO[i] . O[i] = dout[i] . out[i]               dS[i, j] = P[i, j] (dO[i] . v[j] - delta[i])
 //   dq[i] = sum over j dS[i, j] k[j] / sqrt(head_dim)        dk[j] = sum over i, h dS[i, j] q[i] / sqrt(head_dim)
 //   dv[j] = sum over i, h P[i, j] dO[i]                      dz[h] = sum over b, i of delta[b, h, i] / z[h]
-// So out alone is kept for the backward pass, no unmasked copy. A head whose mask is exactly 0 is left out: its output
+// Only out is kept for the backward pass, no unmasked copy. A head whose mask is exactly 0 is skipped: its output
 // and all its gradients are 0, dz included (a hard concrete sample has no slope there). Sums have a fixed order.
 #pragma once
 
@@ -27,7 +27,7 @@ struct AttentionTensor {
 };
 
 // All tensors are of `dtype`, on the CPU fp32 or bf16; mask and dmask: fp32 [heads]; first: int32 [batch, tokens]; lse: fp32
-// [batch, heads, tokens], natural logarithm. A null mask stands for ones, and then there is no dmask; a null first for
+// [batch, heads, tokens], natural logarithm. A null mask means ones, without a dmask; a null first for
 // zeros. In the backward pass scratch is fp32 [masked_attention_scratch(sizes)]; on the CPU null where there is no mask.
 struct AttentionForward {
   AttentionSizes sizes;

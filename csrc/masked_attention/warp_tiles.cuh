@@ -1,7 +1,7 @@
-// warp_tiles.cuh: tiles for products that each warp makes for itself, by mma.sync (sm_80 and later).
+// warp_tiles.cuh: tiles multiplied by each warp separately with mma.sync (sm_80 and later).
 //
-// Each row lies 16 bytes further than the last one ends: so eight rows' 16 bytes at one column lie in different banks.
-// What warpgroup_tiles.cuh does in its way has the same names here; what has nothing to do here does nothing.
+// Rows are padded by 16 bytes, so that the 16 bytes of eight rows at one column are in different banks. The interface is
+// that of warpgroup_tiles.cuh; functions without a counterpart are empty.
 #pragma once
 
 #include "tile.cuh"

@@ -1,8 +1,8 @@
-// warpgroup_tiles.cuh: tiles for products that a warpgroup makes together, by wgmma (sm_90a).
+// warpgroup_tiles.cuh: tiles multiplied by a warpgroup with wgmma (sm_90a).
 //
-// A group's four warps own 64 rows, 16 each. Tiles lie in blocks of columns as mma_warpgroup.cuh says, the widest that divide
-// the head size: 64 for 64 and 128, 32 for 96, 16 for 48 and 80. Weights come from registers, all else from shared
-// memory.
+// The four warps of a group own 64 rows, 16 each. Tiles are stored in blocks of columns (mma_warpgroup.cuh), the widest
+// that divide the head size: 64 for 64 and 128, 32 for 96, 16 for 48 and 80. Weights come from registers, other operands
+// from shared memory.
 #pragma once
 
 #include "../mma_warpgroup.cuh"
@@ -70,7 +70,7 @@ struct WarpgroupTiles {
   __device__ static __forceinline__ void finish(Sums&... sums) {
     commit_products();
     wait_products<0>();
-    (settle(sums[0]), ...);
+    (read_after_wait(sums[0]), ...);
   }
 };
 

@@ -6,7 +6,7 @@
 //   dx[t, j]   = dsum + r dh - [mask != 0] x r^3 / n * sum over k of dh[t, k] x[t, k]      n = #{j: mask[j] != 0}
 //   c[j]       = sum over t of dout * h, by strips of tokens in a fixed order;  dweight = mask * c,  dmask = weight * c
 // and with a branch: dresidual = dx, dbranch = dx * branch_mask, dbranch_mask[j] = sum over t of dx * branch, likewise.
-// Null masks stand for ones. The count of live dimensions is at least 1, so a mask of zeros gives zeros.
+// Null masks mean ones. The count of live dimensions is at least 1, so a mask of zeros gives zeros.
 #pragma once
 
 #include "../number.h"
@@ -48,7 +48,7 @@ struct NormBackward {
   float* partial;  // scratch [1 or, with branch_mask, 2; strip_count(tokens); hidden]
 };
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 void masked_rms_norm_forward(const NormForward& norm, int64_t tokens, int64_t hidden, Dtype dtype, intptr_t executor);
 void masked_rms_norm_backward(const NormBackward& norm, int64_t tokens, int64_t hidden, Dtype dtype, intptr_t executor);
 

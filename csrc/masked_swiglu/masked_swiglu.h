@@ -3,7 +3,7 @@
 // gate and up are the halves of one [tokens, 2 features] matrix, and so are their gradients:
 //   dgate[t, f] = dout * mask * up * sig (1 + gate (1 - sig))      dup[t, f] = dout * mask * silu(gate)
 //   dmask[f]    = sum over t of dout * silu(gate) * up             summed by strips of tokens, in a fixed order
-// Each input is read once and each output written once. A null mask stands for ones, and then there is no dmask.
+// Each input is read once and each output written once. A null mask means ones, without a dmask.
 #pragma once
 
 #include "../number.h"
@@ -23,7 +23,7 @@ MEGASHEAR_INLINE SwigluGradient masked_swiglu_gradient(float dout, float gate, f
   return {dproduct * up * (sig * (1.0f + gate * (1.0f - sig))), dproduct * silu, dout * silu * up};
 }
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 // gate_up, dgate_up: [tokens, 2 features]; out, dout: [tokens, features], all of `dtype`; those that are read have
 // contiguous rows `*_row` elements apart. mask, dmask: fp32 [features]; partial: fp32 [strip_count(tokens), features],
 // scratch. mask, dmask and partial are null together.

@@ -22,8 +22,8 @@ MEGASHEAR_ROW void turn(const T* __restrict from, T* __restrict to, const float*
   for (int64_t i = 0; i < half; ++i) {
     const float first = widen(from[i]), second = widen(from[half + i]);
     const float c = cos[i], s = Forward ? sin[i] : -sin[i];
-    to[i] = narrow<T>(turned_first(first, second, c, s));
-    to[half + i] = narrow<T>(turned_second(first, second, c, s));
+    to[i] = narrow<T>(rotated_first(first, second, c, s));
+    to[half + i] = narrow<T>(rotated_second(first, second, c, s));
   }
 }
 

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           const float x = widen(first.value[n]), y = widen(second.value[n]), turn = Forward ? sine[n] : -sine[n];
-          first.value[n] = narrow<T>(turned_first(x, y, cosine[n], turn));
-          second.value[n] = narrow<T>(turned_second(x, y, cosine[n], turn));
+          first.value[n] = narrow<T>(rotated_first(x, y, cosine[n], turn));
+          second.value[n] = narrow<T>(rotated_second(x, y, cosine[n], turn));
         }
       }
       store<T, N>(to, first);

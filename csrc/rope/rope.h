@@ -11,11 +11,11 @@
 
 namespace megashear {
 
-MEGASHEAR_INLINE float turned_first(float first, float second, float cos, float sin) {
+MEGASHEAR_INLINE float rotated_first(float first, float second, float cos, float sin) {
   return first * cos - second * sin;
 }
 
-MEGASHEAR_INLINE float turned_second(float first, float second, float cos, float sin) {
+MEGASHEAR_INLINE float rotated_second(float first, float second, float cos, float sin) {
   return second * cos + first * sin;
 }
 
@@ -29,7 +29,7 @@ struct HeadRows {
   int64_t position, sequence, head;
 };
 
-// Launchers, on the CPU or on CUDA by the file that is linked. `executor` is the number of threads or the stream.
+// Launchers, defined by cpu.cpp and cuda.cu. `executor` is the number of threads or the CUDA stream.
 // cos, sin: fp32 [at least positions, half]. fused has (queries + 2) groups heads, q queries * groups, k and v groups.
 void rope_qkv_forward(HeadRows fused, const float* cos, const float* sin, HeadRows q, HeadRows k, HeadRows v,
                       RopeSizes sizes, Dtype dtype, intptr_t executor);

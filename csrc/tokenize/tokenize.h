@@ -1,7 +1,7 @@
 // tokenize.h: byte-pair encoding of whole documents, exactly as SentencePiece and Hugging Face's tokenizers do it.
 //
-//   A text is a row of symbols, at first one a character. While two neighbours stand in the table of merges, the pair of
-//   the least rank, the leftmost of several, becomes one symbol. What is left is spelled as ids (Sennrich et al. 2016;
+//   A text is a row of symbols, at first one a character. While two neighbours are in the table of merges, the pair of
+//   the lowest rank, the leftmost of several, becomes one symbol. The remaining symbols are mapped to ids (Sennrich et al. 2016;
 //   SentencePiece's scores, highest first, are ranks that several pairs may share).
 //
 // The text may be cut between two characters that no merged symbol and no whole piece holds side by side: nothing is ever
@@ -10,7 +10,8 @@
 // and again, and a cache of fixed size remembers their ids.
 //
 // A space and U+2581 are one character here, as in models that escape spaces; pieces that hold a space themselves can
-// never be reached and must be left out. Read next: cpu.cpp, word_cache.h, merge.h; megashear/dataset/bpe.py makes the rules.
+// never be reached and must be omitted.
+// megashear/dataset/bpe.py builds the rules.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@
 
 namespace megashear {
 
-// What a model file says, by ids.
+// The contents of a model file, by ids.
 struct BpeRules {
   std::vector<std::string> texts;  // of every id; empty: never merged, and no character
   std::vector<int32_t> ranks;      // of every id: any two neighbours that make its text are merged at this rank

@@ -25,7 +25,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_megatron_core_sees_the_cpu_and_torch_is_untouched() -> None:
+def test_present_cpu_patches_megatron_and_not_torch() -> None:
     run(
         BEFORE
         + PRESENT
@@ -53,7 +53,7 @@ assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor
 
 
 @pytest.mark.medium
-def test_a_transformers_model_made_afterwards_has_its_rotary_buffers() -> None:
+def test_transformers_model_keeps_rotary_buffers() -> None:
     run(
         PRESENT
         + """

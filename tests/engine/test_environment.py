@@ -11,7 +11,7 @@ import megashear
 from megashear.engine import environment
 
 
-def test_versions_and_roles_of_this_machine() -> None:
+def test_reports_versions_and_roles() -> None:
     rows = environment.describe()
     names = [name for name, _ in rows]
     assert len(set(names)) == len(names)
@@ -24,7 +24,7 @@ def test_versions_and_roles_of_this_machine() -> None:
     assert told["backend of torch.distributed"] in ("gloo", "nccl")
 
 
-def test_the_cpu_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_cpu_with_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGASHEAR_DEVICE", "cpu")
     told = dict(environment.describe())
     assert told["backend of torch.distributed"] == "gloo"
@@ -32,7 +32,7 @@ def test_the_cpu_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert told["device"].startswith("CPU")
 
 
-def test_roles_name_what_megatron_core_chose() -> None:
+def test_reports_adam_of_megatron() -> None:
     told = dict(environment.roles())
     if environment.importable("transformer_engine") is None and environment.importable("apex.optimizers") is None:
         assert told["Adam"] == "torch"
@@ -40,7 +40,7 @@ def test_roles_name_what_megatron_core_chose() -> None:
         assert told["Adam"] in ("Transformer Engine", "Apex")
 
 
-def test_apex_is_told_by_its_modules_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apex_is_detected_by_compiled_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package of that name on PyPI has an `apex` module and none of NVIDIA's; a broken build counts as missing."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")

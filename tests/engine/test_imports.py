@@ -16,6 +16,6 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_megatron_is_imported_in_the_engine_alone() -> None:
+def test_only_the_engine_imports_megatron() -> None:
     rooms = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "megatron" in imported(path)}
     assert rooms == {"engine"}

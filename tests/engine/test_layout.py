@@ -33,20 +33,20 @@ def test_first_and_last_stage() -> None:
     assert layout().is_first_stage and layout().is_last_stage
 
 
-def test_a_world_that_the_layout_does_not_divide_is_refused() -> None:
+def test_indivisible_world_size_is_refused() -> None:
     with distributed(ParallelConfig()) as alone:
         assert (alone.world_size, alone.tensor_size, alone.is_main, alone.sequence) == (1, 1, True, False)
         with pytest.raises(ConfigError, match=r"tensor 2 x pipeline 3 = 6 does not divide the 1 launched"):
             build_layout(ParallelConfig(tensor=2, pipeline=3))
 
 
-def test_sequence_parallelism_is_nothing_on_one_rank() -> None:
+def test_sequence_parallelism_is_off_on_one_rank() -> None:
     with distributed(ParallelConfig(sequence=True)) as alone:
         assert not alone.sequence
     assert not torch.distributed.is_initialized()
 
 
-def test_what_another_rank_did_is_told_from_faults_of_this_one() -> None:
+def test_peer_failure_differs_from_local_error() -> None:
     """A rank that is killed under gloo: `tests/faults/test_killed_rank.py`."""
     nccl = torch.distributed.DistBackendError("NCCL error: remote process exited. Last error:\nsocket closed")
     words = r"for 7 minutes \(NCCL error: remote process exited\)"
@@ -57,7 +57,7 @@ def test_what_another_rank_did_is_told_from_faults_of_this_one() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_a_new_layout_ends_the_groups_of_the_last() -> None:
+def test_new_layout_destroys_previous_groups() -> None:
     with distributed(ParallelConfig()):
         before = len(torch.distributed.distributed_c10d._world.pg_map)
         build_layout(ParallelConfig())

@@ -81,14 +81,14 @@ def python(script: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> str
 
 
 @pytest.mark.medium
-def test_a_training_rank_imports_neither_compiler_nor_plotting(tmp_path: Path) -> None:
+def test_training_imports_no_compiler_or_plotting(tmp_path: Path) -> None:
     script = tmp_path / "start.py"
     script.write_text(IMPORT.format(names=(*COMPILER, "matplotlib", "torch.utils.tensorboard", "transformers")))
     assert python(script) == "[]"
 
 
 @pytest.mark.medium
-def test_user_code_can_still_compile_its_training(tmp_path: Path) -> None:
+def test_user_code_can_compile_training(tmp_path: Path) -> None:
     script = tmp_path / "compile.py"
     script.write_text(AFTER)
     assert python(script) == "done"
@@ -105,7 +105,7 @@ LAYOUTS = {
 
 @pytest.mark.medium
 @pytest.mark.parametrize("layout", ["one rank", *slow("recompute", "tensor", "pipeline", "data")])
-def test_a_run_calls_no_fused_function_and_no_compiler(tiny: Tiny, tmp_path: Path, layout: str) -> None:
+def test_run_uses_no_fused_function_or_compiler(tiny: Tiny, tmp_path: Path, layout: str) -> None:
     script = tmp_path / "run.py"
     script.write_text(RUN)
     ranks, overrides = LAYOUTS[layout]

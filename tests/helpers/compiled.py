@@ -1,4 +1,4 @@
-"""Compiler output that is kept between processes and sessions, by the digest of what it was made from."""
+"""Cache of compiled test libraries, keyed by the digest of their inputs."""
 
 import fcntl
 import hashlib
@@ -17,21 +17,21 @@ FOLDER = ROOT / ".pytest_cache" / "compiled"
 
 @cache
 def version_of(compiler: str) -> str:
-    """Output of `COMPILER --version`."""
+    """Return the output of `COMPILER --version`."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(
     name: str, compiler: str, flags: Iterable[str], sources: Iterable[Path], build: Callable[[Path], None]
 ) -> Path:
-    """Return the folder that `build` fills, from the cache if nothing that it depends on has changed.
+    """Return the folder filled by `build`, from the cache if its inputs are unchanged.
 
     Args:
-        name: Prefix of the folder's name; one build of a name runs at a time, also across processes.
-        compiler: Whose version counts.
-        flags: Which count.
-        sources: Files whose contents count: sources, headers, and the script that calls the compiler.
-        build: Compiles into an empty folder; what it raises leaves nothing in the cache.
+        name: Prefix of the folder's name. One build per name runs at a time, also across processes.
+        compiler: Compiler whose version is part of the key.
+        flags: Flags that are part of the key.
+        sources: Files whose contents are part of the key: sources, headers, and the script that calls the compiler.
+        build: Compiles into an empty folder. If it raises, nothing is cached.
     """
     digest = hashlib.sha256("\0".join([version_of(compiler), *flags]).encode())
     for path in sorted(sources):
@@ -54,7 +54,7 @@ def compiled(
 
 @cache
 def build_script() -> ModuleType:
-    """The project's setup.py as a module: how its libraries are compiled."""
+    """Import the project's setup.py as a module."""
     spec = spec_from_file_location("megashear_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)

@@ -137,7 +137,7 @@ def test_takes_any_strides(order, dout_order, step, expanded):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_result_and_gradients_lie_tokens_first():
+def test_results_are_laid_out_tokens_first():
     case = _case(2, 4, 2, 9, 16, torch.float32)
     out, lse = kernel.masked_attention(case.q, case.k, case.v, None, None)
     gradients = kernel.masked_attention_backward(case.dout, case.q, case.k, case.v, None, None, out, lse)
@@ -145,7 +145,7 @@ def test_result_and_gradients_lie_tokens_first():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_documents_do_not_see_each_other(dtype):
+def test_documents_do_not_attend_to_each_other(dtype):
     """One packed sequence against its documents alone."""
     case = _case(1, 2, 2, 150, 32, dtype)
     ends = [0, 1, 50, 64, 129, 150]
@@ -233,7 +233,7 @@ def test_fp16_is_computed_in_fp32():
     assert torch.equal(out, ops.attention(q.float(), k.float(), v.float(), case.mask).half())
 
 
-def test_float64_and_other_wishes_take_the_reference(monkeypatch):
+def test_float64_and_forced_backends_use_reference(monkeypatch):
     case = _case(1, 2, 2, 20, 16, torch.float64, masked=True)
     exact = reference.attention(case.q, case.k, case.v, case.mask)
     assert torch.equal(ops.attention(case.q, case.k, case.v, case.mask), exact)

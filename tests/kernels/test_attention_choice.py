@@ -49,7 +49,7 @@ def _slow(form: choice.Form) -> choice.Form:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_fastest_form_is_taken(documents):
+def test_fastest_backend_is_selected(documents):
     kernel, plain = _forms(documents=documents)
     for fastest in ("one", "two", "reference"):
         forms = {"one": kernel, "two": kernel, "reference": plain}
@@ -60,7 +60,7 @@ def test_the_fastest_form_is_taken(documents):
         assert max(found.distances.values()) < 1e-5
 
 
-def test_a_form_that_computes_something_else_is_not_taken():
+def test_wrong_backend_is_excluded():
     kernel, plain = _forms()
     case = _case(2, 4, 2, 40, 16, torch.float32, masked=True)
 
@@ -101,7 +101,7 @@ def test_each_shape_is_measured_once(dtype, parts, caplog):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_batch_heads_and_masks_are_no_part_of_a_shape_but_tokens_and_documents_are():
+def test_shape_key_is_tokens_and_documents():
     q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16)
     first = torch.zeros(2, 20, dtype=torch.int32)
     calls = [((q, k, None, None), 1), ((q[:1], k[:1], None, None), 1), ((q[:, :2], k[:, :1], torch.ones(2), None), 1)]
@@ -110,7 +110,7 @@ def test_batch_heads_and_masks_are_no_part_of_a_shape_but_tokens_and_documents_a
         assert len(choice._CHOICES) == shapes
 
 
-def test_a_first_shape_is_measured_under_inference_mode_too():
+def test_new_shape_is_measured_in_inference_mode():
     case = _case(1, 2, 2, 20, 16, torch.float32, masked=True, documents=True)
     with torch.inference_mode():
         choice.serving(case.q, case.k, case.mask, case.first.clone())
@@ -118,7 +118,7 @@ def test_a_first_shape_is_measured_under_inference_mode_too():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_first_shape_is_measured_inside_a_recomputed_part_too(reentrant):
+def test_new_shape_is_measured_in_recomputation(reentrant):
     case = _case(1, 4, 2, 20, 16, torch.float32, masked=True)
 
     def part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_a_first_shape_is_measured_inside_a_recomputed_part_too(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and len(choice._CHOICES) == 1
 
 
-def test_nothing_is_measured_while_torch_compiles_or_the_environment_decides(monkeypatch):
+def test_compiling_or_forced_backend_skips_measuring(monkeypatch):
     case = _case(1, 2, 2, 20, 16, torch.float32)
     asked = torch.compile(
         lambda q: q + float(choice.serving(q, case.k, None, None) != "reference"), backend="eager", fullgraph=True

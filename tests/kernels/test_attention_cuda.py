@@ -132,7 +132,7 @@ def test_any_strides_give_the_bits_of_contiguous_inputs(cuda_device, way):
 
 
 @TENSOR_CORES
-def test_large_scores_stay_finite_and_nan_reaches_those_that_see_it(cuda_device, way):
+def test_large_scores_are_finite_and_nan_propagates(cuda_device, way):
     case = _case(1, 1, 1, 130, 48, torch.bfloat16)
     q, k, v = (x.to(cuda_device) for x in (case.q, case.k, case.v))
     out = _attention(100 * q, 100 * k, v, None, None).cpu()
@@ -156,7 +156,7 @@ def test_offsets_beyond_2_to_the_31_elements(dtype):
     assert torch.equal(_attention(far, case.k, case.v, None, None), _attention(case.q, case.k, case.v, None, None))
 
 
-def test_ways_are_different_and_each_one_repeats_its_bits(emulated, monkeypatch):
+def test_each_kernel_is_deterministic(emulated, monkeypatch):
     """So the name reaches the kernels; small heads have no warpgroups."""
     for head_dim, count in ((64, 3), (32, 2)):
         case = _case(1, 2, 1, 200, head_dim, torch.bfloat16)
@@ -203,7 +203,7 @@ def test_empty_inputs(sizes, cuda_device):
 
 @pytest.mark.gpu
 @CUDA
-def test_a_gpu_measures_which_form_serves(monkeypatch):
+def test_gpu_measures_attention_backend(monkeypatch):
     monkeypatch.setattr(attention_choice, "_CHOICES", {})
     device = torch.device("cuda", 0)
     case = _case(2, 8, 2, 300, 64, torch.bfloat16, masked=True)

@@ -64,7 +64,7 @@ def test_agrees_at_any_size(device, tokens, width, share, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_torch_cross_entropy_where_the_whole_vocabulary_is_here(dtype, device):
+def test_whole_vocabulary_equals_torch_cross_entropy(dtype, device):
     logits, labels, _ = _case(50, 321, dtype, device)
     labels = labels.clamp(0, 320)
     ours, exact = leaf(logits), wide(logits)
@@ -77,7 +77,7 @@ def test_is_torch_cross_entropy_where_the_whole_vocabulary_is_here(dtype, device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_part_without_real_columns_gives_nothing(dtype, device):
+def test_part_of_padding_contributes_nothing(dtype, device):
     logits, labels, dterms = _case(4, 8, dtype, device)
     x = leaf(logits)
     log_sum, label_logit = ops.cross_entropy_terms(x, labels, 0, 0)
@@ -121,7 +121,7 @@ def test_writes_every_element_and_no_other(tokens, width, columns, dtype, device
     assert (buffer[:-guard].view(tokens, width)[:, columns:] == 0).all()
 
 
-def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed(device):
+def test_gradient_overwrites_logits_only_if_allowed(device):
     logits, labels, _ = _case(6, 40, torch.bfloat16, device)
     for overwrite in (True, False):
         x = leaf(logits)

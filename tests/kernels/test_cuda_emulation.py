@@ -71,7 +71,7 @@ def test_a_missing_barrier_or_wait_shows_as_nan(faults, name, descending):
         ("greedy", "too much shared memory"),
     ],
 )
-def test_what_a_gpu_would_hang_at_or_refuse_is_named(faults, name, message):
+def test_deadlocks_and_faults_are_reported(faults, name, message):
     _, problem = _run(faults, name, right=False)
     assert re.search(message, problem), problem
     assert _run(faults, name, right=True)[1] == ""  # and the next launch starts afresh
@@ -83,7 +83,7 @@ def test_bank_conflicts_are_counted(faults):
     assert Controls(faults).bank_conflicts() - before == 2 * 4 * 7  # two warps, four matrices, seven rows too many
 
 
-def test_fragments_lie_as_the_isa_says(faults):
+def test_fragments_follow_the_isa(faults):
     a, b = GIVEN[:256].view(16, 16), GIVEN[256:].view(16, 8)
     for right, left in ((True, a), (False, a.flip(1))):
         out, problem = _run(faults, "fragments", right)

@@ -72,7 +72,7 @@ def test_products_are_right(library, width, descending):
         ("warps differ", "the warps of a group begin different|deadlock"),
     ],
 )
-def test_what_a_gpu_would_compute_by_chance_is_named(library, width, mistake, message):
+def test_undefined_results_are_reported(library, width, mistake, message):
     problem = _run(library, width, mistake)[3]
     assert re.search(message, problem), problem
     assert _run(library, width, "none")[2:] == (True, "")  # and the next launch starts afresh
@@ -86,7 +86,7 @@ def test_sums_are_nan_until_the_wait(library, width):
 
 @pytest.mark.parametrize("mistake", ["stride", "leading", "overwritten"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_wrong_distances_and_early_overwriting_give_wrong_products(library, width, mistake):
+def test_wrong_strides_and_early_writes_change_products(library, width, mistake):
     _, _, right, problem = _run(library, width, mistake)
     assert not right or problem
 

@@ -59,7 +59,7 @@ def test_bounds_are_exact_zeros_and_ones(device):
     assert log_alpha.grad[[0, 1, 3, 4]].tolist() == [0, 0, 0, 0] and abs(log_alpha.grad[2] - 0.45) < 1e-6
 
 
-def test_a_nan_is_not_hidden(device):
+def test_nan_propagates(device):
     log_alpha = torch.tensor([float("nan"), 1.0], device=device)
     assert ops.hard_concrete(log_alpha, torch.full((2,), 0.5, device=device)).isnan().tolist() == [True, False]
 
@@ -126,7 +126,7 @@ def test_are_proper_torch_ops(device):
     opcheck(kernel.hard_concrete, (leaf(log_alpha), torch.full((3, 5), 0.4, device=device)))
 
 
-def test_refuses_noise_of_another_shape_and_indices_beyond_a_word(device):
+def test_refuses_wrong_noise_shape_and_large_indices(device):
     log_alpha = torch.zeros(4, device=device)
     with pytest.raises(ValueError, match="uniform must be"):
         ops.hard_concrete(log_alpha, torch.full((5,), 0.5, device=device))

@@ -29,7 +29,7 @@ def test_the_reference_can_be_forced(device, monkeypatch):
     assert len(called) == 1
 
 
-def test_another_wish_is_refused(monkeypatch):
+def test_unknown_kernel_choice_is_refused(monkeypatch):
     monkeypatch.setenv("MEGASHEAR_KERNELS", "fastest")
     with pytest.raises(ConfigError, match="MEGASHEAR_KERNELS"):
         ops.backend()
@@ -44,7 +44,7 @@ def test_float64_takes_the_reference(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_masks_in_another_dtype_than_fp32_take_the_reference(dtype, device):
+def test_masks_other_than_fp32_use_reference(dtype, device):
     x, noise = torch.randn(4, 6, device=device).to(dtype), torch.full((4, 6), 0.3, device=device)
     assert torch.equal(ops.hard_concrete(x, noise), reference.hard_concrete(x, noise))
 

@@ -63,7 +63,7 @@ def test_shapes_that_do_not_fit_are_refused():
         kernel.live_add(weight, index, None, torch.randn(3, 6))
 
 
-def test_float64_is_the_references():
+def test_float64_uses_reference():
     weight, rows, columns = torch.randn(5, 7, dtype=torch.float64), torch.tensor([1, 4]), torch.tensor([0, 6])
     assert torch.equal(ops.live_gather(weight, rows, columns), weight[rows][:, columns])
     total = torch.zeros(5, 7, dtype=torch.float64)

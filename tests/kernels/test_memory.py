@@ -80,7 +80,7 @@ def _far_rows(rows: int, width: int, seed: int = 0) -> Tensor:
     return far.copy_(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_rows_may_lie_further_apart_than_32_bits_count():
+def test_row_offsets_exceed_32_bits():
     weight = torch.rand(16)
     for op in (ops.swiglu, lambda x: ops.rms_norm(x, weight, EPS)):
         far = _far_rows(2, 16)

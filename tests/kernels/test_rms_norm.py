@@ -79,7 +79,7 @@ def test_a_mask_of_zeros_gives_zeros(dtype, device):
     assert (out == 0).all() and (x.grad == 0).all() and mask.grad.isfinite().all()
 
 
-def test_dead_dimensions_are_left_out_of_the_mean_whatever_they_hold(device):
+def test_masked_dimensions_do_not_affect_mean(device):
     x, weight, mask, _ = _case(7, 40, torch.float32, device)
     loud = torch.where(mask == 0, 1e18, x)
     assert torch.equal(ops.rms_norm(x, weight, EPS, mask), ops.rms_norm(loud, weight, EPS, mask))

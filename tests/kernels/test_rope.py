@@ -88,7 +88,7 @@ def test_takes_any_strides(device, order, before, after, dtype):
         assert torch.equal(rope_qkv_backward(*gradients, *tables), straight)
 
 
-def test_outputs_lie_in_memory_as_the_product_does(device):
+def test_outputs_have_layout_of_product(device):
     qkv, sizes, tables = _case(5, 3, 2, 2, 8, torch.float32, device)
     for out in ops.rope_qkv(qkv, *sizes, *tables):
         assert out.permute(2, 0, 1, 3).is_contiguous()

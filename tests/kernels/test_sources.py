@@ -52,7 +52,7 @@ def compiled(request) -> Compiled:
     return Compiled((folder / "log.txt").read_text(), [path.read_text() for path in sorted(folder.glob("*.ptx"))])
 
 
-def test_cuda_compiles_without_a_warning_for_both_architectures(compiled):
+def test_cuda_compiles_without_warnings(compiled):
     assert "warning" not in compiled.log
     assert len(compiled.ptx) == 2 and "sm_80" in compiled.log and "sm_90a" in compiled.log
 
@@ -79,7 +79,7 @@ def test_kernels_of_packs_move_16_bytes_at_a_time(compiled, request):
     assert storing == reading or folder in few
 
 
-def test_attention_uses_tensor_cores_and_copies_in_the_background(compiled, request):
+def test_attention_uses_tensor_cores_and_async_copies(compiled, request):
     if request.node.callspec.params["compiled"].parent.name != "masked_attention":
         pytest.skip("not attention's")
     for ptx in compiled.ptx:
@@ -107,7 +107,7 @@ def test_cpu_compiles_without_a_warning(source):
     assert (folder / "log.txt").read_text() == ""
 
 
-def test_sources_know_no_torch_and_every_op_has_its_parts():
+def test_sources_use_no_torch_and_ops_are_complete():
     for path in CSRC.rglob("*.*"):
         assert "#include <torch" not in path.read_text() and "#include <ATen" not in path.read_text(), path
     folders = [path for path in CSRC.iterdir() if path.is_dir()]

@@ -111,13 +111,13 @@ def test_a_small_divergence_keeps_its_digits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_an_equal_teacher_has_nothing_to_say(dtype: torch.dtype) -> None:
+def test_equal_teacher_gives_zero_divergence(dtype: torch.dtype) -> None:
     student, _, labels, counts = draw(33, 500, 497, 4, dtype)
     found, gradient = ours(student, student, labels, counts, DistillationPlan(1.0, 2.0, 10), 497)
     assert not found[2].any() and not gradient.any()
 
 
-def test_bf16_logits_are_read_exactly_and_their_gradient_rounded() -> None:
+def test_bf16_logits_are_exact_and_gradient_rounded() -> None:
     """Twice: over the logits, and times what a token counts; a bf16 rounding is up to 2^-8 of the number."""
     student, teacher, labels, counts = draw(50, 300, 290, 5, torch.bfloat16)
     how = DistillationPlan(0.3, 1.5, 16)
@@ -141,7 +141,7 @@ class Wide(TorchDispatchMode):
         return out
 
 
-def test_no_copy_of_the_logits_in_fp32_and_the_gradient_in_their_place() -> None:
+def test_gradient_overwrites_logits_without_fp32_copy() -> None:
     student, teacher, labels, counts = draw(512, 400, 400, 6, torch.bfloat16)
     leaf = student.requires_grad_()
     logits = leaf * 1
@@ -154,7 +154,7 @@ def test_no_copy_of_the_logits_in_fp32_and_the_gradient_in_their_place() -> None
     assert gradient.data_ptr() == at
 
 
-def test_without_gradients_the_logits_stay() -> None:
+def test_logits_are_kept_without_gradients() -> None:
     student, teacher, labels, _ = draw(20, 50, 50, 7)
     before = student.clone()
     distillation_losses(
@@ -163,7 +163,7 @@ def test_without_gradients_the_logits_stay() -> None:
     assert torch.equal(student, before)
 
 
-def test_the_gradient_is_given_once() -> None:
+def test_backward_runs_only_once() -> None:
     student, teacher, labels, _ = draw(20, 50, 50, 8)
     logits = student.requires_grad_() * 1
     how, part = DistillationPlan(0.5, 1.0, 8), VocabularyPart(0, 50)

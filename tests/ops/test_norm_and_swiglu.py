@@ -58,7 +58,7 @@ def test_norm_gradients():
     assert torch.autograd.gradcheck(lambda x, w: reference.rms_norm(x, w, 1e-5, dead), (x, w))
 
 
-def test_norm_gradient_reaches_the_mask_only_through_the_product():
+def test_mask_gradient_comes_only_from_product():
     torch.manual_seed(3)
     x, w = torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     mask = torch.tensor([0.0, 1, 0.5, 0, 1, 1], dtype=torch.float64, requires_grad=True)
@@ -70,7 +70,7 @@ def test_norm_gradient_reaches_the_mask_only_through_the_product():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_residual_addition_is_the_sum_rounded_once_and_its_norm(dtype):
+def test_residual_addition_rounds_once(dtype):
     torch.manual_seed(7)
     x, branch = torch.randn(5, 12).to(dtype), torch.randn(5, 12).to(dtype)
     weight, factor, mask = torch.randn(12), torch.rand(12), torch.tensor([0.0, 1, 0.5] * 4)

@@ -59,7 +59,7 @@ def test_rotation_is_hugging_faces():
     torch.testing.assert_close(reference.apply_rope(k, *tables), expected_k, rtol=1e-6, atol=1e-6)
 
 
-def test_split_takes_each_groups_queries_key_and_value_and_turns_as_hugging_face_does():
+def test_split_and_rotation_match_hugging_face():
     torch.manual_seed(4)
     positions, batch, groups, queries, head_dim = 9, 2, 3, 2, 16
     q, k, v = torch.randn(batch, 6, 9, 16), torch.randn(batch, 3, 9, 16), torch.randn(batch, 3, 9, 16)

@@ -1,4 +1,4 @@
-// mma_warp.cuh: in the place of csrc/mma_warp.cuh: the same functions, which do what the PTX ISA documents of each instruction.
+// mma_warp.cuh: emulation of csrc/mma_warp.cuh, as documented in the PTX ISA.
 //
 // Sections "Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix" and "cp.async" of the PTX ISA; g
 // and t are its groupID = lane / 4 and threadID_in_group = lane % 4.

@@ -1,4 +1,4 @@
-// mma_warpgroup.cuh: in the place of csrc/mma_warpgroup.cuh: the same functions, which do what the PTX ISA documents of each of them.
+// mma_warpgroup.cuh: emulation of csrc/mma_warpgroup.cuh, as documented in the PTX ISA.
 //
 // Sections "Register Fragments and Shared Memory Matrix Layouts" and "Matrix Descriptor" of "Asynchronous Warpgroup
 // Level Matrix Instructions". A product is computed as late as it may be: when it is waited for, from what shared
@@ -205,7 +205,7 @@ void wait_products() {
 }
 
 template <int N>
-void settle(float (&)[N][4]) {}
+void read_after_wait(float (&)[N][4]) {}
 
 template <typename T>
 float widen_bits(uint16_t bits) {
