@@ -1,7 +1,7 @@
 """`megashear VERB`: one thin function per verb; what a user got wrong is one message on stderr and an exit code.
 
-Key properties: each verb imports what it needs when it runs, so `--help` is quick and `check` loads no torch; a
-traceback appears for faults of megashear itself alone. Read next: `phases/runner.py`.
+Each verb imports what it needs when it runs, so `--help` is quick and `check` loads no torch; a
+traceback appears for faults of megashear itself alone.
 """
 
 import argparse

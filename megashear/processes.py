@@ -4,8 +4,8 @@ Nothing but the standard library is imported here: a child that needs no torch d
 
 Stopping politely: SIGTERM and SIGUSR1 are noted, and the loop ends at the next step's end with a checkpoint.
 
-Schedulers send one of them before they take the machine away. Key properties: a signal is never lost, whether it comes
-while libraries are loaded, between phases or within a step; no torch is needed to listen. Read next: `loop.py`.
+Schedulers send one of them before they take the machine away. A signal is never lost, whether it comes
+while libraries are loaded, between phases or within a step; no torch is needed to listen.
 """
 
 import multiprocessing

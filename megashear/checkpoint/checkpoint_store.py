@@ -2,10 +2,9 @@
 up.
 
 A checkpoint is written into a temporary folder by all ranks (weights and optimizer by megatron-core, masks as
-safetensors, the rest as JSON), gets a manifest of digests, and is renamed. Key properties: nothing that is damaged is
+safetensors, the rest as JSON), gets a manifest of digests, and is renamed. Nothing that is damaged is
 loaded, older ones are tried and said; the newest `keep` are kept, damaged later ones not counted; nothing read runs
-code. Read next: `engine/sharded_checkpoint.py`,
-`pickles.py`.
+code.
 """
 
 import errno

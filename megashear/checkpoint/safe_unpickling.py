@@ -2,7 +2,7 @@
 
 Before megatron-core reads a folder, its metadata is gone through with an unpickler that knows the few classes which it
 consists of and refuses every other name. The folder's other files are read as tensors and plain values only: by
-`torch.load(weights_only=True)`. Read next: `store.py`.
+`torch.load(weights_only=True)`.
 """
 
 import io

@@ -1,13 +1,13 @@
 """What a SentencePiece `tokenizer.model` says: its pieces and the settings that decide about ids.
 
 The library gives pieces and scores, but not how text is normalised, so the few fields are read from the file itself:
-protocol buffers' wire format, fields numbered as in SentencePiece's `sentencepiece_model.proto`. Read next: `bpe.py`.
+protocol buffers' wire format, fields numbered as in SentencePiece's `sentencepiece_model.proto`.
 
 Byte-pair encoding by the compiled encoder (csrc/tokenize): which model files it serves, and their rules for it.
 
 Served are SentencePiece BPE models and `tokenizer.json` files whose text is left as it is but for spaces, as LLaMA's
 are. Every field that could change an id is looked at; what is not known to be harmless is refused with a reason, and
-the library serves in its place. Read next: csrc/tokenize/tokenize.h (the algorithm), `sentencepiece_model.py`.
+the library serves in its place.h (the algorithm), `sentencepiece_model.py`.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
 """The dataset folder: one `.bin`/`.idx` pair per domain and split, the tokenizer's files, and `manifest.json`.
 
 `<domain>.train.bin/.idx/.crc`, `<domain>.heldout.bin/.idx/.crc`, `tokenizer/`. The manifest names domains (their order
-is the order of all weights), counts, tokenizer and the digest of every file. Key properties: sizes and counts are
+is the order of all weights), counts, tokenizer and the digest of every file. Sizes and counts are
 compared whenever a dataset is opened, a block of tokens when it is first touched, everything by `verify.py`; opening
-costs the same for ten documents and for 10^8. Read next: `blocks.py`, `loader.py`.
+costs the same for ten documents and for 10^8.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,7 @@
 """Documents of a pair: where they lie, whether they are what a dataset promises, and whether two are the same.
 
-Key properties: chunk by chunk, so that memory does not grow with the pair; a chunk can be looked at on its own, so that
-a sample costs a share of the whole. Read next: `verify.py`, `adopt.py`.
+Chunk by chunk, so that memory does not grow with the pair; a chunk can be looked at on its own, so that
+a sample costs a share of the whole.
 """
 
 import hashlib

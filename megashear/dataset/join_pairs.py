@@ -1,8 +1,7 @@
 """Pairs put together and cut apart, document by document in their order, without holding an index in memory.
 
-Key properties: chunk by chunk, some MiB at a time whatever the number of documents, mapped files included; sequences of
-a document stay together, as megatron-core's builder keeps them; the `.idx` gets its name last. Read next: `indexed.py`;
-a dataset folder is made of pairs by `adopt.py`.
+Chunk by chunk, some MiB at a time whatever the number of documents, mapped files included; sequences of
+a document stay together, as megatron-core's builder keeps them; the `.idx` gets its name last.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,7 @@
 """One face for the two kinds of tokenizer files: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
 
-Key properties: ids are the library's own, without beginning or end tokens, also where the compiled encoder serves; the
+Ids are the library's own, without beginning or end tokens, also where the compiled encoder serves; the
 digest names the tokenizer in every dataset and checkpoint; nothing is downloaded, nothing read from a file runs code.
-Read next: `bpe.py` (the compiled encoder), `preprocess.py`.
 """
 
 import json

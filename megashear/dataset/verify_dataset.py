@@ -1,8 +1,8 @@
 """Everything that a dataset's manifest promises, compared with its files: whole, or a sample of it.
 
 Looked at: names and sizes of files, SHA-256 of each (a sample: CRC-32 of some blocks), the index of every pair, the
-documents' end tokens and ids, that no document stands on both sides, the tokenizer. Key properties: all that is wrong
-is told, not the first alone; files are read by several threads. Read next: `documents.py`, `blocks.py`.
+documents' end tokens and ids, that no document stands on both sides, the tokenizer. All that is wrong
+is told, not the first alone; files are read by several threads.
 """
 
 import random

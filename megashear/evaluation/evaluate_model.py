@@ -1,7 +1,7 @@
 """`megashear eval MODEL DATA`: held-out loss and perplexity of a finished model, by domain.
 
-Key properties: the model is computed in fp32 by the very code that trains, on any layout; a dataset made with another
-tokenizer is refused. Read next: `train/evaluate.py`, `tasks.py` (lm-evaluation-harness).
+The model is computed in fp32 by the very code that trains, on any layout; a dataset made with another
+tokenizer is refused.
 """
 
 import math

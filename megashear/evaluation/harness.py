@@ -1,7 +1,7 @@
 """`megashear eval MODEL --tasks a,b`: tasks of lm-evaluation-harness, which is an extra (`megashear[evaluation]`).
 
-Key property: the harness loads the model folder itself, as the Hugging Face LLaMA that it is; no code of ours stands
-between its tasks and the weights. Read next: `evaluate.py`.
+The harness loads the model folder itself, as the Hugging Face LLaMA that it is; no code of ours stands
+between its tasks and the weights.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Held-out loss per domain, with its standard error: the same sequences every time, spread over data-parallel ranks.
 
 Each domain's loss is the mean over its sequences, all of one length, so it is the token mean; its error is the
-standard deviation over sequences divided by the root of their number. Read next: `sequences.py`, `loop.py`.
+standard deviation over sequences divided by the root of their number.
 """
 
 from typing import Any

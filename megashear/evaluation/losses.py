@@ -1,13 +1,13 @@
 """Held-out losses by domain as plain values: their mean and its error, and as JSON.
 
-Key property: no numpy and no torch, so that a plan's tables are printed at once. Read next: `sequences.py`.
+No numpy and no torch, so that a plan's tables are printed at once.
 
 Held-out losses sequence by sequence: `heldout.json` of a phase, and two models over the same sequences.
 
 Sequences differ from one another far more than two models do on one sequence, so the difference of losses taken pair by
 pair has a much smaller error than the losses have. The file keeps what the phase's last evaluation found for each
 sequence, with a digest of each domain's text, by which other text is recognised.
-Key property: no torch, so that reports read it. Read next: `evaluate.py`, `plot/compare.py`.
+No torch, so that reports read it.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Digests of a folder's files: what a folder holds is what was written, or it is refused by the name of the file.
 
 `manifest.json` maps each relative name to its size and SHA-256. Names that leave the folder are refused.
-Read next: `atomic.py`.
 """
 
 import hashlib

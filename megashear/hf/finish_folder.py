@@ -1,8 +1,7 @@
 """From written tensors to a model folder: config.json, tokenizer files, manifest; and the copy of a whole model.
 
-Key properties: the manifest holds the digest of every file, the model's identity and where it comes from; a copy is
+The manifest holds the digest of every file, the model's identity and where it comes from; a copy is
 read back before it counts. All work in a temporary folder that the caller renames (`files/atomic.py`).
-Read next: `folder.py`, `writer.py`.
 """
 
 import shutil

@@ -1,8 +1,8 @@
 """Hugging Face's config.json <-> ModelShape, for every LLaMA generation.
 
-Key properties: defaults are those of transformers' LlamaConfig; what we do not carry is refused, all problems at once;
+Defaults are those of transformers' LlamaConfig; what we do not carry is refused, all problems at once;
 written files are read alike by transformers 4.45 and later (rope_theta, rope_scaling, torch_dtype) and by 5
-(rope_parameters, dtype). Read next: `folder.py`.
+(rope_parameters, dtype).
 """
 
 import json

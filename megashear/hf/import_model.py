@@ -1,7 +1,7 @@
 """Import: a verified copy of a Hugging Face LLaMA folder, which a run can trust by its digests.
 
-Key properties: one tensor in memory at a time; the copy's tensors are compared with the source's by digest before it
-gets its name; nothing is converted, so tensor bytes are the source's. Read next: `folder.py`, `finish.py`.
+One tensor in memory at a time; the copy's tensors are compared with the source's by digest before it
+gets its name; nothing is converted, so tensor bytes are the source's.
 """
 
 from dataclasses import asdict

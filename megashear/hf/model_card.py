@@ -2,7 +2,7 @@
 
 Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "phases":
 [{"name", "steps", "tokens", "losses": {domain: nats per token}}]}; every key may be absent, and what is absent is not
-mentioned. Read next: `folder.py`.
+mentioned.
 """
 
 from typing import Any

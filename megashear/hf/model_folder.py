@@ -1,15 +1,13 @@
 """The identity of a model: one digest over what it computes, however its tensors are spread over files.
 
-Read next: `folder.py` (`ModelFolder.digest`), `finish.py` (where it is written down).
-
 Which file of a folder holds which tensor: headers of safetensors files, and the index over several of them.
 
-Key properties: only headers are read, by the safetensors library, which checks them against the file's length; pickles
-are never opened; a name in the index that leaves the folder is refused. Read next: `folder.py`.
+Only headers are read, by the safetensors library, which checks them against the file's length; pickles
+are never opened; a name in the index that leaves the folder is refused.
 
 Reading a model folder: config.json, safetensors in one file or several, tokenizer files, perhaps a manifest.
 
-Key properties: all headers are compared with the shape that config.json describes before anything is read; a missing,
+All headers are compared with the shape that config.json describes before anything is read; a missing,
 extra or mis-shaped tensor is refused by name, all of them at once; nothing pickled is opened; a tensor, or the slice of
 it that a rank owns, is read without the rest.
 """

@@ -1,7 +1,7 @@
 """The tensors of a LLaMA: Hugging Face's names and full shapes, in the order of its state dict.
 
 The one table that the reader, the writer, the parallel model and the finalisation share. Weights of linear layers are
-[out, in]. Read next: `folder.py`.
+[out, in].
 """
 
 import re

@@ -6,8 +6,8 @@ down projection| for intermediate units. A group's is the sum over its heads. La
 residual stream before and after: block influence 1 - mean_t cos_t (ShortGPT, Men et al. 2024, arXiv 2403.03853),
 angular distance arccos(cos_T) / pi at the last token (Gromov et al. 2024, arXiv 2403.17887).
 
-Key properties: forward only; what a rank returns is its part of a sum over tensor- and pipeline-parallel ranks. Legend:
-N this rank's sequences; else as in `model/layer.py`. Read next: `registry.py`, `calibrate.py`.
+Forward only; what a rank returns is its part of a sum over tensor- and pipeline-parallel ranks. Legend:
+N this rank's sequences; else as in `model/layer.py`.
 """
 
 import math

@@ -3,14 +3,14 @@
 With Q_b a batch's sum of its sequences' values, B batches and n sequences in all:
     mean: score = sum_b Q_b / n,        error = std(Q_b) sqrt(B) / n
     root: score = sqrt(sum_b Q_b),      error = std(Q_b) sqrt(B) / (2 score), by the delta method
-std with B - 1 in the denominator. All in fp64. Read next: `calibrate.py`.
+std with B - 1 in the denominator. All in fp64.
 
 Scores of a loaded model on calibration text.
 
-Key properties: text comes from the domains by the mixture's weights, in an order of its own that the seed determines,
+Text comes from the domains by the mixture's weights, in an order of its own that the seed determines,
 so the training stream neither moves nor repeats it; a sample is one sequence, whose domain is known, so scores depend
 neither on the layout nor on micro-batches. Ranks' parts are summed before a value is taken of them, so that squares and
-absolute values are those of the whole. Read next: `registry.py`, `tally.py`.
+absolute values are those of the whole.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,6 @@
 """Magnitude: the Euclidean norm of a unit's weights (Han et al. 2015, for whole units: Li et al. 2017, L2 for L1).
 
-score(unit) = sqrt(sum over the unit's weights of w^2), in fp64; no text is needed, so there is no error. Read next:
-`units.py`, which says what a unit's weights are.
+score(unit) = sqrt(sum over the unit's weights of w^2), in fp64; no text is needed, so there is no error.
 
 The criteria by name: what each measures on a sequence, and how sequences become a score.
 
@@ -15,8 +14,8 @@ The criteria by name: what each measures on a sequence, and how sequences become
 | block_influence, angular_distance | of layers: see `activations.py` | mean |
 
 taylor_weight sums absolute products: signed ones would add up to the mask's gradient again, once for each of the unit's
-matrices, since a unit's output is proportional to each of them. Key property: everything after `measure` is the same
-for all. Read next: `calibrate.py`, `../config/calibration.py` (which criterion scores what, and its cost).
+matrices, since a unit's output is proportional to each of them. Everything after `measure` is the same
+for all.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,8 @@
 """What the loss's gradient says of a unit, sequence by sequence: on its mask at 1, and on its weights.
 
-Key properties: weights are not changed and no optimizer is needed; what a rank returns is its part of a sum over
+Weights are not changed and no optimizer is needed; what a rank returns is its part of a sum over
 tensor- and pipeline-parallel ranks, as `model/masking.py` leaves mask gradients; the loss is a sequence's mean over its
-tokens, so a value does not depend on how sequences are grouped. Legend: N this rank's sequences. Read next:
-`registry.py`, `calibrate.py`.
+tokens, so a value does not depend on how sequences are grouped. Legend: N this rank's sequences.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,5 @@
 """Weighted least squares over tokens that are spread over data-parallel ranks: the change of a matrix that takes most
-off what is left. Read next: `refit.py`.
+off what is left.
 
 Output matrices of what a cut keeps, fitted to the source by least squares: the cheapest way to mend a cut at once.
 
@@ -13,9 +13,9 @@ stream x comes as near as it can to the source's s at the same place, for what t
 with kept hidden units alone in s; a token counts as the next norm will see it. So a layer also makes up for what the
 layers before it have lost, dropped ones included.
 
-Key properties: the pruned model runs as the masked source that it is, on the source's own stages, and no gradient is
+The pruned model runs as the masked source that it is, on the source's own stages, and no gradient is
 taken; the result does not depend on the layout but for rounding. Sequences wait in the host's memory.
-Legend: as in `model/layer.py`; lower-case d live hidden units. Read next: `least_squares.py`, `../run/refit.py`.
+Legend: as in `model/layer.py`; lower-case d live hidden units.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,9 +4,9 @@ A residual stream's coordinates are an accident of training, and each carries ab
 principal directions the last ones carry next to nothing (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024). The basis
 is that of the covariance of what norms read: x / rms(x), the mean over tokens and over all norms, about 0.
 
-Key properties: the covariance does not depend on the layout but for rounding; where variances are nearly equal, their
+The covariance does not depend on the layout but for rounding; where variances are nearly equal, their
 directions are any basis of the space they span, so another layout's may be another there. Legend as in
-`activations.py`. Read next: `../masks/rotation.py`.
+`activations.py`.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,8 +3,8 @@
 A unit's weights are the rows and columns that go when it goes: of a hidden unit the columns of q, k, v, gate, up and
 the rows of o, down in every layer; of an intermediate unit its rows of gate, up and its column of down; of a query head
 its rows of q and columns of o; of a group those of its heads and its rows of k, v; of a layer all its matrices. Norms
-stay out, and embedding and output layer, whose tens of thousands of rows would drown all else. Key property: sums of
-slices add up, so that tensor-parallel ranks each sum what they hold. Read next: `magnitude.py`, `gradients.py`.
+stay out, and embedding and output layer, whose tens of thousands of rows would drown all else. Sums of
+slices add up, so that tensor-parallel ranks each sum what they hold.
 """
 
 import torch

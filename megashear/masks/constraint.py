@@ -2,14 +2,13 @@
 
 Sparsities are fractions of units, as in the published code (the paper writes counts). Every row of log-alpha (a layer,
 or the whole model) is constrained apart. The value does not depend on data: it is added once per optimiser step.
-Shapes: R rows, N units. Read next: `state.py`.
+Shapes: R rows, N units.
 
 The projected constraint: each row of log-alpha is shifted until its expected sparsity is the scheduled target.
 
 Expected sparsity falls strictly as a row is shifted up, so that the shift is found by Newton's steps, by halving where
 one leaves its bracket; no multiplier is needed, and the target is met at every step. The shift is the projection's own:
-it changes no difference between units, which their gradients alone decide. Shapes: R rows, N units. Read next:
-`state.py`.
+it changes no difference between units, which their gradients alone decide. Shapes: R rows, N units.
 """
 
 import math

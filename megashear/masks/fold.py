@@ -1,6 +1,6 @@
 """Masked model -> plain dense LLaMA, one Hugging Face tensor after another: units are cut, mask values multiplied in.
 
-Key properties: exact. With deterministic masks the masked forward pass and the pruned model compute one function, so
+Exact. With deterministic masks the masked forward pass and the pruned model compute one function, so
 only rounding differs; the masked norm's divisor, the count of hidden units that are not 0, is the pruned model's d'.
 Where each mask value goes (z: deterministic masks, K: keep sets):
 
@@ -12,7 +12,7 @@ Where each mask value goes (z: deterministic masks, K: keep sets):
 z_head goes into o's columns, because query heads of a group share v. A tied output layer holds the embedding's z_hidden
 already, which the final norm therefore leaves out: (w z) E^T = w (E z)^T, so ties survive the fold.
 Under `published` masking the embedding is not masked in the forward pass, so it is not here either, and the final norm
-carries z_hidden, tied or not. Read next: `keep.py`.
+carries z_hidden, tied or not.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Which units a pruned model keeps, and how sure the masks were of them.
 
-Key properties: the n' largest log-alpha of each row, of equal ones the lower index; indices ascending, so that what is
-kept keeps its order. The units are exactly those that `hard_concrete.deterministic` leaves open. Read next: `fold.py`.
+The n' largest log-alpha of each row, of equal ones the lower index; indices ascending, so that what is
+kept keeps its order. The units are exactly those that `hard_concrete.deterministic` leaves open.
 """
 
 import math

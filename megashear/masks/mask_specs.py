@@ -1,8 +1,7 @@
 """What is masked: one `MaskSpec` per learned granularity, from a source and a target shape. Free of torch.
 
-Key properties: the five granularities have fixed indices, which enter the mask noise, so learning fewer of them leaves
+The five granularities have fixed indices, which enter the mask noise, so learning fewer of them leaves
 the others' noise as it is. A group is a key/value head with its query heads; under multi-head attention it is a head.
-Read next: `state.py`.
 """
 
 import math

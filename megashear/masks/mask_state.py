@@ -1,6 +1,6 @@
 """`MaskState`: log-alpha, Lagrange multipliers and their Adam, alike on every rank.
 
-Key properties: fp32 masters, replicated; a step's masks are a function of (seed, step, micro-batch) and log-alpha, not
+Fp32 masters, replicated; a step's masks are a function of (seed, step, micro-batch) and log-alpha, not
 of the layout; log-alpha is projected onto [-limit, limit] in the master itself (the published code projects a copy).
 One step of the training loop:
 
@@ -11,7 +11,7 @@ One step of the training loop:
     state.scale_gradients(...)                         # where gradients are clipped jointly
     state.step(factor, step)                           # Adam, then what the schedule wants of the next step's masks
 
-Sources: Sheared LLaMA, section 2.1 and appendix A. Read next: `closing.py`, `lagrangian.py`, `keep.py`.
+Sources: Sheared LLaMA, section 2.1 and appendix A.
 """
 
 from collections.abc import Mapping

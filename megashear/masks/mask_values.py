@@ -1,7 +1,7 @@
 """`Masks`: what a masked forward pass takes, in the form in which layers use it.
 
-Key properties: plain tensors that carry autograd to log-alpha; None stands for a mask of ones (a granularity that is
-not learned), so that an unpruned pass costs nothing. Read next: `state.py`, which makes them.
+Plain tensors that carry autograd to log-alpha; None stands for a mask of ones (a granularity that is
+not learned), so that an unpruned pass costs nothing.
 """
 
 from collections.abc import Mapping

@@ -9,10 +9,9 @@ so that the result is an ordinary LLaMA):
 c, one number for each norm, is the root mean square of its weights, often a few tenths: Adam's steps have a length of
 their own, and would change matrices that had taken all of the norm in by as much more as they had got smaller.
 
-Key properties: exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
+Exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
 elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model's final norm keeps one, and its
-function only as far as that weight is alike for all units that turn. Read next: `fold.py` (cutting),
-`../importance/principal.py` (which basis).
+function only as far as that weight is alike for all units that turn.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,8 @@
 """How masks close over a phase's steps: target sparsities, one granularity after another, sharpening, settling.
 
-Key properties: every length follows the phase's number of steps where the config leaves it open; all is a function of
+Every length follows the phase's number of steps where the config leaves it open; all is a function of
 the step, so a resumed run goes on with it. Masks close over the sparsity warm-up, sharpen until they settle, and stand
 fixed at the target's shape from then on, so that the weights' last steps are on exactly the model that is cut out.
-Read next: `projection.py`, `state.py`.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """`Scores`: how much each unit matters by some criterion, and what is made of that: masks of 0 and 1, a file.
 
-Key properties: one schema for every criterion, the shapes of log-alpha; higher is kept, of equal ones the lower index;
+One schema for every criterion, the shapes of log-alpha; higher is kept, of equal ones the lower index;
 units are compared within their row alone. A file is one safetensors whose metadata is JSON: nothing in it runs code.
-Read next: `keep.py`; the criteria are in `importance/`.
 """
 
 import json

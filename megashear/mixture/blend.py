@@ -4,16 +4,16 @@ Largest remainder with the remainder carried forward, as in elections; where few
 fractions, the seats go in the order of deadlines, as in Tijdeman's solution of the chairman assignment problem
 (Discrete Mathematics 32, 1980): a domain whose backlog would soonest pass the bound comes first. Taking the largest
 fraction first, as is common, lets the backlog of small domains pass one sequence at constant weights (1.18 at the
-published weights and batches of one). Read next: `blend.py`.
+published weights and batches of one).
 
 Legend: K domain.
 
 The blended stream: which sample of which domain stands at every place of the global sample stream.
 
 A domain's seats in a global batch are its share plus the remainder carried from earlier batches, rounded; its samples
-come in the epoch orders of `samples.py`; a keyed permutation mixes the domains within the batch. Key properties: the
+come in the epoch orders of `samples.py`; a keyed permutation mixes the domains within the batch. The
 stream is a function of (seed, weight history, batch sizes) alone, so it is the same for every layout; the state is a
-few numbers per domain. Read next: `apportion.py` (rounding), `loader.py` (tokens of a plan).
+few numbers per domain.
 
 Legend: B sequence of the global batch, K domain.
 """

@@ -1,8 +1,7 @@
 """Dynamic batch loading: the domain weights of a phase, moved by the held-out losses as the config's rule says.
 
-Key properties: weights stay finite, positive and sum to 1 whatever the losses; a domain whose evaluation failed keeps
-its last loss and is named; the state does not grow. Read next: `rules.py` (how weights move), `references.py`
-(reference losses).
+Weights stay finite, positive and sum to 1 whatever the losses; a domain whose evaluation failed keeps
+its last loss and is named; the state does not grow.
 
 Legend: K domain. Losses are nats per token.
 """

@@ -1,14 +1,13 @@
 """Tokens of a planned batch, and of the held-out windows that the mixture is steered by.
 
-Key properties: a rank reads its own rows of the global batch and nothing else, in the dtype of the files, two bytes a
-token for most vocabularies; both read memory-mapped files, so there is no worker and no state. Read next: `blend.py`
-(the plan), `batches.py` (reading ahead), `manifest.py` (the files).
+A rank reads its own rows of the global batch and nothing else, in the dtype of the files, two bytes a
+token for most vocabularies; both read memory-mapped files, so there is no worker and no state.
 
 Legend: N rows read, T tokens of a row (S + 1).
 
 The batches of a rank in the order of the blended stream, read ahead of the step that needs them.
 
-Key properties: what is read ahead is planned by a copy of the stream, and used only where the stream itself then plans
+What is read ahead is planned by a copy of the stream, and used only where the stream itself then plans
 the same; so neither the order nor the state knows of it, and a change of the weights costs one batch read anew. Read
 next: `loader.py`, `blend.py`.
 """

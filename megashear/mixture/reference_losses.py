@@ -1,12 +1,12 @@
 """Published constants of dynamic batch loading on RedPajama (Sheared LLaMA, section 3 and appendix B).
 
 Weights are shares of sequences, losses are nats per token on the authors' held-out split, in the order of `DOMAINS`.
-They serve as defaults of the published recipes and to check `references.py`. Read next: `mixture.py`.
+They serve as defaults of the published recipes and to check `references.py`.
 
 Reference losses of the domains: a list typed in, a scaling law's prediction at the target's size, or the source
 model's own.
 
-Three providers behind one call. Read next: `scaling_law.py` (the fit), `mixture.py` (what references are for).
+Three providers behind one call.
 """
 
 import json

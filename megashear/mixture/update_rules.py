@@ -1,7 +1,7 @@
 """Guard rails of the mixture: a floor, a cap and a largest change per update, held at once.
 
 The weights are scaled by one factor and clipped to their bounds, the factor found so that they sum to 1: domains
-between their bounds keep their proportions. All rails are off at floor 0, cap 1, change 1. Read next: `mixture.py`.
+between their bounds keep their proportions. All rails are off at floor 0, cap 1, change 1.
 
 Legend: K domain.
 
@@ -10,9 +10,9 @@ Adaptive data optimization: weights by how fast each domain's loss still falls (
 A power law L(n) = A n^-alpha + E through each domain's losses so far, n being the steps, gives its learning speed
 -dL/dn = alpha (L(n) - E) / n. Preferences are prior x credit x speed, the credit of a domain the root of its recent
 share; what is played is a tenth of them and nine tenths of their mean so far (the paper's constants; its steps are our
-updates, so that 1/t means the same share of a run). Key properties: no reference losses; a law that does not fall, as
+updates, so that 1/t means the same share of a run). No reference losses; a law that does not fall, as
 while masks close, gives no speed, and where no domain learns the prior is played; at most `POINTS` losses a domain are
-kept, by dropping every other one. Read next: `scaling_law.py` (the fit), `rules.py`.
+kept, by dropping every other one.
 
 Legend: K domain, T evaluation. Losses are nats per token.
 
@@ -20,8 +20,7 @@ How domain weights are chosen at an update: one class a rule, behind one interfa
 
 `paper` and `reference` raise the weights of domains whose loss exceeds its reference (exponential ascent); `static` and
 `schedule` follow no loss; `ado` follows how fast each domain's loss still falls, and needs no references. Key
-properties: weights in, weights out, in float64; what a rule remembers is a few numbers of JSON. Read next: `ado.py`,
-`mixture.py` (who calls), `guards.py`.
+properties: weights in, weights out, in float64; what a rule remembers is a few numbers of JSON.
 
 Legend: K domain, P points of a schedule. Losses are nats per token.
 """

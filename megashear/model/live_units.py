@@ -4,12 +4,11 @@ A mask of exactly 0 makes its unit's output, the gradients of its weights and, t
 log-alpha exactly 0. So the unit can be left out of every product, and only rounding changes (specification 10). The
 pattern of zeros is fetched from the device once for all micro-batches of a step; everything here is host arithmetic.
 Counts are rounded up to what the hardware likes by keeping some units whose mask is 0: these still compute nothing.
-Read next: `live_linear.py`, `masking.py`.
 
 A tensor-parallel product over live rows and columns of its weight.
 
 The live part is gathered before the product and again before its backward pass, so that no micro-batch in flight keeps
-a copy. Its gradient goes straight into the weight's fp32 gradient buffer where there is one. Read next: `live.py`.
+a copy. Its gradient goes straight into the weight's fp32 gradient buffer where there is one.
 """
 
 from collections.abc import Callable, Sequence

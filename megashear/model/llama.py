@@ -5,9 +5,8 @@ Its own hook, which comes after ours and then finds nothing left to add, has tor
 
 What a teacher has to say about a micro-batch, on the ranks that take the student's loss.
 
-Key property: of the teacher's forward pass its final states [S, B, D] are kept, in the dtype of its weights; its logits
-are made of them for a chunk of tokens at a time, and exist for one chunk alone. Read next: `../ops/distillation.py`,
-`../train/teacher.py`.
+Of the teacher's forward pass its final states [S, B, D] are kept, in the dtype of its weights; its logits
+are made of them for a chunk of tokens at a time, and exist for one chunk alone.
 
 LLaMA as a chunk of pipeline stages: embedding, decoder layers, final norm, output layer, loss.
 

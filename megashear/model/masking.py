@@ -4,7 +4,7 @@ Head and intermediate masks act on tensor-parallel shards: a rank takes its slic
 is the whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's
 gradient is the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module
 one plain sum over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under
-parallelism). Read next: `live.py`, `layer.py`.
+parallelism).
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Legend: S sequence, B batch, D hidden, H query heads, G groups, q = H / G, d head size, F intermediate; lower-case
 prefix x_ for activations; under tensor parallelism H, G and F are this rank's share, under sequence parallelism S
 outside products too. The fused products keep these row orders: q, k, v by group [G, q + 2, d]; gate then up [2, F].
-Where masks have zeros, D, H, G and F are what is live of them (`live.py`). Read next: `live_linear.py`, `placement.py`.
+Where masks have zeros, D, H, G and F are what is live of them (`live.py`).
 """
 
 from dataclasses import dataclass

@@ -1,19 +1,18 @@
 """Filling a rank's parameters from a folder of weights, or at random, piece by piece.
 
-Key properties: a rank reads its own slices only; random weights are a function of (seed, tensor name), so every
-layout starts from the same model. Read next: `placement.py`.
+A rank reads its own slices only; random weights are a function of (seed, tensor name), so every
+layout starts from the same model.
 
-A model on this rank: its chunks of a LLaMA under a layout, filled. Read next: `llama.py`, `load.py`.
+A model on this rank: its chunks of a LLaMA under a layout, filled.
 
 Putting whole Hugging Face tensors together from the tensor-parallel ranks, one parameter at a time.
 
-Every rank of a tensor-parallel group takes part; all of them see the whole tensor. Read next: `placement.py`.
+Every rank of a tensor-parallel group takes part; all of them see the whole tensor.
 
 Writing a model that is spread over ranks as a model folder: each pipeline stage writes its own tensors, one at a
 time.
 
-Nothing appears under the folder's name before all tensors are there and read back. Read next: `save.py`,
-`weights/writer.py`.
+Nothing appears under the folder's name before all tensors are there and read back.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The form of attention that a phase is computed with on GPUs: settled once a run, by one rank's clock for all.
 
-Key property: ranks and resumed runs round alike. Rank 0 measures before the phase's first step, at a point that every
+Ranks and resumed runs round alike. Rank 0 measures before the phase's first step, at a point that every
 rank passes (its later steps meet shapes at different moments, or never, under pipeline parallelism), and the run folder
-keeps what it found, by the GPU's name. Read next: `megashear/ops/kernels/attention_backend.py`.
+keeps what it found, by the GPU's name.
 """
 
 from typing import Any

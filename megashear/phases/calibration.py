@@ -1,4 +1,4 @@
-"""Calibration text of a run, and the source that reads it. Read next: `basis.py`, `importance.py`."""
+"""Calibration text of a run, and the source that reads it."""
 
 import time
 from collections.abc import Callable

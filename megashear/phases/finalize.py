@@ -2,8 +2,7 @@
 
 From the model folder `masked` and the masks of pruning's last checkpoint, or from the source and its scores after
 one-shot pruning, tensor by tensor (`masks/fold.py`), to the model folder `pruned` in fp32, so that folding rounds
-nothing away. Then both run on held-out text: logits must agree. Read next: `proof.py`, `masks/keep.py` (what is kept,
-borderline units).
+nothing away. Then both run on held-out text: logits must agree.
 """
 
 import shutil

@@ -1,7 +1,7 @@
 """The source with output matrices fitted for the cut, a model folder `fitted` of a run that prunes in one shot.
 
-Key property: of the source's shape, and cut as the source would be; computed once for what is kept, again where it is
-lost, and dropped when pruning is finalized. Read next: `importance/refit.py`, `one_shot.py`.
+Of the source's shape, and cut as the source would be; computed once for what is kept, again where it is
+lost, and dropped when pruning is finalized.
 """
 
 import hashlib

@@ -7,8 +7,8 @@ their moments stay: Adam's steps follow the ratio of the two, which a gain leave
 the phases or within one, gradients grow two- to sixfold at once, and moments of the smoother loss still are the better
 start (docs/results.md): with betas of 0.9 and 0.95 no step is longer than 1.2 times the rate, whatever came before.
 
-Key property: the files are model folders like any other, so that layouts may change between the phases; without them
-pre-training starts a fresh Adam. They go when it is done. Read next: `training.py`, `finalize.py`.
+The files are model folders like any other, so that layouts may change between the phases; without them
+pre-training starts a fresh Adam. They go when it is done.
 """
 
 import logging

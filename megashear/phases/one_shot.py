@@ -1,8 +1,7 @@
 """`prune.method: one_shot`: the phase `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
 
-Before that the output matrices of what stays are fitted to the source (`prune.refit`). Key property: the source's
-held-out losses are evaluated as by every run that starts from it. Read next: `importance.py`, `refit.py`,
-`finalize.py`.
+Before that the output matrices of what stays are fitted to the source (`prune.refit`). The source's
+held-out losses are evaluated as by every run that starts from it.
 """
 
 import time

@@ -1,9 +1,8 @@
 """The proof of a cut: on held-out text the pruned model computes the logits of the masked one, under the run's layout.
 
-Key properties: both run in fp32, where what the same function computed twice may differ by is known of an ordinary
+Both run in fp32, where what the same function computed twice may differ by is known of an ordinary
 model (`TOLERANCE`). One that was nearly destroyed may amplify rounding a thousandfold; where that is exceeded the
-masked model runs in fp64 beside one that is cut from it in fp64, and they have to agree far better. Read next:
-`finalize.py`.
+masked model runs in fp64 beside one that is cut from it in fp64, and they have to agree far better.
 """
 
 import math

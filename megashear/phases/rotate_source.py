@@ -1,8 +1,8 @@
 """Where pruning starts from: the source as it is, or in the principal basis of its residual stream.
 
-Key property: the rotated source is a model folder `principal` of the run, in the run's precision, computed once on
+The rotated source is a model folder `principal` of the run, in the run's precision, computed once on
 calibration text and dropped when pruning is finalized: whoever reads the source, on whatever layout, reads the same
-one. Read next: `importance/principal.py`, `masks/rotation.py`.
+one.
 """
 
 import logging

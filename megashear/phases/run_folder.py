@@ -1,7 +1,7 @@
 """What the phases of a run share: config, layout, shapes, dataset, source; and the records that tell a finished phase.
 
-Key property: a run folder belongs to one run file. Keys that change what is computed are recorded and may not change
-on resume; the layout, checkpoints, logging and export may. Read next: `training.py`.
+A run folder belongs to one run file. Keys that change what is computed are recorded and may not change
+on resume; the layout, checkpoints, logging and export may.
 """
 
 import functools

@@ -1,8 +1,7 @@
 """Scores of the source's units for a run: computed once, kept in `importance.safetensors`, told in a table.
 
-Key property: a file in the run folder is used where it was made from the same source, dataset and keys; a run that is
-stopped while calibrating begins calibrating again, which changes nothing. Read next: `importance/registry.py` (the
-criteria), `one_shot.py`, `masks/state.py` (what a warm start does with scores).
+A file in the run folder is used where it was made from the same source, dataset and keys; a run that is
+stopped while calibrating begins calibrating again, which changes nothing.
 """
 
 import json

@@ -1,6 +1,6 @@
 """`megashear mixture simulate RUN KEY=VALUE...`: recorded losses played through a rule of the mixture.
 
-Key properties: the updates are those that a run makes, at its recorded steps and in its phases; with the run's own rule
+The updates are those that a run makes, at its recorded steps and in its phases; with the run's own rule
 the recorded weights come out. Losses stay as recorded: what other weights would have done to them is not known. Read
 next: `data/rules.py`.
 """

@@ -2,8 +2,8 @@
 
 Plain-text tables that a run prints: what is planned, before the start; what came of it, at the end.
 
-Key properties: pure functions of numbers to strings, no state, no library. The first column is aligned left, the others
-right. Read next: `progress.py` (the lines between the two), `config/schema.py` (the sections shown).
+Pure functions of numbers to strings, no state, no library. The first column is aligned left, the others
+right.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,8 @@
 """A training phase of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
 
-Key property: with the checkpoint's state filled in, nothing is left that the rest of the phase depends on. Read next:
-`train/loop.py`, `checkpoint/store.py`.
+With the checkpoint's state filled in, nothing is left that the rest of the phase depends on.
 
 The teacher of a training phase: the run's source, frozen, on the run's layout.
-
-Read next: `../train/teacher.py`.
 """
 
 import logging

@@ -1,7 +1,6 @@
 """What calibration before pruning reads and costs: tokens, FLOPs, and the memory that the fit's sequences wait in.
 
-Key property: arithmetic on sizes alone, free of torch. Read next: `../importance/registry.py` (what criteria measure),
-`phases.py` (what null stands for).
+Arithmetic on sizes alone, free of torch.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """A run file as a whole, before anything is launched: shapes, layout, batches, schedules, mixture and data together.
 
-Key properties: free of torch, so it runs on a laptop; what cannot be seen from here (weights, data, ranks) is named in
-`Report.not_checked`, never passed over in silence. Read next: `legality.py`, `dataset.py`, `memory.py`, `report.py`.
+Free of torch, so it runs on a laptop; what cannot be seen from here (weights, data, ranks) is named in
+`Report.not_checked`, never passed over in silence.
 """
 
 from dataclasses import dataclass, field, fields, replace

@@ -1,7 +1,7 @@
 """A dataset folder's manifest, read for checks alone: its domains, their tokens, and whether a run's plan fits them.
 
-Key properties: JSON only, no token is read; the manifest is compared with its files where the data is opened for
-training. Read next: `check.py`.
+JSON only, no token is read; the manifest is compared with its files where the data is opened for
+training.
 """
 
 from dataclasses import dataclass

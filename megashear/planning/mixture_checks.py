@@ -1,7 +1,4 @@
-"""Whether the mixture section can work: weights that normalise, references that are there, guard rails that meet.
-
-Read next: `schema.py` (MixtureConfig), `dataset.py` (the dataset's domains).
-"""
+"""Whether the mixture section can work: weights that normalise, references that are there, guard rails that meet."""
 
 from megashear.config.resolve import training_phases
 from megashear.config.schema import ADAPTIVE, ASCENDING, Config, MixtureConfig

@@ -1,7 +1,4 @@
-"""How many steps masks close and settle over, what null stands for in that, and what does not fit into the steps.
-
-Read next: `../masks/closing.py` (what happens at each step).
-"""
+"""How many steps masks close and settle over, what null stands for in that, and what does not fit into the steps."""
 
 from megashear.config.resolve import frozen_steps, training_phases
 from megashear.config.schema import Config, ParallelConfig

@@ -1,6 +1,6 @@
 """What `megashear check` prints: shapes, layout, memory of every pipeline stage, tokens wanted and there, disk space.
 
-Key properties: text made of a `Report`, without torch. Read next: `config/check.py`, `train/py`.
+Text made of a `Report`, without torch.
 """
 
 import math

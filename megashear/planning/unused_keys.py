@@ -1,7 +1,5 @@
 """Keys that a user has set and that cannot do in this run what they are for, most because nothing reads them: said by
 `check` and at a run's start, refused nowhere.
-
-Read next: `training_schema.py` (the keys), `phases.py`.
 """
 
 from dataclasses import asdict

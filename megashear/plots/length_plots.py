@@ -1,7 +1,4 @@
-"""The lengths of a dataset's documents: a panel a domain, the share of documents and of tokens by power of two.
-
-Read next: `style.py`; the numbers come from megashear/preprocess/dataset_report.py.
-"""
+"""The lengths of a dataset's documents: a panel a domain, the share of documents and of tokens by power of two.py."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,4 @@
-"""The masks of the cut, or of the last evaluation before: which heads, layers, intermediate and hidden units stay.
-
-Read next: `run.py`.
-"""
+"""The masks of the cut, or of the last evaluation before: which heads, layers, intermediate and hidden units stay."""
 
 from collections.abc import Mapping
 

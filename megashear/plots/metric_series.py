@@ -1,7 +1,7 @@
 """A run's records as arrays: per phase and kind, in the order of steps.
 
-Key properties: a value that is absent or null is NaN, so that lines have gaps where nothing was measured; of two
-records of one step the later counts. The schema is in `train/metrics.py`. Read next: `weights.py`, `losses.py`.
+A value that is absent or null is NaN, so that lines have gaps where nothing was measured; of two
+records of one step the later counts. The schema is in `train/metrics.py`.
 """
 
 from collections.abc import Iterable, Mapping

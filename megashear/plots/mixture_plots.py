@@ -1,8 +1,8 @@
-"""Domain weights over steps, and the mix that was really read. Read next: `losses.py`, which drives the weights.
+"""Domain weights over steps, and the mix that was really read.
 
-Epochs taken of each domain's training data over steps: which text repeats, how often. Read next: `weights.py`.
+Epochs taken of each domain's training data over steps: which text repeats, how often.
 
-Held-out loss of each domain against its reference, with the evaluation's error. Read next: `training.py`.
+Held-out loss of each domain against its reference, with the evaluation's error.
 """
 
 import math

@@ -1,6 +1,6 @@
 """How the pictures look: colours, type, panels in inches, labels at the ends of lines, saving.
 
-Key properties: colours are told apart by colour-blind readers (Okabe and Ito 2008, without the yellow that vanishes on
+Colours are told apart by colour-blind readers (Okabe and Ito 2008, without the yellow that vanishes on
 white) and belong to a name, not to a picture: a domain looks the same everywhere; from the eighth name on the dash
 pattern changes as well. Panels are placed in inches, so that labels can be kept apart before anything is drawn.
 """

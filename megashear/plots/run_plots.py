@@ -1,7 +1,7 @@
 """All pictures of a run: `megashear plot RUN`.
 
-Key properties: reads `metrics.jsonl` and `masks.npz` of the run folder, while the run goes on as well; a picture for
-which nothing is recorded is left out; every PNG is written whole or not at all. Read next: `series.py`, `style.py`.
+Reads `metrics.jsonl` and `masks.npz` of the run folder, while the run goes on as well; a picture for
+which nothing is recorded is left out; every PNG is written whole or not at all.
 """
 
 import zipfile

@@ -1,7 +1,4 @@
-"""The scores that units were pruned by, or that masks started from, read without torch.
-
-Read next: `masks/scores.py`, which writes the file; `run.py`.
-"""
+"""The scores that units were pruned by, or that masks started from, read without torch."""
 
 import json
 from collections.abc import Iterator

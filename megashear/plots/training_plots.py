@@ -1,8 +1,8 @@
-"""Training loss and throughput over steps. Read next: `run.py`.
+"""Training loss and throughput over steps.
 
-Step time against the FLOPs that live units leave, while pruning: what closing masks saves. Read next: `run.py`.
+Step time against the FLOPs that live units leave, while pruning: what closing masks saves.
 
-Expected against target sparsity, and the Lagrange multipliers that close the gap. Read next: `masks.py`.
+Expected against target sparsity, and the Lagrange multipliers that close the gap.
 """
 
 from collections.abc import Sequence

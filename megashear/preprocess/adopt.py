@@ -2,8 +2,8 @@
 
 The rule for held-out documents: where a domain's held-out pair is given, both pairs are taken as they are (a hard link
 where the file system has them) and in their order; otherwise documents are held out by the hash of their token ids as
-`heldout.py` says, shuffled, and written anew. Key properties: either way every document ends in the end token and no
-document stands on both sides, or the pair is refused. Read next: `merge.py`, `manifest.py`.
+`heldout.py` says, shuffled, and written anew. Either way every document ends in the end token and no
+document stands on both sides, or the pair is refused.
 """
 
 import os

@@ -1,9 +1,8 @@
 """From shards to a dataset folder: every shard to a part by worker processes, then the parts merged in the order of the
 shards.
 
-Key properties: the bytes do not depend on the number of workers nor on how often the run was killed; finished parts are
-kept in `<output>.parts/` until the dataset is whole, and only missing ones are made again. Read next: `workers.py`,
-`parts.py`, `merge.py`.
+The bytes do not depend on the number of workers nor on how often the run was killed; finished parts are
+kept in `<output>.parts/` until the dataset is whole, and only missing ones are made again.
 """
 
 import shutil

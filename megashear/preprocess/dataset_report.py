@@ -1,6 +1,6 @@
 """What a dataset holds, domain by domain: documents, tokens, bytes of text, lengths, duplicates; as text.
 
-Key properties: counted from the parts' tables, no text or token is read; lengths are counted by powers of two. Read
+Counted from the parts' tables, no text or token is read; lengths are counted by powers of two. Read
 next: `merge.py`; the picture is drawn by megashear/plots/length_plots.py.
 """
 

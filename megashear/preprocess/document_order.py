@@ -1,21 +1,19 @@
 """Records in files by number, so that more of them than memory holds can be put in another order: each bucket is read
 back as a whole, one at a time.
 
-Key properties: memory is what waits to be written and one bucket; no file stays open. Read next: `duplicates.py`
-(buckets of hashes), `order.py` (buckets of places).
+Memory is what waits to be written and one bucket; no file stays open.
 
 Exact duplicates: documents whose text stood earlier in the input, in the order of shards and lines.
 
-Key properties: 128 bits of the text decide, so that no document is taken for another; the answer depends on the order
+128 bits of the text decide, so that no document is taken for another; the answer depends on the order
 of the shards alone; documents are compared bucket by bucket of the hash's range, so that memory is one byte a document
-and some ten MiB, whatever their number. Read next: `order.py`.
+and some ten MiB, whatever their number.
 
 Where every document of a dataset comes to lie: its domain, training or held-out side, and place in its pair.
 
 The order of a pair is a keyed permutation of its documents' numbers (shards in order, lines in order). Key properties:
 four passes over the parts' tables, none of which holds them: memory is some ten MiB, one byte a document for
-duplicates, and 12 bytes for a document that can be held out; the places lie in buckets on the disk. Read next:
-`merge.py`.
+duplicates, and 12 bytes for a document that can be held out; the places lie in buckets on the disk.
 """
 
 from collections.abc import Iterator, Sequence

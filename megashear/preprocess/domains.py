@@ -2,7 +2,7 @@
 
 In this order: the name given for all; the value of a key such as `meta.redpajama_set_name` (where `meta` may be an
 object or a string of JSON, as RedPajama has both); the shard's name before `_00000`; the name of the shard's folder. A
-map renames values by patterns. Read next: `parts.py`.
+map renames values by patterns.
 """
 
 import fnmatch

@@ -1,7 +1,7 @@
 """What a preprocessing run would give and cost, from a sample of its shards: tokens by domain, time, disk.
 
-Key properties: writes nothing; shards are grouped by the domain that their names say and sampled evenly in each group,
-from their beginnings; the error given is that of sampling some shards and not others. Read next: `preprocess.py`.
+Writes nothing; shards are grouped by the domain that their names say and sampled evenly in each group,
+from their beginnings; the error given is that of sampling some shards and not others.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Which documents are held out: those whose text's hash is below a threshold of their domain.
 
-Key properties: independent of the order of shards and documents; equal texts stand on one side, also across domains; a
+Independent of the order of shards and documents; equal texts stand on one side, also across domains; a
 domain with too little held out at the wanted fraction gets a larger one, up to a limit; only documents whose hash can
-be below the threshold need be looked at, so that memory is a share of them. Read next: `order.py`.
+be below the threshold need be looked at, so that memory is a share of them.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Parts to a dataset: documents split into training and held-out, shuffled, and written domain by domain.
 
-Key properties: the bytes are the same whatever the number of workers; where a document comes to lie is known before any
+The bytes are the same whatever the number of workers; where a document comes to lie is known before any
 token moves (`order.py`), so that a pair's `.bin` is written in pieces by many processes at once; no table of documents
-is held in memory, tokens are copied from memory-mapped parts. Read next: `order.py`, `manifest.py`.
+is held in memory, tokens are copied from memory-mapped parts.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Reading parquet shards: every row is a document or a bad line with its number and reason, as for JSON lines.
 
-Key properties: streams page by page, a bounded amount of memory whatever the size of a row group; only the columns of
+Streams page by page, a bounded amount of memory whatever the size of a row group; only the columns of
 the text and of the domain are read; a text that is not UTF-8 is a bad line, not the end of the shard. pyarrow is needed
-for parquet alone. Read next: `shards.py`.
+for parquet alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
 """Which shards a command line names: files, folders, globs and lists of them.
 
-Key properties: each file once, however often and by whatever spelling it is named (the shortest counts); sorted, so
-that the order of naming changes nothing. Read next: `shards.py`.
+Each file once, however often and by whatever spelling it is named (the shortest counts); sorted, so
+that the order of naming changes nothing.
 """
 
 import glob

@@ -1,8 +1,7 @@
 """Reading shards of JSON lines (plain, gzip, zstd) or parquet: every line is a document or a bad line with its reason.
 
-Key properties: streaming, a bounded amount of memory whatever the file holds; a compressed file that ends early is an
-error, never a shorter shard (zstandard's own stream reader returns what it has without a word). Read next:
-`parquet.py`, `domains.py`, `parts.py`.
+Streaming, a bounded amount of memory whatever the file holds; a compressed file that ends early is an
+error, never a shorter shard (zstandard's own stream reader returns what it has without a word).
 """
 
 import os

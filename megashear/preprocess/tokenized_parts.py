@@ -2,8 +2,7 @@
 
 A part holds `tokens.bin` (ids of all documents back to back, each ended by the end-of-sequence token), `documents.bin`
 (per document: digest of its text, size, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all
-that its bytes depend on: the shard's path, size and time, the tokenizer and the settings. Read next: `preprocess.py`
-(all shards), `merge.py`.
+that its bytes depend on: the shard's path, size and time, the tokenizer and the settings.
 """
 
 import hashlib

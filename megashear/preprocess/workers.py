@@ -1,12 +1,10 @@
 """A progress line on standard error: share done, shards, rates, time left.
 
-On a terminal the line is rewritten once a second; elsewhere a new one is printed every ten seconds. Read next:
-`preprocess.py`.
+On a terminal the line is rewritten once a second; elsewhere a new one is printed every ten seconds.
 
 The worker processes of a preprocessing run: they tokenise shards and copy pieces, and end with their parent.
 
-Key properties: a run that is killed leaves no process behind; a shard that fails stops the others at their next line.
-Read next: `preprocess.py`.
+A run that is killed leaves no process behind; a shard that fails stops the others at their next line.
 """
 
 import multiprocessing

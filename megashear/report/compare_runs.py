@@ -1,6 +1,6 @@
 """Two runs side by side: losses of each domain with their difference, what each cost, and both curves in one picture.
 
-Key property: runs are told apart by the names of their folders. Read next: `report.py`.
+Runs are told apart by the names of their folders.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Pieces of an HTML page that stands alone: tables, pictures, sections. Every text is escaped here, once.
 
-Key properties: no script, no link to anywhere, and a Content-Security-Policy that forbids both; pictures are in the
+No script, no link to anywhere, and a Content-Security-Policy that forbids both; pictures are in the
 file. Functions take text and give HTML (the type `Html`), so that what comes from a run's files cannot become markup.
-Read next: `report.py`.
 """
 
 import base64

@@ -1,7 +1,4 @@
-"""The section of a report on what pruning kept: how it was chosen, units by granularity and by layer, and maps of both.
-
-Read next: `masks.py` (the maps).
-"""
+"""The section of a report on what pruning kept: how it was chosen, units by granularity and by layer, and maps of both."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """What a run has cost: tokens, training FLOPs and wall time by phase, and the FLOPs at every step.
 
 FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
-counted half. Key properties: pruning counts the share of the source's FLOPs that live units needed, as it was measured;
+counted half. Pruning counts the share of the source's FLOPs that live units needed, as it was measured;
 a teacher's forward pass counts as recorded, for the steps that had one; what calibration took before pruning is a phase
 of its own, by the run file until pruning has recorded it (but not its time); evaluation is told in seconds alone. Read
 next: `report.py`.

@@ -1,13 +1,12 @@
 """The shapes that a run begins and ends with, from whatever still tells them.
 
-Key property: nothing is computed by a shape that is not the run's: what neither a folder, nor a manifest, nor a key
-tells is None. Read next: `record.py`.
+Nothing is computed by a shape that is not the run's: what neither a folder, nor a manifest, nor a key
+tells is None.
 
 What a run folder tells, for a report: config, shapes, finished phases, losses, metrics, masks.
 
-Key properties: reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
-source is still there; what is missing is said, what is damaged is one DataError. Read next: `shapes.py`, `cost.py`,
-`report.py`.
+Reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
+source is still there; what is missing is said, what is damaged is one DataError.
 """
 
 import json

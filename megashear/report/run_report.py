@@ -1,8 +1,7 @@
 """One HTML file about a run: `megashear report RUN [OTHER]`.
 
-Key properties: the file stands alone (pictures inside, no script, no link) and prints; it is written whole or not at
-all; a run that goes on, that only pre-trains, or that has no masks has a shorter report. Read next: `record.py` (what
-is read), `kept.py` (what was kept), `cost.py` (FLOPs), `compare.py` (two runs), `html.py` (the page).
+The file stands alone (pictures inside, no script, no link) and prints; it is written whole or not at
+all; a run that goes on, that only pre-trains, or that has no masks has a shorter report.
 """
 
 import math

@@ -3,7 +3,7 @@
 
 Key properties: `metrics.jsonl` is the record of truth and holds an unbroken run, whatever was killed and resumed; a
 logger that fails (a full disk, a lost network) warns once, is switched off and never stops training. Torch is imported
-only for TensorBoard. Read next: `progress.py` (the line on the screen), `plot/run.py` (pictures of these records).
+only for TensorBoard.
 
 Records, schema 1: one JSON object a line; a number that is not finite is null.
   train  {"phase": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,

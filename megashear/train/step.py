@@ -1,8 +1,8 @@
 """One optimizer step: micro-batches through the pipeline, gradients of weights and masks, clipping, update or skip.
 
-Key properties: the loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which
+The loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which
 the loss or a gradient is not finite anywhere updates nothing anywhere. With a teacher the mean is of the mixed loss,
-and what it is mixed of is told. Read next: `loop.py`, `teacher.py`.
+and what it is mixed of is told.
 """
 
 import math

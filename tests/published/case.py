@@ -1,7 +1,6 @@
 """The published model as this package builds it: arrays, shapes, settings by the `paper` preset, given mask noise.
 
 The fixture already carries this package's names (`group` is the published head).
-Read next: `rounding.py` (what the published code computes in float32), then the tests.
 """
 
 from pathlib import Path

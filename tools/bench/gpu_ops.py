@@ -1,7 +1,7 @@
 """The ops' cases for `gpu.py`: masked SwiGLU (G1), masked RMSNorm with residual (G2), masked attention (G3).
 
 A case is one size; its contenders compute the same from the same inputs, or less: peers have no masks. Results are
-compared with the plain meaning in fp32 before anything is timed. Read next: `gpu.py`, `megashear/ops/reference.py`.
+compared with the plain meaning in fp32 before anything is timed.
 """
 
 import importlib

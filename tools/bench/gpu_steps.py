@@ -1,7 +1,6 @@
 """Whole training steps for `gpu.py`: pruning against plain training (G6), and the utilisation of plain training (G7).
 
-Needs megatron-core; one rank. All contenders of a shape share its weights and take turns. Read next: `step.py`, the
-same on the CPU against transformers.
+Needs megatron-core; one rank. All contenders of a shape share its weights and take turns.
 """
 
 from collections.abc import Callable, Iterator
