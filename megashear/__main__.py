@@ -1,4 +1,4 @@
-"""`python -m megashear`: the command line, for launchers that start modules (torchrun -m megashear)."""
+"""Entry point of `python -m megashear` and `torchrun -m megashear`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""`megashear VERB`: one thin function per verb; what a user got wrong is one message on stderr and an exit code.
+"""Command line of megashear: one function per verb.
 
-Each verb imports what it needs when it runs, so `--help` is quick and `check` loads no torch; a
-traceback appears for faults of megashear itself alone.
+A user's error is one message on stderr and an exit code; tracebacks are printed for internal errors only. Verbs import
+what they need when they run, so `--help` is fast and `check` does not load torch.
 """
 
 import argparse

@@ -1,7 +1,6 @@
-"""Every error that a user can meet: what was wrong, where, and what to do next.
+"""User-facing errors, each with the exit code of the command.
 
-Each class carries the exit code with which a command ends. Messages are one sentence of what was wrong and where, and
-one of what to do. `cli.py` prints them without a traceback. Nothing else of the package is imported here.
+A message says what is wrong and where, and how to fix it. `cli.py` prints it without a traceback.
 """
 
 

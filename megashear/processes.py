@@ -1,11 +1,8 @@
-"""Child processes: what is started for a run ends with it.
+"""Signals and child processes.
 
-Nothing but the standard library is imported here: a child that needs no torch does not load it.
-
-Stopping politely: SIGTERM and SIGUSR1 are noted, and the loop ends at the next step's end with a checkpoint.
-
-Schedulers send one of them before they take the machine away. A signal is never lost, whether it comes
-while libraries are loaded, between phases or within a step; no torch is needed to listen.
+SIGTERM and SIGUSR1 are recorded as a request to stop; the training loop saves a checkpoint and ends. A signal is never
+lost, whether it arrives while libraries are loaded, between phases or within a step. Children of a rank end with it.
+Imports the standard library only.
 """
 
 import multiprocessing

@@ -1,1 +1,1 @@
-"""A run's checkpoints: whole or absent, verified by digest, loadable on another layout."""
+"""Checkpoints of a training phase: complete or absent, verified by digest, loadable on another layout."""

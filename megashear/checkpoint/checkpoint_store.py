@@ -1,10 +1,8 @@
-"""Checkpoints of a phase: folders `step-00000200` that exist whole or not at all, the newest valid of which is taken
-up.
+"""Checkpoint store with digest verification.
 
-A checkpoint is written into a temporary folder by all ranks (weights and optimizer by megatron-core, masks as
-safetensors, the rest as JSON), gets a manifest of digests, and is renamed. Nothing that is damaged is
-loaded, older ones are tried and said; the newest `keep` are kept, damaged later ones not counted; nothing read runs
-code.
+A checkpoint is a folder `step-00000200`. All ranks write into a temporary folder (weights and optimizer by
+megatron-core, masks as safetensors, the rest as JSON); it gets a manifest of digests and is renamed. A damaged
+checkpoint is reported and skipped in favour of an older one. The newest `keep` valid ones are retained.
 """
 
 import errno

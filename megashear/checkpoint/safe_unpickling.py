@@ -1,8 +1,8 @@
-"""Reading a checkpoint must not run code, although torch's distributed format keeps its metadata as a pickle.
+"""Refuse pickles in checkpoint metadata that could execute code.
 
-Before megatron-core reads a folder, its metadata is gone through with an unpickler that knows the few classes which it
-consists of and refuses every other name. The folder's other files are read as tensors and plain values only: by
-`torch.load(weights_only=True)`.
+torch's distributed format stores metadata as a pickle. Before megatron-core reads a folder, the pickle is inspected
+with an unpickler that knows the few classes it consists of and refuses any other name. Other files of the folder are
+read with `torch.load(weights_only=True)`.
 """
 
 import io

@@ -1,1 +1,1 @@
-"""Datasets on disk: indexed pairs, block digests, the dataset folder, tokenizers."""
+"""Datasets on disk: indexed pairs, block digests, the dataset folder, tokenizers, verification."""

@@ -1,9 +1,9 @@
-"""Digests of a pair's files block by block, and reading that compares a block with its digest before it gives a byte.
+"""Block checksums of a pair, and reading with verification.
 
 `<pair>.crc`, little endian: magic (8 bytes), block size (u32), size of `.bin` and of `.idx` (u64 each), then CRC-32 of
-every block of the `.bin`, then of the `.idx` (u32 each). A block is compared once, when it is first
-touched, so that opening costs nothing and a damaged byte is never returned; the file of digests is itself named with
-its SHA-256 in the manifest. CRC-32 finds damage, not malice: `tools/verify_data.py` compares SHA-256.
+every block of the `.bin`, then of the `.idx` (u32 each). A block is verified once, when it is first read, so opening is
+free and a damaged byte is never returned. CRC-32 detects damage, not tampering; `tools/verify_data.py` compares
+SHA-256.
 """
 
 import hashlib

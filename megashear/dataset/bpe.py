@@ -1,13 +1,9 @@
-"""What a SentencePiece `tokenizer.model` says: its pieces and the settings that decide about ids.
+"""Rules for the compiled BPE encoder (`csrc/tokenize`), read from tokenizer files.
 
-The library gives pieces and scores, but not how text is normalised, so the few fields are read from the file itself:
-protocol buffers' wire format, fields numbered as in SentencePiece's `sentencepiece_model.proto`.
-
-Byte-pair encoding by the compiled encoder (csrc/tokenize): which model files it serves, and their rules for it.
-
-Served are SentencePiece BPE models and `tokenizer.json` files whose text is left as it is but for spaces, as LLaMA's
-are. Every field that could change an id is looked at; what is not known to be harmless is refused with a reason, and
-the library serves in its place.h (the algorithm), `sentencepiece_model.py`.
+Supported are SentencePiece BPE models and `tokenizer.json` files that change nothing but spaces, such as LLaMA's. Every
+field that could change an id is inspected; what is not known to be harmless is refused, and the library encodes
+instead. SentencePiece's normalisation settings are read from the file itself (protocol buffers' wire format, field
+numbers of `sentencepiece_model.proto`), because the library does not expose them.
 """
 
 import importlib.util

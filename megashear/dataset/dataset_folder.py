@@ -1,9 +1,8 @@
-"""The dataset folder: one `.bin`/`.idx` pair per domain and split, the tokenizer's files, and `manifest.json`.
+"""Dataset folder: one `.bin`/`.idx` pair per domain and split, tokenizer files, and `manifest.json`.
 
-`<domain>.train.bin/.idx/.crc`, `<domain>.heldout.bin/.idx/.crc`, `tokenizer/`. The manifest names domains (their order
-is the order of all weights), counts, tokenizer and the digest of every file. Sizes and counts are
-compared whenever a dataset is opened, a block of tokens when it is first touched, everything by `verify.py`; opening
-costs the same for ten documents and for 10^8.
+`<domain>.train.bin/.idx/.crc`, `<domain>.heldout.bin/.idx/.crc`, `tokenizer/`. The manifest lists domains (in the order
+of all weights), counts, the tokenizer and the digest of every file. Opening compares sizes and counts, reading verifies
+blocks, `verify_dataset` compares everything. Opening takes the same time for any number of documents.
 """
 
 from collections.abc import Callable, Iterable

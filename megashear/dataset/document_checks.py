@@ -1,8 +1,4 @@
-"""Documents of a pair: where they lie, whether they are what a dataset promises, and whether two are the same.
-
-Chunk by chunk, so that memory does not grow with the pair; a chunk can be looked at on its own, so that
-a sample costs a share of the whole.
-"""
+"""Check documents of a pair chunk by chunk: boundaries, end tokens, ids, duplicates across splits."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence

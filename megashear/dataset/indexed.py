@@ -1,10 +1,9 @@
-"""Megatron's `.bin`/`.idx` pair: token ids of documents, back to back, and where each document lies.
+"""Megatron's `.bin`/`.idx` pair: token ids of documents, and the position of each document.
 
 Layout of `.idx`, little endian: magic (9 bytes), version 1 (u64), dtype code (u8), sequences n (u64), document bounds d
-(u64), then n lengths (i32), n byte offsets (i64), d bounds (i64). We write one sequence per document, so d = n + 1. Key
-properties: files of megatron-core's tools open here and ours open there; opening reads the header and the last entry,
-whatever the number of documents; given digests, no byte of a damaged block is returned (`blocks.py`); writing holds
-no table of documents in memory.
+(u64), then n lengths (i32), n byte offsets (i64), d bounds (i64). We write one sequence per document, so d = n + 1.
+Files of megatron-core's tools open here, and ours open there. Opening reads the header and the last entry only; writing
+holds no table of documents in memory.
 """
 
 import os

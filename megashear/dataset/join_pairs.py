@@ -1,7 +1,7 @@
-"""Pairs put together and cut apart, document by document in their order, without holding an index in memory.
+"""Join and split pairs document by document, without an index in memory.
 
-Chunk by chunk, some MiB at a time whatever the number of documents, mapped files included; sequences of
-a document stay together, as megatron-core's builder keeps them; the `.idx` gets its name last.
+Works in chunks of some MiB. Sequences of a document stay together, as in megatron-core's builder. The `.idx` gets its
+name last.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,8 @@
-"""Samples of a domain, and the order in which an epoch walks them.
+"""Samples of a domain, and their order within an epoch.
 
 Sample k of a stream is its S+1 consecutive tokens from k*S: S predictions, and the last token is the next sample's
 first. The order of an epoch is a keyed bijection of 0..n-1: a balanced Feistel network on the smallest even number of
-bits that holds n, walked in cycles until it lands inside. No table, no state, vectorised, the same on
-every machine.
+bits that holds n, with cycle walking. It has no table and no state, and is the same on every machine.
 """
 
 import hashlib

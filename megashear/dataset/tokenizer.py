@@ -1,7 +1,7 @@
-"""One face for the two kinds of tokenizer files: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
+"""Tokenizers from SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
 
-Ids are the library's own, without beginning or end tokens, also where the compiled encoder serves; the
-digest names the tokenizer in every dataset and checkpoint; nothing is downloaded, nothing read from a file runs code.
+Ids are those of the library, without begin or end tokens, with the compiled encoder too. The digest identifies the
+tokenizer in every dataset and checkpoint. Nothing is downloaded, and nothing read from a file executes code.
 """
 
 import json

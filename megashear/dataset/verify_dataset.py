@@ -1,8 +1,7 @@
-"""Everything that a dataset's manifest promises, compared with its files: whole, or a sample of it.
+"""Verify a dataset folder against its manifest, completely or on a sample.
 
-Looked at: names and sizes of files, SHA-256 of each (a sample: CRC-32 of some blocks), the index of every pair, the
-documents' end tokens and ids, that no document stands on both sides, the tokenizer. All that is wrong
-is told, not the first alone; files are read by several threads.
+Checks names and sizes of files, SHA-256 (on a sample: CRC-32 of some blocks), the index of every pair, end tokens and
+ids of documents, that no document is in both splits, and the tokenizer. Reports every problem, not only the first.
 """
 
 import random

@@ -1,1 +1,1 @@
-"""Held-out losses, and the lm-evaluation-harness adapter."""
+"""Held-out losses and perplexity of models, and the lm-evaluation-harness adapter."""

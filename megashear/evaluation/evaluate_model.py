@@ -1,7 +1,6 @@
-"""`megashear eval MODEL DATA`: held-out loss and perplexity of a finished model, by domain.
+"""Evaluate a finished model on held-out text, by domain (`megashear eval MODEL DATA`).
 
-The model is computed in fp32 by the very code that trains, on any layout; a dataset made with another
-tokenizer is refused.
+The model runs in fp32 through the code that trains, on any layout. A dataset made with another tokenizer is refused.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""`megashear eval MODEL --tasks a,b`: tasks of lm-evaluation-harness, which is an extra (`megashear[evaluation]`).
+"""Run tasks of lm-evaluation-harness (`megashear eval MODEL --tasks a,b`), an optional extra.
 
-The harness loads the model folder itself, as the Hugging Face LLaMA that it is; no code of ours stands
-between its tasks and the weights.
+The harness loads the Hugging Face folder itself; none of our code is between its tasks and the weights.
 """
 
 from pathlib import Path

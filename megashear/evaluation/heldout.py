@@ -1,7 +1,7 @@
-"""Held-out loss per domain, with its standard error: the same sequences every time, spread over data-parallel ranks.
+"""Held-out loss per domain with its standard error, over the same sequences each time.
 
-Each domain's loss is the mean over its sequences, all of one length, so it is the token mean; its error is the
-standard deviation over sequences divided by the root of their number.
+Sequences are spread over data-parallel ranks. All have one length, so the mean over sequences is the token mean; the
+error is the standard deviation over sequences divided by the square root of their number.
 """
 
 from typing import Any

@@ -1,13 +1,8 @@
-"""Held-out losses by domain as plain values: their mean and its error, and as JSON.
+"""Held-out losses by domain: means and errors, JSON, tables, and losses of each sequence (`heldout.json`).
 
-No numpy and no torch, so that a plan's tables are printed at once.
-
-Held-out losses sequence by sequence: `heldout.json` of a phase, and two models over the same sequences.
-
-Sequences differ from one another far more than two models do on one sequence, so the difference of losses taken pair by
-pair has a much smaller error than the losses have. The file keeps what the phase's last evaluation found for each
-sequence, with a digest of each domain's text, by which other text is recognised.
-No torch, so that reports read it.
+Sequences differ from one another far more than two models differ on one sequence, so a paired difference has a much
+smaller error than the losses themselves. `heldout.json` keeps the loss of each sequence, with a digest of each domain's
+text. Does not import torch.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""Files that are whole or absent: atomic writes, manifests of digests, the lock of a run. Knows nothing of tensors."""
+"""Atomic writes, digests of folders, and the lock of a run folder. Knows nothing of tensors."""

@@ -1,7 +1,7 @@
-"""Writing files so that a reader sees the old content or the new one, never a part.
+"""Write files and folders atomically: a reader sees the old content or the new one.
 
-A write goes to a temporary name in the same folder, is flushed to the disk, renamed over the target, and the folder is
-flushed too. Folders are made whole the same way: filled under a temporary name, then renamed.
+Content goes to a temporary name in the same folder, is flushed to disk and renamed over the target, and the folder is
+flushed.
 """
 
 import errno

@@ -1,6 +1,7 @@
-"""Digests of a folder's files: what a folder holds is what was written, or it is refused by the name of the file.
+"""Manifest of a folder: size and SHA-256 of every file.
 
-`manifest.json` maps each relative name to its size and SHA-256. Names that leave the folder are refused.
+A folder that differs from its `manifest.json` is refused with the name of the file. Names that leave the folder are
+refused.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
-"""One process at a time in a run folder: an advisory lock that the kernel releases when its holder dies.
+"""Advisory lock of a run folder, released by the kernel when its holder dies.
 
-Key properties: `flock` on `FOLDER/.lock`, so a killed run leaves no stale lock; the file says who holds it, for the
-message to the next one. The file itself stays: removing it would let two processes lock two different files of that
-name.
+Uses `flock` on `FOLDER/.lock`; the file says who holds the lock. It is never removed, because two processes could then
+lock two files of that name.
 """
 
 import errno

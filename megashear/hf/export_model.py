@@ -1,7 +1,7 @@
-"""Export: from a model folder, or a run's final one, to a Hugging Face folder that transformers has proved loadable.
+"""Export a model folder, or a run's last model, as a Hugging Face folder.
 
-One tensor in memory at a time while writing; nothing appears under the output's name before the written
-files were read back, loaded by transformers and their logits compared with ours.
+Holds one tensor in memory at a time. The output gets its name after the files were read back, loaded by transformers,
+and their logits compared with ours.
 """
 
 from pathlib import Path

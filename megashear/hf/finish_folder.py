@@ -1,7 +1,7 @@
-"""From written tensors to a model folder: config.json, tokenizer files, manifest; and the copy of a whole model.
+"""Complete a model folder: config.json, tokenizer files and manifest; copy a whole model.
 
-The manifest holds the digest of every file, the model's identity and where it comes from; a copy is
-read back before it counts. All work in a temporary folder that the caller renames (`files/atomic.py`).
+The manifest holds the digest of every file, the model's identity and its provenance. A copy is read back before it is
+accepted. The caller provides a temporary folder and renames it.
 """
 
 import shutil

@@ -1,8 +1,7 @@
-"""Hugging Face's config.json <-> ModelShape, for every LLaMA generation.
+"""Convert between Hugging Face's config.json and ModelShape, for every LLaMA generation.
 
-Defaults are those of transformers' LlamaConfig; what we do not carry is refused, all problems at once;
-written files are read alike by transformers 4.45 and later (rope_theta, rope_scaling, torch_dtype) and by 5
-(rope_parameters, dtype).
+Defaults are those of transformers' LlamaConfig. Unsupported settings are refused, all at once. Written files are read
+alike by transformers 4.45 and later (rope_theta, rope_scaling, torch_dtype) and by 5 (rope_parameters, dtype).
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Import: a verified copy of a Hugging Face LLaMA folder, which a run can trust by its digests.
+"""Import a Hugging Face LLaMA folder as a verified copy.
 
-One tensor in memory at a time; the copy's tensors are compared with the source's by digest before it
-gets its name; nothing is converted, so tensor bytes are the source's.
+Holds one tensor in memory at a time; nothing is converted. The copy gets its name after its tensors were compared with
+the source's by digest.
 """
 
 from dataclasses import asdict

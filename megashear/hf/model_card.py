@@ -1,8 +1,7 @@
-"""The README.md of an exported folder: what the model is, where it comes from, how it was trained.
+"""Write the README.md of an exported folder from the manifest's provenance.
 
-Reads the manifest's provenance: {"source": {"path", "shape", "tokens" (where known; not on the card)}, "phases":
-[{"name", "steps", "tokens", "losses": {domain: nats per token}}]}; every key may be absent, and what is absent is not
-mentioned.
+Provenance: {"source": {"path", "shape", "tokens"}, "phases": [{"name", "steps", "tokens", "losses": {domain: nats per
+token}}]}; missing keys are omitted from the card.
 """
 
 from typing import Any

@@ -1,15 +1,9 @@
-"""The identity of a model: one digest over what it computes, however its tensors are spread over files.
+"""Read a model folder: config.json, safetensors in one or several files, tokenizer files, manifest.
 
-Which file of a folder holds which tensor: headers of safetensors files, and the index over several of them.
-
-Only headers are read, by the safetensors library, which checks them against the file's length; pickles
-are never opened; a name in the index that leaves the folder is refused.
-
-Reading a model folder: config.json, safetensors in one file or several, tokenizer files, perhaps a manifest.
-
-All headers are compared with the shape that config.json describes before anything is read; a missing,
-extra or mis-shaped tensor is refused by name, all of them at once; nothing pickled is opened; a tensor, or the slice of
-it that a rank owns, is read without the rest.
+All headers are compared with the shape that config.json describes before any tensor is read; missing, extra or
+mis-shaped tensors are refused by name, all at once. Pickles are never opened, and an index must not name files outside
+the folder. A tensor, or the slice a rank owns, is read without the rest. The digest of a model covers what it computes,
+independent of how tensors are spread over files.
 """
 
 import hashlib

@@ -1,18 +1,11 @@
-"""Where each tensor of a model will stand: shards, offsets and headers of safetensors files, planned in advance.
+"""Write safetensors one tensor at a time, in any order, from several processes.
 
-The order of a header (wide dtypes first, then names) and its padding are those of the safetensors
-library, and shards are filled in the order of names given, as transformers fills them, so that a folder written here
-equals one saved by transformers byte for byte.
-
-Writing safetensors one tensor at a time, in any order, from several processes at once.
-
-The safetensors library can only save a dict of tensors that all lie in memory. A LLaMA's names, sizes and dtypes are
-known before its first weight is, so here the files are laid out first (headers written, space reserved) and each tensor
-then goes to its place. Memory is one tensor at most; the result is what the library would have written,
-bit for bit; a folder counts as written only after `finish` saw every tensor once.
+The safetensors library saves a dict of tensors that are all in memory. Here the files are laid out first (headers
+written, space reserved), and each tensor is written at its offset. Order and padding of headers are those of the
+library, and shards are filled as transformers fills them, so the result is equal byte for byte.
 
 One rank: `create`. Other ranks, after a barrier: `open`. Each rank: `write` its tensors, then `close`. One rank, after
-a barrier: `finish`. The folder is a temporary one; `finish.py` makes a model folder of it.
+a barrier: `finish`, which checks that every tensor was written once.
 """
 
 import errno

@@ -1,7 +1,6 @@
-"""The tensors of a LLaMA: Hugging Face's names and full shapes, in the order of its state dict.
+"""Names and shapes of a LLaMA's tensors, in the order of Hugging Face's state dict.
 
-The one table that the reader, the writer, the parallel model and the finalisation share. Weights of linear layers are
-[out, in].
+Shared by reader, writer, parallel model and folding. Weights of linear layers are [out, in].
 """
 
 import re

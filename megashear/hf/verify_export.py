@@ -1,13 +1,8 @@
-"""Logits of a model folder by this project's own definition of a LLaMA: plain torch, fp32, tensor by tensor.
+"""Verify an export: transformers loads the folder, and computes the logits of an independent forward pass.
 
-The other side of the export's proof (`verify.py`), built from the reference ops and from nothing of transformers.
+`from_pretrained` fills missing tensors with random numbers, so its loading report is read and must be empty. The
+reference forward pass is plain torch in fp32, tensor by tensor. Needs memory for the whole model in fp32.
 Shape suffixes: B batch, S positions, D hidden, H query heads, G key/value groups, V vocabulary.
-
-The proof of an export: transformers loads the folder without a missing tensor and computes our logits.
-
-`from_pretrained` fills a tensor that it does not find with random numbers and says so in a log at most; here its
-loading report is read and anything but an empty one refused. Needs memory for the whole model in fp32, unlike the
-writing.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""How much each unit of a source model matters: one registry of criteria, one schema of scores."""
+"""Importance of the units of a source model: criteria, calibration, principal basis, least-squares fit."""

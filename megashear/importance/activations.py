@@ -1,13 +1,13 @@
-"""What flows through a unit, sequence by sequence: mean size of its activation; how far a layer turns its input.
+"""Activation criteria: mean activation per unit, block influence and angular distance per layer.
 
 Minitron (Muralidharan et al. 2024, arXiv 2407.14679, section 2.2) with the mean over the sequence, of: |norm output|
 for hidden units (mean over both norms of every layer), the L2 norm of a query head's attention output, |input of the
-down projection| for intermediate units. A group's is the sum over its heads. Layers, from cos_t between a token's
-residual stream before and after: block influence 1 - mean_t cos_t (ShortGPT, Men et al. 2024, arXiv 2403.03853),
-angular distance arccos(cos_T) / pi at the last token (Gromov et al. 2024, arXiv 2403.17887).
+down projection| for intermediate units. A group's value is the sum over its heads. For layers, with cos_t between a
+token's residual stream before and after: block influence 1 - mean_t cos_t (ShortGPT, Men et al. 2024, arXiv
+2403.03853), angular distance arccos(cos_T) / pi at the last token (Gromov et al. 2024, arXiv 2403.17887).
 
-Forward only; what a rank returns is its part of a sum over tensor- and pipeline-parallel ranks. Legend:
-N this rank's sequences; else as in `model/layer.py`.
+Forward passes only. A rank returns its part of a sum over tensor- and pipeline-parallel ranks.
+Shape suffixes: N this rank's sequences; others as in `model/transformer_layer.py`.
 """
 
 import math

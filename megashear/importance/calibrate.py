@@ -1,16 +1,12 @@
-"""Sums over calibration batches: a score, its standard error over batches, and the same on each domain's text.
+"""Compute scores of a loaded model on calibration text, with standard errors and scores by domain.
 
-With Q_b a batch's sum of its sequences' values, B batches and n sequences in all:
+With Q_b the sum of a batch's sequences, B batches and n sequences in all:
     mean: score = sum_b Q_b / n,        error = std(Q_b) sqrt(B) / n
     root: score = sqrt(sum_b Q_b),      error = std(Q_b) sqrt(B) / (2 score), by the delta method
-std with B - 1 in the denominator. All in fp64.
+std with B - 1 in the denominator, all in fp64.
 
-Scores of a loaded model on calibration text.
-
-Text comes from the domains by the mixture's weights, in an order of its own that the seed determines,
-so the training stream neither moves nor repeats it; a sample is one sequence, whose domain is known, so scores depend
-neither on the layout nor on micro-batches. Ranks' parts are summed before a value is taken of them, so that squares and
-absolute values are those of the whole.
+Text is drawn by the mixture's weights, in a separate order determined by the seed, so the training stream is not
+affected. Ranks' parts are summed before squares and absolute values are taken, so scores do not depend on the layout.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,21 +1,16 @@
-"""Magnitude: the Euclidean norm of a unit's weights (Han et al. 2015, for whole units: Li et al. 2017, L2 for L1).
-
-score(unit) = sqrt(sum over the unit's weights of w^2), in fp64; no text is needed, so there is no error.
-
-The criteria by name: what each measures on a sequence, and how sequences become a score.
+"""Registry of importance criteria: what each measures on a sequence, and how sequences become a score.
 
 | criterion | value v of a sequence | score over sequences |
 |---|---|---|
-| magnitude | none: root of the sum of squares of the unit's weights | |
+| magnitude | none: L2 norm of the unit's weights (Han et al. 2015; Li et al. 2017) | |
 | taylor_mask | abs(dL/dz) at z = 1 | mean (Michel et al. 2019, arXiv 1905.10650; Molchanov et al. 2019) |
-| fisher | (dL/dz)^2 at z = 1 | mean: the empirical Fisher's diagonal (Kwon et al. 2022, arXiv 2204.09656) |
+| fisher | (dL/dz)^2 at z = 1 | mean: diagonal of the empirical Fisher (Kwon et al. 2022, arXiv 2204.09656) |
 | taylor_weight | sum over the unit's weights of abs(w dL/dw) | mean (LLM-Pruner, Ma et al. 2023, arXiv 2305.11627) |
 | activation | mean over the sequence of abs(x) | root of the sum of squares (Minitron) |
 | block_influence, angular_distance | of layers: see `activations.py` | mean |
 
-taylor_weight sums absolute products: signed ones would add up to the mask's gradient again, once for each of the unit's
-matrices, since a unit's output is proportional to each of them. Everything after `measure` is the same
-for all.
+taylor_weight sums absolute products: signed ones would add up to the mask's gradient again, once per matrix of the
+unit.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
-"""What the loss's gradient says of a unit, sequence by sequence: on its mask at 1, and on its weights.
+"""Gradient criteria: gradient of the loss with respect to masks at 1, and to weights, per sequence.
 
-Weights are not changed and no optimizer is needed; what a rank returns is its part of a sum over
-tensor- and pipeline-parallel ranks, as `model/masking.py` leaves mask gradients; the loss is a sequence's mean over its
-tokens, so a value does not depend on how sequences are grouped. Legend: N this rank's sequences.
+Weights are not changed, and no optimizer is needed. A rank returns its part of a sum over tensor- and pipeline-parallel
+ranks. The loss is a sequence's mean over its tokens, so values do not depend on how sequences are grouped.
+Shape suffixes: N this rank's sequences.
 """
 
 from collections.abc import Iterator, Sequence

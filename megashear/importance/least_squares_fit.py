@@ -1,21 +1,15 @@
-"""Weighted least squares over tokens that are spread over data-parallel ranks: the change of a matrix that takes most
-off what is left.
+"""Fit the output matrices of the kept units to the source by least squares, layer after layer.
 
-Output matrices of what a cut keeps, fitted to the source by least squares: the cheapest way to mend a cut at once.
-
-A cut takes away what the closed units added, and every layer behind it reads another stream than it knows. Layer after
-layer in order, the attention's o and then the MLP's down, of what is kept, change so that the pruned model's residual
-stream x comes as near as it can to the source's s at the same place, for what the kept units h give in the pruned model
-(He et al. 2017, arXiv 1707.06168, "whole model pruning", of convolutions):
+Pruning removes what the pruned units contributed, and every later layer reads a changed stream. In order, the
+attention's o and the MLP's down matrix of the kept units change so that the pruned model's residual stream x approaches
+the source's s at the same place, given the kept units h of the pruned model (He et al. 2017, arXiv 1707.06168, of
+convolutions):
 
     W = argmin_W  sum_t |s_t - x_t - W h_t|^2 / mean(s_t^2)  +  ridge |W - W_0|^2
 
-with kept hidden units alone in s; a token counts as the next norm will see it. So a layer also makes up for what the
-layers before it have lost, dropped ones included.
-
-The pruned model runs as the masked source that it is, on the source's own stages, and no gradient is
-taken; the result does not depend on the layout but for rounding. Sequences wait in the host's memory.
-Legend: as in `model/layer.py`; lower-case d live hidden units.
+restricted to kept hidden units of s; the weight of a token is that of the next norm. A layer thus also compensates for
+earlier layers, including dropped ones. The result does not depend on the layout, except for rounding. Sequences are
+kept in host memory. Shape suffixes: as in `model/transformer_layer.py`; lower-case d kept hidden units.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,12 +1,9 @@
-"""Principal directions of the residual stream: the basis in which a few hidden units carry nearly all of it.
+"""Principal directions of the residual stream.
 
-A residual stream's coordinates are an accident of training, and each carries about as much as another; of its
-principal directions the last ones carry next to nothing (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024). The basis
-is that of the covariance of what norms read: x / rms(x), the mean over tokens and over all norms, about 0.
-
-The covariance does not depend on the layout but for rounding; where variances are nearly equal, their
-directions are any basis of the space they span, so another layout's may be another there. Legend as in
-`activations.py`.
+Coordinates of a residual stream are an accident of training, and all carry about as much. The last principal directions
+carry almost nothing (SliceGPT, Ashkboos et al. 2024, arXiv 2401.15024). The basis is that of the covariance, about 0,
+of what norms read: x / rms(x), averaged over tokens and all norms. Directions of nearly equal variance are arbitrary
+within the space they span, so they can differ between layouts. Shape suffixes as in `activations.py`.
 """
 
 from collections.abc import Callable, Sequence

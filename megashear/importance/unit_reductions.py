@@ -1,10 +1,9 @@
-"""Which unit each weight of a decoder layer belongs to, and sums over a unit's weights.
+"""Sums over the weights of a unit.
 
-A unit's weights are the rows and columns that go when it goes: of a hidden unit the columns of q, k, v, gate, up and
-the rows of o, down in every layer; of an intermediate unit its rows of gate, up and its column of down; of a query head
-its rows of q and columns of o; of a group those of its heads and its rows of k, v; of a layer all its matrices. Norms
-stay out, and embedding and output layer, whose tens of thousands of rows would drown all else. Sums of
-slices add up, so that tensor-parallel ranks each sum what they hold.
+The weights of a unit are the rows and columns removed with it: for a hidden unit the columns of q, k, v, gate, up and
+the rows of o, down in every layer; for an intermediate unit its rows of gate, up and its column of down; for a query
+head its rows of q and columns of o; for a group those of its heads and its rows of k, v; for a layer all its matrices.
+Norms, embedding and output layer are excluded. Tensor-parallel ranks each sum the slices they hold.
 """
 
 import torch

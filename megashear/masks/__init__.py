@@ -1,4 +1,1 @@
-"""Learned masks: hard concrete variables, the Lagrangian that drives them to a target shape, keep sets, folding.
-
-Knows nothing of models: a model takes `masks.Masks` as an argument. Start at `state.py`.
-"""
+"""Learned masks: hard concrete parameters, constraint, sparsity schedule, kept units, folding. Knows no models."""

@@ -1,14 +1,11 @@
-"""The constraint that drives masks to a target shape (Sheared LLaMA, section 2.1): sparsity and its Lagrangian.
+"""Constraint on the expected sparsity: Lagrangian (Sheared LLaMA, section 2.1) or projection.
 
-Sparsities are fractions of units, as in the published code (the paper writes counts). Every row of log-alpha (a layer,
-or the whole model) is constrained apart. The value does not depend on data: it is added once per optimiser step.
-Shapes: R rows, N units.
+Sparsities are fractions of units, as in the published code (the paper uses counts). Every row of log-alpha (a layer, or
+the whole model) has its own constraint. The Lagrangian does not depend on data and is added once per optimizer step.
 
-The projected constraint: each row of log-alpha is shifted until its expected sparsity is the scheduled target.
-
-Expected sparsity falls strictly as a row is shifted up, so that the shift is found by Newton's steps, by halving where
-one leaves its bracket; no multiplier is needed, and the target is met at every step. The shift is the projection's own:
-it changes no difference between units, which their gradients alone decide. Shapes: R rows, N units.
+The projection shifts each row by one constant until its expected sparsity equals the scheduled target. Expected
+sparsity falls strictly with the shift, so Newton steps with bisection find it.
+Shape suffixes: R rows, N units.
 """
 
 import math

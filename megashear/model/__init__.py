@@ -1,1 +1,1 @@
-"""LLaMA on megatron-core's parallel layers; masks enter as arguments, and without them it is a plain LLaMA."""
+"""LLaMA on parallel layers: forward pass with masks, computed units, placement of tensors on ranks."""

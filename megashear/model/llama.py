@@ -1,19 +1,12 @@
-"""Gradients in bf16 added to the fp32 buffers of megatron-core in one pass over memory.
+"""LLaMA as a chunk of a pipeline stage: embedding, decoder layers, final norm, output layer, loss.
 
-Its own hook, which comes after ours and then finds nothing left to add, has torch widen each gradient into a copy first
-(on the CPU; on CUDA one kernel does both). The sums have the same bits.
+Supports multi-head and grouped-query attention, explicit head size, tied and untied embeddings, and rotary scaling. The
+vocabulary is padded for tensor parallelism; padding columns never get probability. The masked forward pass is that of
+Sheared LLaMA, section 2.1, with the embedding masked too (`exact`), so that masked and pruned model are equal.
 
-What a teacher has to say about a micro-batch, on the ranks that take the student's loss.
-
-Of the teacher's forward pass its final states [S, B, D] are kept, in the dtype of its weights; its logits
-are made of them for a chunk of tokens at a time, and exist for one chunk alone.
-
-LLaMA as a chunk of pipeline stages: embedding, decoder layers, final norm, output layer, loss.
-
-Every generation: multi-head or grouped-query attention, explicit head size, tied or untied embeddings, rotary
-scaling. The vocabulary is padded for tensor parallelism; padding columns never get probability. Masked forward:
-Sheared LLaMA, section 2.1, with the embedding masked too (`exact`), so that the masked model equals the pruned one.
-Legend: see `layer.py`.
+`TeacherTargets` keeps the teacher's final states [S, B, D]; its logits exist for one chunk of tokens at a time.
+Gradients in bf16 are added to megatron-core's fp32 buffers in one pass, with the same bits as its own hook.
+Shape suffixes: see `transformer_layer.py`.
 """
 
 from dataclasses import dataclass

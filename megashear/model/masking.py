@@ -1,10 +1,9 @@
-"""What one rank needs of a micro-batch's masks: its slices, with gradients that simply add up over ranks.
+"""Slices of the masks that a rank needs, with gradients that add up over ranks.
 
-Head and intermediate masks act on tensor-parallel shards: a rank takes its slice, and the sum of all ranks' gradients
-is the whole. Hidden and layer masks act on activations that every tensor-parallel rank holds alike (then each rank's
-gradient is the whole, and counts 1 / TP), or that are split by sequence (then the parts add up). So after this module
-one plain sum over tensor- and pipeline-parallel ranks completes every mask's gradient (specification: masks under
-parallelism).
+Head and intermediate masks act on tensor-parallel shards: a rank takes its slice, and the sum of all gradients is
+complete. Hidden and layer masks act on activations that every tensor-parallel rank holds (then each gradient counts 1 /
+TP), or that are split by sequence (then the parts add up). One sum over tensor- and pipeline-parallel ranks completes
+every mask's gradient.
 """
 
 from collections.abc import Callable

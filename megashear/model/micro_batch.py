@@ -1,4 +1,4 @@
-"""model.micro_batch"""
+"""Micro-batches of a rank: rows of the global batch, tokens, labels and document starts."""
 
 from dataclasses import dataclass
 

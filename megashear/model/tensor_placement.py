@@ -1,7 +1,7 @@
-"""Which rows or columns of which Hugging Face tensor each parameter of a rank holds.
+"""Describe which rows or columns of which Hugging Face tensor each parameter of a rank holds.
 
-One description serves loading, saving and checkpoints' names: a parameter is a list of `Piece`s, stacked along
-dimension 0 (or a slice of columns). The fused rows are described in `layer.py`.
+Used for loading, saving and checkpoint names. A parameter is a list of `Piece`s, stacked along dimension 0, or a slice
+of columns. Fused rows are described in `transformer_layer.py`.
 """
 
 from dataclasses import dataclass

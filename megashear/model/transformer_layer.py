@@ -1,9 +1,9 @@
-"""One decoder layer on tensor-parallel linears: attention with query groups, SwiGLU, masks in between.
+"""Decoder layer on tensor-parallel linears: attention with query groups, SwiGLU, masks.
 
-Legend: S sequence, B batch, D hidden, H query heads, G groups, q = H / G, d head size, F intermediate; lower-case
-prefix x_ for activations; under tensor parallelism H, G and F are this rank's share, under sequence parallelism S
-outside products too. The fused products keep these row orders: q, k, v by group [G, q + 2, d]; gate then up [2, F].
-Where masks have zeros, D, H, G and F are what is live of them (`live.py`).
+Shape suffixes: S sequence, B batch, D hidden, H query heads, G groups, q = H / G, d head size, F intermediate; prefix
+x_ for activations. Under tensor parallelism H, G and F are this rank's share, under sequence parallelism S too, outside
+of products. Fused products have these row orders: q, k, v by group [G, q + 2, d]; gate then up [2, F]. If masks have
+zeros, D, H, G and F count computed units only (`live_units.py`).
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,8 @@
-"""Filling a rank's parameters from a folder of weights, or at random, piece by piece.
+"""Build a rank's model chunks, load their weights, and write the model as a folder.
 
-A rank reads its own slices only; random weights are a function of (seed, tensor name), so every
-layout starts from the same model.
-
-A model on this rank: its chunks of a LLaMA under a layout, filled.
-
-Putting whole Hugging Face tensors together from the tensor-parallel ranks, one parameter at a time.
-
-Every rank of a tensor-parallel group takes part; all of them see the whole tensor.
-
-Writing a model that is spread over ranks as a model folder: each pipeline stage writes its own tensors, one at a
-time.
-
-Nothing appears under the folder's name before all tensors are there and read back.
+A rank reads its own slices only. Random weights are a function of (seed, tensor name), so every layout starts from the
+same model. For writing, whole tensors are gathered over the tensor-parallel group one parameter at a time, and each
+pipeline stage writes its own. The folder gets its name after all tensors were written and read back.
 """
 
 import functools

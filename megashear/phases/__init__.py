@@ -1,1 +1,1 @@
-"""The phases of a run: prune, finalize, pretrain, export; and the runner."""
+"""Phases of a run: prune, finalize, pretrain, export; and the runner."""

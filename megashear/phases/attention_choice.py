@@ -1,8 +1,7 @@
-"""The form of attention that a phase is computed with on GPUs: settled once a run, by one rank's clock for all.
+"""Select the attention backend of a phase on GPUs, once per run.
 
-Ranks and resumed runs round alike. Rank 0 measures before the phase's first step, at a point that every
-rank passes (its later steps meet shapes at different moments, or never, under pipeline parallelism), and the run folder
-keeps what it found, by the GPU's name.
+Rank 0 measures before the first step, at a point that every rank passes, and the run folder keeps the result by GPU
+name. Ranks and resumed runs therefore round alike.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Calibration text of a run, and the source that reads it."""
+"""Calibration text of a run, the source model that reads it, and progress of the calibration."""
 
 import time
 from collections.abc import Callable

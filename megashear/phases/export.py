@@ -1,4 +1,4 @@
-"""The export phase of a run: the finished model as a Hugging Face folder. Rank 0 works, the others wait."""
+"""Export phase: write the run's last model as a Hugging Face folder. Rank 0 works, the others wait."""
 
 from pathlib import Path
 

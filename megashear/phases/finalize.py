@@ -1,8 +1,8 @@
-"""Finalisation of a run: the masked model becomes a plain dense LLaMA, and is shown to compute the same.
+"""Finalize phase: fold the masks into a plain dense LLaMA, and prove that it computes the same.
 
-From the model folder `masked` and the masks of pruning's last checkpoint, or from the source and its scores after
-one-shot pruning, tensor by tensor (`masks/fold.py`), to the model folder `pruned` in fp32, so that folding rounds
-nothing away. Then both run on held-out text: logits must agree.
+Reads the model folder `masked` and the masks of pruning's last checkpoint (after one-shot pruning: the source and its
+scores), folds tensor by tensor, and writes the model folder `pruned` in fp32, so that folding does not round. Both
+models then run on held-out text, and their logits must agree.
 """
 
 import shutil

@@ -1,7 +1,7 @@
-"""The source with output matrices fitted for the cut, a model folder `fitted` of a run that prunes in one shot.
+"""Source with output matrices fitted for one-shot pruning: the model folder `fitted` of a run.
 
-Of the source's shape, and cut as the source would be; computed once for what is kept, again where it is
-lost, and dropped when pruning is finalized.
+It has the source's shape and is pruned like the source. It is computed once per set of kept units, again if it is lost,
+and removed after finalize.
 """
 
 import hashlib

@@ -1,14 +1,13 @@
-"""Adam's moments from pruning into pre-training: written with the masked model, cut with it, taken up by pre-training.
+"""Carry Adam's moments from pruning into pre-training: written with the masked model, and pruned with it.
 
-A fresh Adam has to learn the gradients' sizes anew, and its first steps undo part of what a short pruning phase has
-reached. Where masks have settled at 1, a kept unit's weights and gradients pass the cut as they are, and so do its
-moments: pre-training goes on as if pruning had. (In the principal basis norms' weights take their gain at the cut, and
-their moments stay: Adam's steps follow the ratio of the two, which a gain leaves alone.) Where a teacher goes between
-the phases or within one, gradients grow two- to sixfold at once, and moments of the smoother loss still are the better
-start (docs/results.md): with betas of 0.9 and 0.95 no step is longer than 1.2 times the rate, whatever came before.
+A fresh Adam must estimate gradient sizes again, and its first steps undo part of a short pruning phase. If masks are
+frozen at 1, weights and gradients of kept units are unchanged by finalize, and so are their moments. Norm weights take
+their gain at finalize in the principal basis; their moments stay, because Adam's step depends on the ratio of the two.
+If the teacher stops between phases, gradients grow two- to sixfold, and the old moments are still the better start
+(docs/results.md).
 
-The files are model folders like any other, so that layouts may change between the phases; without them
-pre-training starts a fresh Adam. They go when it is done.
+The files are model folders, so the layout may change between phases. Without them pre-training starts with fresh
+moments. They are removed when pre-training is finished.
 """
 
 import logging

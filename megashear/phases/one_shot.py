@@ -1,7 +1,6 @@
-"""`prune.method: one_shot`: the phase `prune` scores the source's units and trains nothing; `finalize` cuts by scores.
+"""One-shot pruning (`prune.method: one_shot`): score the units, train nothing; finalize prunes by scores.
 
-Before that the output matrices of what stays are fitted to the source (`prune.refit`). The source's
-held-out losses are evaluated as by every run that starts from it.
+Output matrices of the kept units are first fitted to the source (`prune.refit`).
 """
 
 import time

@@ -1,8 +1,7 @@
-"""The proof of a cut: on held-out text the pruned model computes the logits of the masked one, under the run's layout.
+"""Prove that the pruned model computes the logits of the masked one, on held-out text, under the run's layout.
 
-Both run in fp32, where what the same function computed twice may differ by is known of an ordinary
-model (`TOLERANCE`). One that was nearly destroyed may amplify rounding a thousandfold; where that is exceeded the
-masked model runs in fp64 beside one that is cut from it in fp64, and they have to agree far better.
+Both run in fp32 with a tolerance for the rounding of an ordinary model. A nearly destroyed model can amplify rounding a
+thousandfold; if the tolerance is exceeded, both run in fp64 and have to agree far better.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""Where pruning starts from: the source as it is, or in the principal basis of its residual stream.
+"""Rotate the source into the principal basis of its residual stream, if the run prunes hidden units there.
 
-The rotated source is a model folder `principal` of the run, in the run's precision, computed once on
-calibration text and dropped when pruning is finalized: whoever reads the source, on whatever layout, reads the same
-one.
+The rotated source is the model folder `principal` of the run, in the run's precision. It is computed once on
+calibration text and removed after finalize, so every phase and layout reads the same weights.
 """
 
 import logging

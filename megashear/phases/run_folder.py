@@ -1,7 +1,7 @@
-"""What the phases of a run share: config, layout, shapes, dataset, source; and the records that tell a finished phase.
+"""Run folder: what the phases of a run share, and the records of finished phases.
 
-A run folder belongs to one run file. Keys that change what is computed are recorded and may not change
-on resume; the layout, checkpoints, logging and export may.
+A run folder belongs to one configuration. Keys that determine the result are recorded and may not change on resume;
+layout, checkpoints, logging and export may.
 """
 
 import functools

@@ -1,7 +1,6 @@
-"""Scores of the source's units for a run: computed once, kept in `importance.safetensors`, told in a table.
+"""Score the source's units for a run, once, and keep the scores in `importance.safetensors`.
 
-A file in the run folder is used where it was made from the same source, dataset and keys; a run that is
-stopped while calibrating begins calibrating again, which changes nothing.
+An existing file is used if it was made from the same source, dataset and keys. An interrupted calibration starts again.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""`megashear mixture simulate RUN KEY=VALUE...`: recorded losses played through a rule of the mixture.
+"""Apply another mixture rule to the recorded losses of a run (`megashear mixture simulate RUN KEY=VALUE`).
 
-The updates are those that a run makes, at its recorded steps and in its phases; with the run's own rule
-the recorded weights come out. Losses stay as recorded: what other weights would have done to them is not known. Read
-next: `data/rules.py`.
+Updates happen at the recorded steps. With the run's own rule the recorded weights are reproduced. Losses stay as
+recorded: the effect of other weights on them is not known.
 """
 
 import json

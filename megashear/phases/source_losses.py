@@ -1,4 +1,4 @@
-"""Held-out losses of a run's source: evaluated once, kept in `source_losses.json`."""
+"""Held-out losses of a run's source, evaluated once and kept in `source_losses.json`."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,10 +1,4 @@
-"""What came of a run: the last table, `summary.json`, and the pictures.
-
-Plain-text tables that a run prints: what is planned, before the start; what came of it, at the end.
-
-Pure functions of numbers to strings, no state, no library. The first column is aligned left, the others
-right.
-"""
+"""Write a finished run's results: final table, `summary.json`, plots."""
 
 from collections.abc import Mapping
 from pathlib import Path

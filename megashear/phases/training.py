@@ -1,9 +1,4 @@
-"""A training phase of a run, pruning or pre-training: put together, taken up where it stopped, run to its end.
-
-With the checkpoint's state filled in, nothing is left that the rest of the phase depends on.
-
-The teacher of a training phase: the run's source, frozen, on the run's layout.
-"""
+"""Set up, resume and run a training phase, `prune` or `pretrain`."""
 
 import logging
 import time

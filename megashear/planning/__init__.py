@@ -1,1 +1,1 @@
-"""Checks and estimates of a run before it starts. Imports neither torch nor numpy."""
+"""`megashear check`: problems, warnings and cost estimates of a run file. Imports neither torch nor numpy."""

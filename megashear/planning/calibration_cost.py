@@ -1,7 +1,4 @@
-"""What calibration before pruning reads and costs: tokens, FLOPs, and the memory that the fit's sequences wait in.
-
-Arithmetic on sizes alone, free of torch.
-"""
+"""Cost of calibration before pruning: tokens, FLOPs, and host memory of the least-squares fit."""
 
 from dataclasses import dataclass
 

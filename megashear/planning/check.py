@@ -1,7 +1,6 @@
-"""A run file as a whole, before anything is launched: shapes, layout, batches, schedules, mixture and data together.
+"""Check a run file before anything is launched: shapes, layout, batches, schedules, mixture, data.
 
-Free of torch, so it runs on a laptop; what cannot be seen from here (weights, data, ranks) is named in
-`Report.not_checked`, never passed over in silence.
+Runs on a laptop without torch. What cannot be checked there (weights, data, ranks) is listed in `Report.not_checked`.
 """
 
 from dataclasses import dataclass, field, fields, replace

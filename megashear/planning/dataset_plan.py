@@ -1,7 +1,6 @@
-"""A dataset folder's manifest, read for checks alone: its domains, their tokens, and whether a run's plan fits them.
+"""Read a dataset's manifest for checks: domains, tokens, and whether the run's plan fits them.
 
-JSON only, no token is read; the manifest is compared with its files where the data is opened for
-training.
+Reads JSON only. The manifest is compared with its files when the data is opened for training.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""Memory per rank, estimated before anything is launched: one `Memory` per pipeline stage.
+"""Estimate memory per rank, one `Memory` per pipeline stage.
 
-Arithmetic on sizes alone; what is left out is CUDA's context, NCCL's buffers and fragmentation (2 to
-4 GiB). Bytes: weights 2 (bf16) or 4 (fp32); gradients 4, accumulated in fp32; optimizer: Adam's two moments 8, and 4
-for an fp32 master where weights are bf16, divided by data parallelism under the distributed optimizer. Activations are
-counted as in Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4, and compared by a test with what
-autograd keeps; without the compiled kernels they are 1.5 to 2.7 times as much.
+Excludes CUDA's context, NCCL's buffers and fragmentation (2 to 4 GiB). Bytes per parameter: weights 2 (bf16) or 4
+(fp32); gradients 4, accumulated in fp32; Adam's two moments 8, and 4 for an fp32 master if weights are bf16, divided by
+data parallelism under the distributed optimizer. Activations are counted as in Korthikanti et al. 2022 (Reducing
+Activation Recomputation), section 4, and a test compares them with what autograd saves; without the compiled kernels
+they are 1.5 to 2.7 times as much.
 """
 
 from dataclasses import dataclass, replace

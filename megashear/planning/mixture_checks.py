@@ -1,4 +1,4 @@
-"""Whether the mixture section can work: weights that normalise, references that are there, guard rails that meet."""
+"""Check the mixture section: weights can be normalised, references exist, limits are consistent."""
 
 from megashear.config.resolve import training_phases
 from megashear.config.schema import ADAPTIVE, ASCENDING, Config, MixtureConfig

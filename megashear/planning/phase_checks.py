@@ -1,4 +1,4 @@
-"""How many steps masks close and settle over, what null stands for in that, and what does not fit into the steps."""
+"""Check the training phases: batches divide over ranks, schedules fit into the steps, teacher and scores exist."""
 
 from megashear.config.resolve import frozen_steps, training_phases
 from megashear.config.schema import Config, ParallelConfig

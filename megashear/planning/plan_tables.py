@@ -1,7 +1,4 @@
-"""What `megashear check` prints: shapes, layout, memory of every pipeline stage, tokens wanted and there, disk space.
-
-Text made of a `Report`, without torch.
-"""
+"""Tables that `megashear check` prints: shapes, layout, memory, cost, tokens, disk space."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""planning.text_table"""
+"""Plain-text tables, and short forms of large numbers and durations."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,4 @@
-"""Keys that a user has set and that cannot do in this run what they are for, most because nothing reads them: said by
-`check` and at a run's start, refused nowhere.
-"""
+"""Warnings for config keys that have no effect in this run. Reported by `check` and at start-up, never an error."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,1 +1,1 @@
-"""Plots of runs and datasets."""
+"""Plots of runs and datasets. Does not import torch."""

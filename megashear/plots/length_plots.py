@@ -1,4 +1,4 @@
-"""The lengths of a dataset's documents: a panel a domain, the share of documents and of tokens by power of two.py."""
+"""Plot document lengths of a dataset: share of documents and of tokens by power of two, per domain."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The masks of the cut, or of the last evaluation before: which heads, layers, intermediate and hidden units stay."""
+"""Plot the masks of a run: kept heads, layers, intermediate and hidden units."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
-"""A run's records as arrays: per phase and kind, in the order of steps.
+"""Records of a run as arrays, by phase and kind, in the order of steps.
 
-A value that is absent or null is NaN, so that lines have gaps where nothing was measured; of two
-records of one step the later counts. The schema is in `train/metrics.py`.
+Absent or null values are NaN, so that lines have gaps. Of two records of one step the later one is used. The schema is
+in `train/metrics.py`.
 """
 
 from collections.abc import Iterable, Mapping

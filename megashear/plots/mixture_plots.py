@@ -1,9 +1,4 @@
-"""Domain weights over steps, and the mix that was really read.
-
-Epochs taken of each domain's training data over steps: which text repeats, how often.
-
-Held-out loss of each domain against its reference, with the evaluation's error.
-"""
+"""Plot domain weights, realised mixture, epochs, and held-out losses against their references, over steps."""
 
 import math
 from collections.abc import Sequence

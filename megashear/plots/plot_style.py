@@ -1,8 +1,7 @@
-"""How the pictures look: colours, type, panels in inches, labels at the ends of lines, saving.
+"""Style of the plots: colours, fonts, panels in inches, labels at the ends of lines, saving.
 
-Colours are told apart by colour-blind readers (Okabe and Ito 2008, without the yellow that vanishes on
-white) and belong to a name, not to a picture: a domain looks the same everywhere; from the eighth name on the dash
-pattern changes as well. Panels are placed in inches, so that labels can be kept apart before anything is drawn.
+Colours are distinguishable for colour-blind readers (Okabe and Ito 2008, without yellow) and belong to a name: a domain
+has the same colour in every plot. From the eighth name on the dash pattern changes too.
 """
 
 from collections.abc import Mapping, Sequence

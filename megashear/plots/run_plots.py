@@ -1,7 +1,6 @@
-"""All pictures of a run: `megashear plot RUN`.
+"""Draw all plots of a run (`megashear plot RUN`), also while it is running.
 
-Reads `metrics.jsonl` and `masks.npz` of the run folder, while the run goes on as well; a picture for
-which nothing is recorded is left out; every PNG is written whole or not at all.
+A plot without records is omitted.
 """
 
 import zipfile

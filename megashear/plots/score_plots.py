@@ -1,4 +1,4 @@
-"""The scores that units were pruned by, or that masks started from, read without torch."""
+"""Plot importance scores. Reads the file without torch."""
 
 import json
 from collections.abc import Iterator

@@ -1,9 +1,4 @@
-"""Training loss and throughput over steps.
-
-Step time against the FLOPs that live units leave, while pruning: what closing masks saves.
-
-Expected against target sparsity, and the Lagrange multipliers that close the gap.
-"""
+"""Plot training loss, throughput, step time against computed FLOPs, sparsity and multipliers over steps."""
 
 from collections.abc import Sequence
 

@@ -1,1 +1,1 @@
-"""Shards of text to a dataset folder."""
+"""Preprocess text shards into a dataset folder."""

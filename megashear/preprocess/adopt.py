@@ -1,9 +1,8 @@
-"""Pairs that Megatron's own tools made, as dataset folders with digests.
+"""Adopt pairs that Megatron's own tools wrote, as a dataset folder with digests.
 
-The rule for held-out documents: where a domain's held-out pair is given, both pairs are taken as they are (a hard link
-where the file system has them) and in their order; otherwise documents are held out by the hash of their token ids as
-`heldout.py` says, shuffled, and written anew. Either way every document ends in the end token and no
-document stands on both sides, or the pair is refused.
+If a held-out pair is given, both pairs are taken as they are (hard links if possible). Otherwise documents are held out
+by the hash of their token ids, shuffled, and written again. Every document must end in the end token, and no document
+may be in both splits.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""From shards to a dataset folder: every shard to a part by worker processes, then the parts merged in the order of the
-shards.
+"""Build a dataset folder from shards: worker processes tokenise shards to parts, then the parts are merged.
 
-The bytes do not depend on the number of workers nor on how often the run was killed; finished parts are
-kept in `<output>.parts/` until the dataset is whole, and only missing ones are made again.
+The bytes do not depend on the number of workers or on interruptions. Finished parts are kept in `<output>.parts/` until
+the dataset is complete; a rerun makes only the missing ones.
 """
 
 import shutil

@@ -1,8 +1,4 @@
-"""What a dataset holds, domain by domain: documents, tokens, bytes of text, lengths, duplicates; as text.
-
-Counted from the parts' tables, no text or token is read; lengths are counted by powers of two. Read
-next: `merge.py`; the picture is drawn by megashear/plots/length_plots.py.
-"""
+"""Describe a dataset by domain: documents, tokens, bytes, lengths, duplicates. Reads tables of the parts only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

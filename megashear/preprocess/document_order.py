@@ -1,19 +1,9 @@
-"""Records in files by number, so that more of them than memory holds can be put in another order: each bucket is read
-back as a whole, one at a time.
+"""Order of all documents of a dataset: domain, split and position, with bounded memory.
 
-Memory is what waits to be written and one bucket; no file stays open.
-
-Exact duplicates: documents whose text stood earlier in the input, in the order of shards and lines.
-
-128 bits of the text decide, so that no document is taken for another; the answer depends on the order
-of the shards alone; documents are compared bucket by bucket of the hash's range, so that memory is one byte a document
-and some ten MiB, whatever their number.
-
-Where every document of a dataset comes to lie: its domain, training or held-out side, and place in its pair.
-
-The order of a pair is a keyed permutation of its documents' numbers (shards in order, lines in order). Key properties:
-four passes over the parts' tables, none of which holds them: memory is some ten MiB, one byte a document for
-duplicates, and 12 bytes for a document that can be held out; the places lie in buckets on the disk.
+The order of a pair is a keyed permutation of its document numbers (shards in order, lines in order). Four passes over
+the parts' tables use some ten MiB, one byte per document for duplicates, and 12 bytes per document that can be held
+out. Records larger than memory are sorted in buckets on disk. Duplicates are found by 128 bits of the text's hash; the
+first document in the order of shards and lines is the original.
 """
 
 from collections.abc import Iterator, Sequence

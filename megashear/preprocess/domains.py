@@ -1,8 +1,7 @@
-"""Which domain a document belongs to: a name for all, a field of its line, or the name of its shard.
+"""Assign documents to domains: by a fixed name, a field of the line, or the name of the shard.
 
-In this order: the name given for all; the value of a key such as `meta.redpajama_set_name` (where `meta` may be an
-object or a string of JSON, as RedPajama has both); the shard's name before `_00000`; the name of the shard's folder. A
-map renames values by patterns.
+In this order: the name given for all; the value of a key such as `meta.redpajama_set_name` (`meta` may be an object or
+a string of JSON, as in RedPajama); the shard's name before `_00000`; the name of its folder. A map renames values.
 """
 
 import fnmatch

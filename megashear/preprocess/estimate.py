@@ -1,7 +1,7 @@
-"""What a preprocessing run would give and cost, from a sample of its shards: tokens by domain, time, disk.
+"""Estimate tokens, time and disk space of a preprocessing run from a sample of its shards.
 
-Writes nothing; shards are grouped by the domain that their names say and sampled evenly in each group,
-from their beginnings; the error given is that of sampling some shards and not others.
+Writes nothing. Shards are grouped by domain and sampled evenly in each group, from their beginnings. The error is that
+of sampling some shards only.
 """
 
 import hashlib

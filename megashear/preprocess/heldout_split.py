@@ -1,8 +1,7 @@
-"""Which documents are held out: those whose text's hash is below a threshold of their domain.
+"""Select held-out documents: those whose text's hash is below a threshold of their domain.
 
-Independent of the order of shards and documents; equal texts stand on one side, also across domains; a
-domain with too little held out at the wanted fraction gets a larger one, up to a limit; only documents whose hash can
-be below the threshold need be looked at, so that memory is a share of them.
+Independent of the order of shards and documents. Equal texts are in the same split, in all domains. A domain with too
+little held-out text gets a larger fraction, up to a limit.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
-"""Parts to a dataset: documents split into training and held-out, shuffled, and written domain by domain.
+"""Merge parts into a dataset: documents split, shuffled and written by domain.
 
-The bytes are the same whatever the number of workers; where a document comes to lie is known before any
-token moves (`order.py`), so that a pair's `.bin` is written in pieces by many processes at once; no table of documents
-is held in memory, tokens are copied from memory-mapped parts.
+The position of each document is computed before tokens are moved, so many processes write a pair at once, and the bytes
+are the same for any number of workers. Tokens are copied from memory-mapped parts.
 """
 
 import json

@@ -1,8 +1,7 @@
-"""Reading parquet shards: every row is a document or a bad line with its number and reason, as for JSON lines.
+"""Read parquet shards row by row.
 
-Streams page by page, a bounded amount of memory whatever the size of a row group; only the columns of
-the text and of the domain are read; a text that is not UTF-8 is a bad line, not the end of the shard. pyarrow is needed
-for parquet alone.
+Streams page by page with bounded memory, and reads only the columns of text and domain. A text that is not UTF-8 is a
+bad line. pyarrow is needed for parquet only.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,7 @@
-"""Which shards a command line names: files, folders, globs and lists of them.
+"""Find shards (files, folders, globs, lists), split large ones into pieces; records of a shard.
 
-Each file once, however often and by whatever spelling it is named (the shortest counts); sorted, so
-that the order of naming changes nothing.
+Each file is used once, whatever it is called on the command line. Shards are sorted, so the order of arguments has no
+effect.
 """
 
 import glob

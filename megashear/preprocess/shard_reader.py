@@ -1,7 +1,6 @@
-"""Reading shards of JSON lines (plain, gzip, zstd) or parquet: every line is a document or a bad line with its reason.
+"""Read shards of JSON lines (plain, gzip, zstd) or parquet: each line is a document or a bad line with a reason.
 
-Streaming, a bounded amount of memory whatever the file holds; a compressed file that ends early is an
-error, never a shorter shard (zstandard's own stream reader returns what it has without a word).
+Streams with bounded memory. A truncated compressed file is an error, never a shorter shard.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""A shard or a piece of one, tokenised: a folder that is whole or absent, so that a killed run goes on part by part.
+"""Parts: tokenised shards, or pieces of them, as folders that are complete or absent.
 
-A part holds `tokens.bin` (ids of all documents back to back, each ended by the end-of-sequence token), `documents.bin`
-(per document: digest of its text, size, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all
-that its bytes depend on: the shard's path, size and time, the tokenizer and the settings.
+A part holds `tokens.bin` (ids of all documents, each ended by the end-of-sequence token), `documents.bin` (per
+document: digest of its text, size, domain, length), `bad_lines.jsonl` and `part.json`. Its name is a digest of all that
+its bytes depend on: path, size and time of the shard, tokenizer and settings.
 """
 
 import hashlib

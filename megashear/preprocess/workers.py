@@ -1,10 +1,7 @@
-"""A progress line on standard error: share done, shards, rates, time left.
+"""Worker processes of a preprocessing run, and its progress line.
 
-On a terminal the line is rewritten once a second; elsewhere a new one is printed every ten seconds.
-
-The worker processes of a preprocessing run: they tokenise shards and copy pieces, and end with their parent.
-
-A run that is killed leaves no process behind; a shard that fails stops the others at their next line.
+Workers end with their parent. If a shard fails, the others stop at their next line. The progress line shows shards,
+rates and the remaining time.
 """
 
 import multiprocessing

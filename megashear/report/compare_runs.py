@@ -1,7 +1,4 @@
-"""Two runs side by side: losses of each domain with their difference, what each cost, and both curves in one picture.
-
-Runs are told apart by the names of their folders.
-"""
+"""Compare two runs: differences of losses by domain, cost, and both curves in one plot."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Pieces of an HTML page that stands alone: tables, pictures, sections. Every text is escaped here, once.
+"""Build a self-contained HTML page: tables, plots, sections. Text is escaped here, once.
 
-No script, no link to anywhere, and a Content-Security-Policy that forbids both; pictures are in the
-file. Functions take text and give HTML (the type `Html`), so that what comes from a run's files cannot become markup.
+No script and no external link, enforced by a Content-Security-Policy. Functions take text and return `Html`, so content
+of a run's files cannot become markup.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""The section of a report on what pruning kept: how it was chosen, units by granularity and by layer, and maps of both."""
+"""Report section on the kept units: how they were chosen, counts by granularity and layer, and maps."""
 
 import numpy as np
 

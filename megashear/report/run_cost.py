@@ -1,10 +1,8 @@
-"""What a run has cost: tokens, training FLOPs and wall time by phase, and the FLOPs at every step.
+"""Cost of a run: tokens, training FLOPs and wall time by phase, and FLOPs over steps.
 
-FLOPs are of products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
-counted half. Pruning counts the share of the source's FLOPs that live units needed, as it was measured;
-a teacher's forward pass counts as recorded, for the steps that had one; what calibration took before pruning is a phase
-of its own, by the run file until pruning has recorded it (but not its time); evaluation is told in seconds alone. Read
-next: `report.py`.
+FLOPs of matrix products, forward and backward (`ModelShape.flops_per_token`): 6 per weight and token, causal attention
+counted half. Pruning counts the measured share of computed units, a teacher its forward pass for the steps that had
+one. Calibration is a phase of its own. Evaluation is reported in seconds only.
 """
 
 import math

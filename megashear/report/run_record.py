@@ -1,12 +1,8 @@
-"""The shapes that a run begins and ends with, from whatever still tells them.
+"""Read a run folder for a report: config, shapes, finished phases, losses, metrics, masks.
 
-Nothing is computed by a shape that is not the run's: what neither a folder, nor a manifest, nor a key
-tells is None.
-
-What a run folder tells, for a report: config, shapes, finished phases, losses, metrics, masks.
-
-Reads JSON, YAML and `.npz` without pickles, whether or not the run has finished, and whether or not its
-source is still there; what is missing is said, what is damaged is one DataError.
+Reads JSON, YAML and `.npz` without pickles, whether or not the run has finished or its source still exists. Missing
+parts are listed; a damaged file is one DataError. A shape that neither a folder, a manifest nor a key determines is
+None.
 """
 
 import json

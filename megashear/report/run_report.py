@@ -1,7 +1,6 @@
-"""One HTML file about a run: `megashear report RUN [OTHER]`.
+"""Write the HTML report of a run (`megashear report RUN [OTHER]`).
 
-The file stands alone (pictures inside, no script, no link) and prints; it is written whole or not at
-all; a run that goes on, that only pre-trains, or that has no masks has a shorter report.
+An unfinished run, one that only pre-trains, or one without masks gets a shorter report.
 """
 
 import math

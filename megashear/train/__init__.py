@@ -1,1 +1,1 @@
-"""Training: schedules, step, loop, and what a run shows of itself (metrics, progress line, tables)."""
+"""Training: step, loop with callbacks, learning-rate schedules, teacher, metrics, progress line."""

@@ -1,6 +1,6 @@
 """Learning-rate schedules as factors of the peak: linear warm-up, then cosine or warm-up-stable-decay.
 
-The first step's factor is 0 where there is a warm-up, as in the published runs of Sheared LLaMA.
+With a warm-up the factor of the first step is 0, as in the published runs of Sheared LLaMA.
 """
 
 import math

@@ -1,15 +1,10 @@
-"""Peak FLOP/s of accelerators, for the model FLOPs utilisation (MFU) of the progress line.
-
-Bf16 products with fp32 accumulation, dense (data sheets print twice that, "with sparsity"); a device
-that is not in the table has no MFU, rather than a wrong one.
-
-The progress line of a training phase.
+"""Progress line of a training phase, with model FLOPs utilisation (MFU).
 
     prune 1200/3200  loss 2.4310  grad 0.84  lr 7.31e-05  29,504 tok/s  MFU 38.2%  sparsity hidden 35/37% ...  ETA 3:07
 
-The rate is of this process's own steps (a resumed run does not count what an earlier process did),
-smoothed over steps, and by the wall clock: evaluations and checkpoints are in it, and so in the ETA. With a teacher
-`distillation 0.1234 (+33% FLOPs)` follows the loss, and its forward counts in the MFU as well.
+The rate is that of this process's steps, smoothed, by wall time: evaluations and checkpoints are included, in the ETA
+too. With a teacher, `distillation 0.1234 (+33% FLOPs)` follows the loss, and the MFU includes its forward pass. Peak
+FLOP/s are for dense bf16 products with fp32 accumulation; a device that is not in the table has no MFU.
 """
 
 import re

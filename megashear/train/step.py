@@ -1,8 +1,7 @@
 """One optimizer step: micro-batches through the pipeline, gradients of weights and masks, clipping, update or skip.
 
-The loss is the mean over the global batch's tokens plus the Lagrangian, added once; a step in which
-the loss or a gradient is not finite anywhere updates nothing anywhere. With a teacher the mean is of the mixed loss,
-and what it is mixed of is told.
+The loss is the mean over the tokens of the global batch, plus the Lagrangian, added once. If the loss or a gradient is
+not finite on any rank, no rank updates anything. With a teacher the loss is mixed, and its parts are reported.
 """
 
 import math
