@@ -1,7 +1,7 @@
-"""Hard concrete variables (Louizos et al. 2018) as Sheared LLaMA uses them: probabilities of zero, deterministic masks.
+"""Hard concrete distribution (Louizos et al. 2018): probability of zero, deterministic masks.
 
-The random sample and its gradient are an op (`megashear.ops.sample_hard_concrete`); what is here needs no noise.
-Shapes: R rows that are constrained apart (layers, or one for the model), N units in a row.
+Random samples and their gradients are an op (`megashear.ops.sample_hard_concrete`).
+Shape suffixes: R rows with a constraint of their own (layers, or one for the model), N units of a row.
 """
 
 import math

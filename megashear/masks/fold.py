@@ -1,18 +1,18 @@
-"""Masked model -> plain dense LLaMA, one Hugging Face tensor after another: units are cut, mask values multiplied in.
+"""Fold a masked model into a plain dense LLaMA, one Hugging Face tensor after another.
 
-Exact. With deterministic masks the masked forward pass and the pruned model compute one function, so
-only rounding differs; the masked norm's divisor, the count of hidden units that are not 0, is the pruned model's d'.
-Where each mask value goes (z: deterministic masks, K: keep sets):
+Removed units are cut out, and mask values are multiplied into the weights. With deterministic masks the masked forward
+pass and the pruned model compute the same function, so only rounding differs: the masked norm divides by the count of
+hidden units that are not 0, which is the pruned model's hidden size. Where each mask value goes (z: masks, K: kept
+units):
 
     embedding [:, K] * z_hidden                         norms [K] * z_hidden * gain
     q, k, v [rows, K]                                   o [K, rows] * z_layer * z_hidden (rows) * z_head (columns)
     gate [K, K], up [K, K] * z_intermediate (rows)      down [K, K] * z_layer * z_hidden (rows)
-    final norm as others, or [K] * gain where tied      output [:, K]
+    final norm as others, or [K] * gain if tied         output [:, K]
 
-z_head goes into o's columns, because query heads of a group share v. A tied output layer holds the embedding's z_hidden
-already, which the final norm therefore leaves out: (w z) E^T = w (E z)^T, so ties survive the fold.
-Under `published` masking the embedding is not masked in the forward pass, so it is not here either, and the final norm
-carries z_hidden, tied or not.
+z_head goes into o's columns, because query heads of a group share v. A tied output layer already holds the embedding's
+z_hidden, so the final norm omits it: (w z) E^T = w (E z)^T, and the tie survives. Under `published` masking the
+embedding is not masked, and the final norm carries z_hidden in both cases.
 """
 
 import re

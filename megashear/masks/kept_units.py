@@ -1,7 +1,7 @@
-"""Which units a pruned model keeps, and how sure the masks were of them.
+"""Select the units that the pruned model keeps, and report how decided the masks were.
 
-The n' largest log-alpha of each row, of equal ones the lower index; indices ascending, so that what is
-kept keeps its order. The units are exactly those that `hard_concrete.deterministic` leaves open.
+Kept are the n' largest log-alpha of each row, ties by lower index, in ascending order. They are the units that
+`distribution.deterministic` does not set to 0.
 """
 
 import math

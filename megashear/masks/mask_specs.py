@@ -1,7 +1,7 @@
-"""What is masked: one `MaskSpec` per learned granularity, from a source and a target shape. Free of torch.
+"""Specification of each learned granularity, from source and target shape.
 
-The five granularities have fixed indices, which enter the mask noise, so learning fewer of them leaves
-the others' noise as it is. A group is a key/value head with its query heads; under multi-head attention it is a head.
+Granularities have fixed indices, which enter the mask noise, so learning fewer of them does not change the noise of the
+others. A group is a key/value head with its query heads; under multi-head attention it is a head.
 """
 
 import math

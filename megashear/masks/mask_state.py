@@ -1,17 +1,16 @@
-"""`MaskState`: log-alpha, Lagrange multipliers and their Adam, alike on every rank.
+"""State of the masks: log-alpha, Lagrange multipliers and their Adam, replicated on every rank in fp32.
 
-Fp32 masters, replicated; a step's masks are a function of (seed, step, micro-batch) and log-alpha, not
-of the layout; log-alpha is projected onto [-limit, limit] in the master itself (the published code projects a copy).
-One step of the training loop:
+A step's masks are a function of (seed, step, micro-batch) and log-alpha, not of the layout. log-alpha is projected onto
+[-limit, limit] in the fp32 master (the published code projects a copy). One step of the training loop:
 
     state.zero_gradients()
     masks = state.sample(seed, step, micro_batch)      # per micro-batch and model chunk; backward fills the gradients
     all_reduce(state.gradients_flat())                 # in place; or set_gradients_flat(reduced)
     state.add_lagrangian_gradients(step)
-    state.scale_gradients(...)                         # where gradients are clipped jointly
-    state.step(factor, step)                           # Adam, then what the schedule wants of the next step's masks
+    state.scale_gradients(...)                         # if gradients are clipped jointly
+    state.step(factor, step)                           # Adam, then the constraint of the next step
 
-Sources: Sheared LLaMA, section 2.1 and appendix A.
+Source: Sheared LLaMA (arXiv 2310.06694), section 2.1 and appendix A.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
-"""`Masks`: what a masked forward pass takes, in the form in which layers use it.
+"""`Masks`: mask values in the form that layers use.
 
-Plain tensors that carry autograd to log-alpha; None stands for a mask of ones (a granularity that is
-not learned), so that an unpruned pass costs nothing.
+Tensors that carry autograd to log-alpha. None is a mask of ones (a granularity that is not learned).
 """
 
 from collections.abc import Mapping

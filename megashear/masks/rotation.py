@@ -1,17 +1,17 @@
-"""A LLaMA in another orthonormal basis of its residual stream: one function, other hidden units.
+"""Rotate a LLaMA into another orthonormal basis of its residual stream.
 
-RMSNorm without its weight commutes with rotations, so norm weights go into the matrices that read the norm, and then
-with Q's columns the new basis (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3; here one Q for all layers,
-so that the result is an ordinary LLaMA):
+RMSNorm without its weight commutes with rotations, so norm weights are moved into the matrices that read the norm,
+which then are rotated by the columns of Q (SliceGPT, Ashkboos et al. 2024, arXiv 2401.15024, section 3; one Q for all
+layers, so that the result is an ordinary LLaMA):
 
     embedding Q        q, k, v, gate, up, output: W diag(norm / c) Q        o, down: Q^T W        norms c
 
-c, one number for each norm, is the root mean square of its weights, often a few tenths: Adam's steps have a length of
-their own, and would change matrices that had taken all of the norm in by as much more as they had got smaller.
+c, one number per norm, is the root mean square of its weights, often a few tenths. Moving all of the norm into the
+matrices would shrink them, and Adam's steps, whose length does not shrink, would change them too much.
 
-Exact but for rounding, which is one to the dtype; products are taken in fp64 on a CPU and in fp32
-elsewhere. A tied output layer cannot hold the final norm's weight, so a tied model's final norm keeps one, and its
-function only as far as that weight is alike for all units that turn.
+The result is exact except for one rounding to the dtype; products are computed in fp64 on a CPU and in fp32 elsewhere.
+A tied output layer cannot absorb the final norm's weight, so a tied model is equal only as far as that weight is
+constant over the rotated units.
 """
 
 from collections.abc import Callable

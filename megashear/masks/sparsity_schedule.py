@@ -1,8 +1,8 @@
-"""How masks close over a phase's steps: target sparsities, one granularity after another, sharpening, settling.
+"""Schedule of the masks over a phase: target sparsities, order of granularities, sharpening, freezing.
 
-Every length follows the phase's number of steps where the config leaves it open; all is a function of
-the step, so a resumed run goes on with it. Masks close over the sparsity warm-up, sharpen until they settle, and stand
-fixed at the target's shape from then on, so that the weights' last steps are on exactly the model that is cut out.
+Every value is a function of the step, so a resumed run continues exactly; lengths default to shares of the phase.
+Target sparsities grow over the sparsity warm-up, masks are sharpened until they are frozen, and the last steps train
+the weights on exactly the model that is cut out.
 """
 
 from collections.abc import Mapping

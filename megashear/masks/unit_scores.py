@@ -1,7 +1,7 @@
-"""`Scores`: how much each unit matters by some criterion, and what is made of that: masks of 0 and 1, a file.
+"""Scores of units by importance criterion, the masks selected by them, and their file.
 
-One schema for every criterion, the shapes of log-alpha; higher is kept, of equal ones the lower index;
-units are compared within their row alone. A file is one safetensors whose metadata is JSON: nothing in it runs code.
+One schema for every criterion, with the shapes of log-alpha. Higher scores are kept, ties by lower index; units are
+compared within their row. A file is safetensors with JSON metadata.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""The blended stream of samples and its domain weights (dynamic batch loading)."""
+"""Blended stream of samples, and its domain weights (dynamic batch loading). Knows nothing of models."""

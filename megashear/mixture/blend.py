@@ -1,21 +1,15 @@
-"""Rounding domain shares to whole sequences so that the realised mix keeps up with the weights.
+"""Blended stream: which sample of which domain is at each place of the global sample stream.
 
-Largest remainder with the remainder carried forward, as in elections; where fewer seats are left than domains have
-fractions, the seats go in the order of deadlines, as in Tijdeman's solution of the chairman assignment problem
-(Discrete Mathematics 32, 1980): a domain whose backlog would soonest pass the bound comes first. Taking the largest
-fraction first, as is common, lets the backlog of small domains pass one sequence at constant weights (1.18 at the
-published weights and batches of one).
+A domain's count in a global batch is its share plus the remainder carried from earlier batches, rounded; its samples
+follow the epoch orders of `dataset/samples.py`; a keyed permutation shuffles the batch. The stream is a function of
+(seed, weight history, batch sizes), so it is the same for every layout. Its state is a few numbers per domain.
 
-Legend: K domain.
+Rounding is by largest remainder with the remainder carried forward. If fewer places are left than domains have
+fractions, they go in the order of deadlines, as in Tijdeman's solution of the chairman assignment problem (Discrete
+Mathematics 32, 1980). Taking the largest fraction first lets the backlog of small domains exceed one sequence (1.18 at
+the published weights and batches of one).
 
-The blended stream: which sample of which domain stands at every place of the global sample stream.
-
-A domain's seats in a global batch are its share plus the remainder carried from earlier batches, rounded; its samples
-come in the epoch orders of `samples.py`; a keyed permutation mixes the domains within the batch. The
-stream is a function of (seed, weight history, batch sizes) alone, so it is the same for every layout; the state is a
-few numbers per domain.
-
-Legend: B sequence of the global batch, K domain.
+Shape suffixes: B sequence of the global batch, K domain.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,7 @@
-"""Dynamic batch loading: the domain weights of a phase, moved by the held-out losses as the config's rule says.
+"""Domain weights of a phase, updated from held-out losses by the configured rule (dynamic batch loading).
 
-Weights stay finite, positive and sum to 1 whatever the losses; a domain whose evaluation failed keeps
-its last loss and is named; the state does not grow.
-
-Legend: K domain. Losses are nats per token.
+Weights are finite, positive and sum to 1 for any losses. A domain whose evaluation failed keeps its last loss and is
+reported. Shape suffixes: K domain. Losses are nats per token.
 """
 
 from collections.abc import Mapping

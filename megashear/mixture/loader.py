@@ -1,15 +1,9 @@
-"""Tokens of a planned batch, and of the held-out windows that the mixture is steered by.
+"""Read the tokens of planned batches ahead of the step, and held-out windows.
 
-A rank reads its own rows of the global batch and nothing else, in the dtype of the files, two bytes a
-token for most vocabularies; both read memory-mapped files, so there is no worker and no state.
-
-Legend: N rows read, T tokens of a row (S + 1).
-
-The batches of a rank in the order of the blended stream, read ahead of the step that needs them.
-
-What is read ahead is planned by a copy of the stream, and used only where the stream itself then plans
-the same; so neither the order nor the state knows of it, and a change of the weights costs one batch read anew. Read
-next: `loader.py`, `blend.py`.
+A rank reads its own rows of the global batch from memory-mapped files, in the files' dtype. Reading ahead is planned by
+a copy of the stream and used only if the stream then plans the same, so neither order nor state depend on it; a change
+of weights costs one batch that is read again.
+Shape suffixes: N rows read, T tokens of a row (S + 1).
 """
 
 import copy

@@ -1,12 +1,7 @@
-"""Published constants of dynamic batch loading on RedPajama (Sheared LLaMA, section 3 and appendix B).
+"""Reference losses of the domains: a list, a scaling law's prediction, or the source model's own losses.
 
-Weights are shares of sequences, losses are nats per token on the authors' held-out split, in the order of `DOMAINS`.
-They serve as defaults of the published recipes and to check `references.py`.
-
-Reference losses of the domains: a list typed in, a scaling law's prediction at the target's size, or the source
-model's own.
-
-Three providers behind one call.
+Also holds published constants of Sheared LLaMA on RedPajama (section 3, appendix B), in the order of `DOMAINS`: weights
+are shares of sequences, losses are nats per token on the authors' held-out split.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Scaling law per domain, L(N) = A * N^-alpha + E, fitted through losses of models of several sizes.
+"""Fit a scaling law per domain, L(N) = A * N^-alpha + E, to losses of models of several sizes.
 
-For each alpha the best A and E follow by linear least squares; alpha by a grid and a golden-section search (variable
-projection, Golub and Pereyra 1973). With three sizes the curve passes through all three. The residual
-is reported, and so is an unphysical fit: E < 0 (a loss below zero at infinite size), or alpha at the end of its range.
+For each alpha the best A and E follow by linear least squares; alpha is found by a grid and a golden-section search
+(variable projection, Golub and Pereyra 1973). Reports the residual and unphysical fits: E < 0 (a negative loss at
+infinite size), or alpha at the end of its range.
 """
 
 import math

@@ -1,28 +1,17 @@
-"""Guard rails of the mixture: a floor, a cap and a largest change per update, held at once.
+"""Rules that update the domain weights, one class each, and the limits applied after them.
 
-The weights are scaled by one factor and clipped to their bounds, the factor found so that they sum to 1: domains
-between their bounds keep their proportions. All rails are off at floor 0, cap 1, change 1.
+- `paper`, `reference`: exponential ascent on the excess of losses over their references (Sheared LLaMA, Algorithm 1).
+- `ado`: weights follow how fast each domain's loss falls (adaptive data optimization, Jiang et al. 2024, arXiv
+  2410.11820). A power law L(n) = A n^-alpha + E through a domain's losses gives its learning speed
+  -dL/dn = alpha (L(n) - E) / n. Preferences are prior x credit x speed, the credit being the root of the recent share;
+  weights are one tenth preferences and nine tenths of their mean so far (the paper's constants, per update).
+- `schedule`, `static`: independent of losses.
 
-Legend: K domain.
+Limits: weights are scaled by one factor and clipped to floor, cap and largest change, so that they sum to 1 and
+unclipped domains keep their proportions. A rule's state is a few JSON numbers.
 
-Adaptive data optimization: weights by how fast each domain's loss still falls (Jiang et al. 2024, arXiv 2410.11820).
-
-A power law L(n) = A n^-alpha + E through each domain's losses so far, n being the steps, gives its learning speed
--dL/dn = alpha (L(n) - E) / n. Preferences are prior x credit x speed, the credit of a domain the root of its recent
-share; what is played is a tenth of them and nine tenths of their mean so far (the paper's constants; its steps are our
-updates, so that 1/t means the same share of a run). No reference losses; a law that does not fall, as
-while masks close, gives no speed, and where no domain learns the prior is played; at most `POINTS` losses a domain are
-kept, by dropping every other one.
-
-Legend: K domain, T evaluation. Losses are nats per token.
-
-How domain weights are chosen at an update: one class a rule, behind one interface.
-
-`paper` and `reference` raise the weights of domains whose loss exceeds its reference (exponential ascent); `static` and
-`schedule` follow no loss; `ado` follows how fast each domain's loss still falls, and needs no references. Key
-properties: weights in, weights out, in float64; what a rule remembers is a few numbers of JSON.
-
-Legend: K domain, P points of a schedule. Losses are nats per token.
+To add a rule: write a class with `update`, `state_dict` and `load_state_dict`, construct it in `make_rule`, and add its
+name to the key `mixture.rule`. Shape suffixes: K domain, T evaluation, P points of a schedule.
 """
 
 from typing import Any, Protocol

@@ -1,14 +1,11 @@
-"""Live units: which rows and columns of each product a micro-batch's masks leave anything to compute.
+"""Compute only the rows and columns of each product whose mask is not zero.
 
 A mask of exactly 0 makes its unit's output, the gradients of its weights and, through the clamp, the gradient of its
-log-alpha exactly 0. So the unit can be left out of every product, and only rounding changes (specification 10). The
-pattern of zeros is fetched from the device once for all micro-batches of a step; everything here is host arithmetic.
-Counts are rounded up to what the hardware likes by keeping some units whose mask is 0: these still compute nothing.
+log-alpha exactly 0. The unit is omitted from every product, and only rounding changes. The pattern of zeros is fetched
+from the device once for all micro-batches of a step. Counts are rounded up to multiples that the hardware prefers.
 
-A tensor-parallel product over live rows and columns of its weight.
-
-The live part is gathered before the product and again before its backward pass, so that no micro-batch in flight keeps
-a copy. Its gradient goes straight into the weight's fp32 gradient buffer where there is one.
+`live_product` gathers the computed part of a weight before the product and again before its backward pass, so no
+micro-batch in flight holds a copy; its gradient is added to the weight's fp32 buffer.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,28 +1,24 @@
-"""What a run writes down while it trains: `metrics.jsonl`, TensorBoard events, Weights & Biases, `masks.npz`, and
-`heldout.json` of each phase (`sequences.py`).
+"""Write a run's records: `metrics.jsonl`, TensorBoard, Weights & Biases, `masks.npz`, `heldout.json`.
 
-Key properties: `metrics.jsonl` is the record of truth and holds an unbroken run, whatever was killed and resumed; a
-logger that fails (a full disk, a lost network) warns once, is switched off and never stops training. Torch is imported
-only for TensorBoard.
+`metrics.jsonl` is authoritative and continuous over interruptions. A logger that fails (full disk, lost network) warns
+once, is switched off, and never stops training. torch is imported only for TensorBoard.
 
-Records, schema 1: one JSON object a line; a number that is not finite is null.
+Records, one JSON object per line; non-finite numbers are null.
   train  {"phase": "prune"|"pretrain", "step": int, "kind": "train", "loss": float (nats per token), "lr": float,
-          with a teacher "distillation": float (T^2 KL in nats per token) and "teacher_loss": float (its own loss on
-          the step's text), both absent once it is gone,
-          "teacher_flops": float (the teacher's as a share of those of training the whole model) and "taught": int
-          (steps so far that had the teacher),
-          "grad_norm": float, "tokens": int (of the phase so far), "tokens_per_second": float, "step_seconds": float
-          (of this step alone), "seconds": float (since the phase's start), "evaluation_seconds": float (of these, in
-          held-out evaluations), "domain_tokens": {domain: int (so far)},
-          "domain_epochs": {domain: float (of the run)}, "skipped": int (steps so far)}
+          "distillation": float (T^2 KL, nats per token), "teacher_loss": float (both while a teacher is used),
+          "teacher_flops": float (share of training the whole model), "distilled_steps": int (with a teacher),
+          "grad_norm": float, "tokens": int (of the phase), "tokens_per_second": float, "step_seconds": float,
+          "seconds": float (since the phase's start), "evaluation_seconds": float (part of it),
+          "domain_tokens": {domain: int}, "domain_epochs": {domain: float (of the run)}, "skipped": int (steps)}
   mask   {"phase", "step", "kind": "mask", "expected": {granularity: sparsity}, "target": {granularity: sparsity},
           "lambda1": {granularity: float}, "lambda2": {granularity: float}, "lagrangian": float,
-          "live_flops": share of the source's FLOPs that this step's live units needed | null,
-          "live_steps": the same summed over the phase's steps so far | null}
+          "live_flops": computed share of the source's FLOPs in this step | null,
+          "live_steps": the same summed over the phase's steps | null}
   eval   {"phase", "step", "kind": "eval", "loss": {domain: float}, "error": {domain: standard error of the loss},
           "reference": {domain: float} | null, "weights": {domain: weight after the update}}
-`masks.npz` holds the deterministic masks of the last evaluation while pruning, then those of the cut, fp32: hidden
-[d], head [L, H], intermediate [L, I], layer [L]; a granularity that is not learned is absent.
+
+`masks.npz` holds the deterministic masks of the last evaluation while pruning, then those of finalize, fp32: hidden
+[d], head [L, H], intermediate [L, I], layer [L]; granularities that are not learned are absent.
 """
 
 import errno
