@@ -28,24 +28,28 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 EXIT_CODES = """\
 exit codes:
-    0  done
-    1  an error of another kind
-    2  the command line or the run file: unknown keys, an impossible target, layout or schedule
-    3  data: a dataset, a shard or a tokenizer that cannot be used
-    4  model: a folder of weights that is missing, unsafe or incomplete
-    5  checkpoint: none that is valid, or one of another run
-    6  training: losses that stay non-finite, a domain that ran out
-    7  storage: a disk that is full or read-only
-    8  busy: another process holds the run folder
-    9  ranks: another rank of the job ended or did not answer; what that one printed says why
-   70  a fault of megashear itself (with a traceback; please report it)
-   75  stopped by a signal after saving a checkpoint: the same command goes on from there
-  130  stopped by Ctrl-C
+    0  success
+    1  another error
+    2  command line or run file: unknown keys, an impossible target, layout or schedule
+    3  data: a dataset, shard or tokenizer cannot be used
+    4  model: a weights folder is missing, unsafe or incomplete
+    5  checkpoint: none is valid, or it belongs to another run
+    6  training: losses stay non-finite, or a domain ran out
+    7  storage: the disk is full or read-only
+    8  busy: another process uses the run folder
+    9  ranks: another rank failed or did not respond; see its message
+   70  internal error (a bug in megashear; please report it with the traceback)
+   75  interrupted by a signal after saving a checkpoint; rerun the same command to resume
+  130  interrupted by Ctrl-C
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line (null: the process's own) and return its exit code."""
+    """Run a command line and return its exit code.
+
+    Args:
+        arguments: Words after `megashear`; None: those of the process.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.act(options)
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         return BROKEN_PIPE
     except Exception:
         traceback.print_exc()
-        print("megashear: this is a fault of megashear; please report it with the lines above", file=sys.stderr)
+        print("megashear: internal error; please report it with the traceback above", file=sys.stderr)
         return INTERNAL_ERROR
 
 
@@ -86,7 +90,7 @@ def _print_error(error: MegashearError) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megashear",
-        description="Prune a LLaMA to a shape that you name, and pre-train it further on a dynamic mixture.",
+        description="Prune a LLaMA to a target shape, and continue its pre-training on a dynamic data mixture.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, meaning: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
-        added.set_defaults(act=globals()[f"_{name}"], verb=name)
+        added.set_defaults(act=VERBS[name], verb=name)
         return added
 
     one = verb("import", "copy a Hugging Face LLaMA into a verified model folder")
@@ -103,34 +107,34 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("output", type=Path, help="model folder to write")
     for name, meaning in (
         ("check", "check a run file without torch, weights or data; print shapes, layout, memory and tokens"),
-        ("run", "go through the phases that a run file names, from where the run stopped"),
+        ("run", "run the phases of a run file, and resume where the run stopped"),
         ("prune", "run the pruning phase of a run file"),
-        ("finalize", "cut the pruned model out of the masked one"),
-        ("pretrain", "run the continued pre-training of a run file"),
+        ("finalize", "run the finalize phase: fold the masks into a smaller model"),
+        ("pretrain", "run the continued pre-training phase of a run file"),
     ):
         one = verb(name, meaning)
         one.add_argument("file", type=Path, nargs="?" if name == "check" else None, help="run file (YAML)")
         one.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys to override, such as run.seed=1")
         if name == "check":
-            one.add_argument("--presets", action="store_true", help="list the shapes that have a name")
+            one.add_argument("--presets", action="store_true", help="list the named shapes")
         if name in ("run", "prune", "pretrain"):
             one.add_argument("--profile", action="store_true", help="trace steps 3 to 5 (logging.profile_steps=3)")
-    one = verb("export", "write a Hugging Face folder from a model folder or a run, and load it back")
+    one = verb("export", "write a Hugging Face folder from a model or run folder, and verify it")
     one.add_argument("model", type=Path, help="model folder, or run folder")
     one.add_argument("output", type=Path, help="folder to write")
     one.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of the weights (default: the model's)")
     one.add_argument("--max-shard-gb", type=_size, default=5.0, help="largest file in 10^9 bytes (default: 5)")
-    _eval_arguments(verb("eval", "held-out loss and perplexity of a model by domain, or its results in tasks"))
-    one = verb("mixture", "play a run's recorded losses through a rule of the mixture, and draw the weights")
-    one.add_argument("action", choices=("simulate",), help="what to do")
+    _eval_arguments(verb("eval", "evaluate held-out loss and perplexity by domain, or lm-evaluation-harness tasks"))
+    one = verb("mixture", "apply a mixture rule to a run's recorded losses, and plot the weights")
+    one.add_argument("action", choices=("simulate",), help="action")
     one.add_argument("run", type=Path, help="run folder, or a metrics.jsonl")
     one.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of mixture, such as mixture.rule=ado")
-    one.add_argument("--output", type=Path, help="folder to write to (default: plots beside the records)")
-    verb("env", "show versions, devices and the kernels in use")
-    one = verb("plot", "draw losses, sparsities and the mixture of a run")
+    one.add_argument("--output", type=Path, help="output folder (default: plots next to the records)")
+    verb("env", "report versions, devices and the backend of each op")
+    one = verb("plot", "plot losses, sparsities and the mixture of a run")
     one.add_argument("run", type=Path, help="run folder")
-    one.add_argument("--output", type=Path, help="folder of the pictures (default: plots in the run folder)")
-    one = verb("report", "write one HTML file about a run: losses, what was kept, cost, pictures")
+    one.add_argument("--output", type=Path, help="output folder (default: plots in the run folder)")
+    one = verb("report", "write an HTML report of a run: losses, kept units, cost, plots")
     one.add_argument("run", type=Path, help="run folder")
     one.add_argument("other", type=Path, nargs="?", help="run folder to compare it with")
     one.add_argument("--output", type=Path, metavar="FILE", help="HTML file (default: report.html in the run folder)")
@@ -139,17 +143,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _eval_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("model", type=Path, help="model folder, or run folder (its final or else its pruned model)")
-    one.add_argument("data", type=Path, nargs="?", help="dataset folder, whose held-out text is used")
+    one.add_argument("data", type=Path, nargs="?", help="dataset folder; its held-out text is used")
     one.add_argument("--sequence-length", type=_count, default=4096, help="tokens of a sequence (default: 4096)")
     one.add_argument("--sequences", type=_count, default=64, help="sequences of each domain (default: 64)")
     one.add_argument(
-        "--separate-documents", action="store_true", help="attention inside documents, as data.separate_documents"
+        "--separate-documents", action="store_true", help="restrict attention to documents, as data.separate_documents"
     )
     one.add_argument("--tensor", type=_count, default=1, help="tensor parallel size under torchrun (default: 1)")
     one.add_argument("--pipeline", type=_count, default=1, help="pipeline parallel size under torchrun (default: 1)")
     one.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness instead of a dataset")
-    one.add_argument("--limit", type=_count, help="examples of each task (default: all)")
-    one.add_argument("--include", type=Path, metavar="FOLDER", help="folder of more task files")
+    one.add_argument("--limit", type=_count, help="examples per task (default: all)")
+    one.add_argument("--include", type=Path, metavar="FOLDER", help="folder with additional task files")
     one.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write the results to")
 
 
@@ -286,3 +290,19 @@ def _report(options: argparse.Namespace) -> None:
     from megashear.report.run_report import write_report
 
     print(write_report(options.run, options.other, options.output))
+
+
+VERBS = {
+    "import": _import,
+    "check": _check,
+    "run": _run,
+    "prune": _prune,
+    "finalize": _finalize,
+    "pretrain": _pretrain,
+    "export": _export,
+    "eval": _eval,
+    "mixture": _mixture,
+    "env": _env,
+    "plot": _plot,
+    "report": _report,
+}

@@ -46,8 +46,8 @@ def find_model(path: Path) -> Path:
         if (candidate / CONFIG).is_file():
             return candidate
     raise ModelError(
-        f"{path}: neither a model folder ({CONFIG}) nor a run that has pruned or trained a model; give one, or let the "
-        "run go on (`megashear run`)"
+        f"{path}: neither a model folder ({CONFIG}) nor a run that has pruned or trained a model; give one, or "
+        "finish the run (`megashear run`)"
     )
 
 

@@ -71,7 +71,7 @@ def open_final(path: Path) -> ModelFolder:
         return ModelFolder.open(path / FINAL, digests=True)
     raise ModelError(
         f"{path}: neither a model folder ({CONFIG}) nor a run with a finished model ({FINAL}/{CONFIG});"
-        " give one, or let the run go on to its end (`megashear run`)"
+        " give one, or finish the run (`megashear run`)"
     )
 
 

@@ -121,7 +121,7 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
             raise ModelError(
-                f"{path}: tensor {tensor} is said to stand in {file!r}, which is not the name of a safetensors file in"
+                f"{path}: index places tensor {tensor} in {file!r}, which is not a safetensors file of"
                 " this folder; do not use this index"
             )
     return names

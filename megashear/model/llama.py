@@ -131,7 +131,7 @@ class Llama(StageModule):
         targets: TeacherTargets | None = None,
     ) -> Tensor:
         """Losses per token [B, S] in fp32 with labels; logits [S, B, V / TP] without; activations [S, B, D] before
-        the last stage. With a teacher's lesson [4, B, S]: see `distilled_losses`.
+        the last stage. With a teacher's targets [4, B, S]: see `distilled_losses`.
 
         pattern: the zeros of `masks`, of which nothing is computed then; None computes everything. first_BS: int32
         [B, S], the first position that each token attends to, that of its document; None: 0.

@@ -47,19 +47,21 @@ def build_source(context: Context, source: TensorSource, parallel: ParallelConfi
 
 
 def calibration_progress(context: Context, what: str, total: int, unit: str = "batch") -> Callable[[int], None]:
-    """Tells how far calibration is, now and then, and stops where that was asked for (all ranks call it together).
+    """Report progress of calibration, and stop if requested. All ranks call it together.
 
     what: is being computed; total: units that there are.
     """
-    told = time.monotonic()
+    printed_at = time.monotonic()
 
     def each(done: int) -> None:
-        nonlocal told
+        nonlocal printed_at
         now = time.monotonic()
-        if context.layout.is_main and (done == total or now - told >= PROGRESS_SECONDS):
-            told = now
+        if context.layout.is_main and (done == total or now - printed_at >= PROGRESS_SECONDS):
+            printed_at = now
             print(f"{what}: {unit} {done} of {total}", flush=True)
         if done < total and stop_requested(context.stop, context.layout):
-            raise Interrupted("stopped by a signal while calibrating; run the same command to begin calibration again")
+            raise Interrupted(
+                "interrupted by a signal while calibrating. Rerun the same command to restart calibration"
+            )
 
     return each

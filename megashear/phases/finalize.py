@@ -152,16 +152,13 @@ def fold_folder(context: Context, cut: Cut, fold: Folding) -> None:
 
 def report(record: dict[str, Any]) -> str:
     """What finalisation found, in lines for a person."""
-    lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest"]
+    lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest logit"]
     if record["exact_difference"] is not None:
-        lines.append(
-            f"  this model amplifies rounding; in fp64, where it shows less, they agree within "
-            f"{record['exact_difference']:.1e}"
-        )
+        lines.append(f"  this model amplifies rounding; in fp64 they agree within {record['exact_difference']:.1e}")
     for one in record["borderline"]:
         lines.append(
-            f"  {one['granularity']:<12} {one['kept']:>7} units kept, {one['below_half']:>5} of them borderline "
-            f"(mask under 0.5), the least at {one['worst']:.4f}"
+            f"  {one['granularity']:<12} {one['kept']:>7} units kept, {one['below_half']:>5} borderline "
+            f"(mask below 0.5), lowest {one['worst']:.4f}"
         )
     return "\n".join(lines)
 
@@ -171,6 +168,6 @@ def failure(context: Context, proof: Proof) -> str:
     return (
         f"{context.model_folder('pruned')}: the pruned model's logits differ from the masked model's by "
         f"{proof.difference:.1e} of the largest (at most {TOLERANCE:.0e}), and in fp64 by {proof.exact:.1e} (at most "
-        f"{EXACT_TOLERANCE:.0e}); it was removed. This is a fault of megashear: please report it with "
+        f"{EXACT_TOLERANCE:.0e}); it was removed. This is a bug in megashear; please report it with "
         f"{context.folder}/identity.json"
     )

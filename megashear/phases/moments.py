@@ -44,10 +44,10 @@ FOLDER = "moments"
 
 
 def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) -> None:
-    """Write the moments at the end of pruning, where pre-training is to take them up and masks have settled."""
+    """Write the moments at the end of pruning, if pre-training uses them and masks are frozen."""
     config = context.config
-    goes_on = "pretrain" in config.run.phases and config.pretrain.moments == "pruned"
-    if not goes_on or not masks.closing.settled(config.prune.batch.steps):
+    used_later = "pretrain" in config.run.phases and config.pretrain.moments == "pruned"
+    if not used_later or not masks.closing.settled(config.prune.batch.steps):
         return
     folder, shape = context.folder / FOLDER, context.source_shape
     on_main(context.layout, lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -103,7 +103,7 @@ def take_moments(context: Context, weights: WeightOptimizer) -> None:
             take_moment(weights, name)
     count_steps(weights, context.config.prune.batch.steps)
     if context.layout.is_main:
-        print("pretrain: Adam goes on with the moments of pruning", flush=True)
+        print("pretrain: Adam starts with the moments of pruning", flush=True)
 
 
 def drop_moments(context: Context) -> None:

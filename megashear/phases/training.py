@@ -88,7 +88,7 @@ def run_training(context: Context, name: str) -> None:
     undecided = [] if masks is None else phase.counters.undecided or masks.describe_undecided()
     if masks is not None and not masks.closing.settled(section.batch.steps):
         for problem in undecided:
-            logger.warning("%s: masks at the end: %s", name, problem)
+            logger.warning("%s: masks undecided at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
     record = phase_record(phase, losses)
     if masks is not None:
@@ -256,7 +256,7 @@ def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) ->
 
 
 def resume_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
-    """Have pre-training go on where pruning left the stream: no sample comes twice before its domain is used up.
+    """Continue the stream where pruning ended, so that no sample repeats before its domain is used up.
 
     Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
     """
@@ -331,7 +331,7 @@ def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
 def build_teacher(context: Context, how: DistillationPlan) -> Teacher | None:
     """The source model on this rank, filled, in the run's dtype; None where `how.weight` is 0.
 
-    Raises ConfigError for a run from scratch (which `megashear check` tells as well).
+    Raises ConfigError for a run from scratch, which `megashear check` reports too.
     """
     if not how.weight:
         return None

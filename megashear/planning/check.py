@@ -177,7 +177,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
         gradients = any(PASSES[one] > 1 for one in criteria_of(prune.importance, source).values())
         work, fits = _work(config, report.world_size, prune.batch), refit_batches(prune) > 0
         report.memory["prune"] = one_shot_memory(source, target, config.parallel, work, gradients, fits)
-    taught = distillation_plans(config, source, target)
+    plans = distillation_plans(config, source, target)
     for name, phase in training_phases(config).items():
         shape = target if name == "pretrain" and run_prunes(config) else source
         if shape is None:
@@ -185,7 +185,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
         work = replace(
             _work(config, report.world_size, phase.batch),
             masked=name == "prune",
-            teacher=source if taught[name].weight else None,
+            teacher=source if plans[name].weight else None,
             chunk=phase.distillation.chunk,
         )
         report.memory[name] = stage_memory(shape, config.parallel, work)

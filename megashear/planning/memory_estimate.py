@@ -170,7 +170,7 @@ def _one_shot_parts(
 
 
 def teacher_memory(parallel: ParallelConfig, work: Work, stage: int) -> int:
-    """Bytes of a teacher on a rank of a stage: its weights, and what its lessons take on the last one.
+    """Bytes of a teacher on a rank of a stage: its weights, and its targets on the last stage.
 
     These are the final states of all micro-batches, under sequence parallelism one of them gathered as well, and for a
     chunk of tokens logits and five numbers in fp32 for each of the rank's part of the vocabulary. Its activations are

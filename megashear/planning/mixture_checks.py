@@ -28,8 +28,8 @@ def _schedule_problems(mixture: MixtureConfig) -> list[str]:
         return ["mixture.schedule: missing; give every domain its weights, as {web: [0.7, 0.5], code: [0.3, 0.5]}"]
     lengths = {name: len(points) for name, points in schedule.items()}
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        return [f"mixture.schedule: every domain needs the same number of weights, one or more; there are {told}"]
+        counts = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        return [f"mixture.schedule: every domain needs the same number of weights, one or more; there are {counts}"]
     low = [name for name, points in schedule.items() if min(points) < 0]
     if low:
         return [f"mixture.schedule: {', '.join(low)}: weights are not negative"]

@@ -81,10 +81,10 @@ def memory_table(memory: dict[str, list[Memory]]) -> str:
 
 def distillation_rows(config: Config, report: Report) -> list[list[str]]:
     """What the source as teacher costs each phase that has it as one; nothing where shapes are not known."""
-    rows, taught = [], distillation_plans(config, report.source, report.target)
+    rows, plans = [], distillation_plans(config, report.source, report.target)
     for name in training_phases(config):
-        how = taught[name]
-        if not how.weight or report.source is None:
+        plan = plans[name]
+        if not plan.weight or report.source is None:
             continue
         student = report.target if name == "pretrain" and report.target is not None else report.source
         length = config.data.sequence_length

@@ -36,30 +36,32 @@ ONE_SHOT = (
 
 
 def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> list[str]:
-    """What is set and changes nothing, in a run that prunes."""
-    prune, said = config.prune, []
+    """Warnings for keys of `prune` without effect, in a run that prunes."""
+    prune, warnings = config.prune, []
     if "prune" not in config.run.phases:
         return []
     layer = prune.importance.layer_criterion
     if layer is not None and source.num_layers == target.num_layers:
-        said.append(
-            f"prune.importance.layer_criterion: {layer} changes nothing: all {source.num_layers} layers are kept"
+        warnings.append(
+            f"prune.importance.layer_criterion: {layer} has no effect: all {source.num_layers} layers are kept"
         )
     if prune.method == "one_shot":
-        said += [f"prune.{key}: changes nothing under method one_shot" for key in changed(prune, ONE_SHOT)]
-        return said + _unused_weight(config)
+        warnings += [f"prune.{key}: has no effect with prune.method: one_shot" for key in changed(prune, ONE_SHOT)]
+        return warnings + _unused_weight(config)
     if prune.refit is not None:
-        said.append("prune.refit: changes nothing under method learned, whose training fits all weights")
+        warnings.append("prune.refit: has no effect with prune.method: learned, which trains all weights")
     if prune.constraint == "lagrangian" and prune.batch.steps < LAGRANGIAN_STEPS:
-        said.append(
+        warnings.append(
             f"prune.constraint: lagrangian in {prune.batch.steps} steps: multipliers need some {LAGRANGIAN_STEPS} to "
             "bring masks to their targets; `projected` has them there at every step"
         )
     unused = PROJECTED if prune.constraint == "projected" else ("importance.spread",)
-    said += [f"prune.{key}: changes nothing under constraint {prune.constraint}" for key in changed(prune, unused)]
+    warnings += [
+        f"prune.{key}: has no effect with prune.constraint: {prune.constraint}" for key in changed(prune, unused)
+    ]
     if prune.constraint == "lagrangian" and prune.importance.criterion is not None:
-        said += [
-            f"prune.{key}: changes nothing where masks start from importance.criterion"
+        warnings += [
+            f"prune.{key}: has no effect if masks start from importance.criterion"
             for key in changed(prune, ("log_alpha_init",))
         ]
     sizes = granularity_sizes(source, target)
@@ -67,8 +69,8 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
         if key == "granularities" and (prune.constraint != "projected" or names == PAPER["granularities"]):
             continue  # multipliers close some of what stays; the published list is as good as unset
         stay = [name for name in names or [] if name not in sizes or sizes[name][0] == sizes[name][1]]
-        said += [f"prune.{key}: {name} changes nothing: the target keeps all of its units" for name in stay]
-    return said
+        warnings += [f"prune.{key}: {name} has no effect: the target keeps all of its units" for name in stay]
+    return warnings
 
 
 def moments_warnings(config: Config) -> list[str]:
@@ -78,7 +80,7 @@ def moments_warnings(config: Config) -> list[str]:
         return []
     if "prune" in phases and prune.method == "learned" and frozen_steps(prune):
         return []
-    return ["pretrain.moments: fresh changes nothing: pruning hands none on where its masks do not settle"]
+    return ["pretrain.moments: fresh has no effect: pruning passes moments on only if its masks are frozen"]
 
 
 def _unused_weight(config: Config) -> list[str]:
@@ -86,7 +88,7 @@ def _unused_weight(config: Config) -> list[str]:
     followed = "pretrain" in config.run.phases and config.pretrain.distillation.weight is None
     if followed or not config.prune.distillation.weight:
         return []
-    return ["prune.distillation.weight: changes nothing under method one_shot but an open pretrain.distillation.weight"]
+    return ["prune.distillation.weight: has no effect with prune.method: one_shot"]
 
 
 def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
@@ -102,8 +104,8 @@ def _at(values: dict[str, Any], key: str) -> Any:
 
 
 def distillation_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
-    """A teacher that is the very model that training starts from; what is said of a teacher where there is none."""
-    said, plain, taught = [], vars(DistillationConfig()), distillation_plans(config, source, target)
+    """A teacher that is the very model that training starts from; what is warnings of a teacher where there is none."""
+    warnings, plain, taught = [], vars(DistillationConfig()), distillation_plans(config, source, target)
     published = PAPER["distillation"] if config.prune.preset == "paper" else plain
     for name, phase in training_phases(config).items():
         if taught[name].weight or (phase.distillation.weight is None and None in (source, target)):
@@ -115,14 +117,14 @@ def distillation_warnings(config: Config, source: ModelShape | None, target: Mod
         ]
     weight, phases = config.pretrain.distillation.weight, config.run.phases
     if not weight or "pretrain" not in phases or {"prune", "finalize"} & set(phases) or config.source.folder is None:
-        return said
+        return warnings
     comes = (
         "holds it there at the cost of its forward passes; set it to 0"
         if config.pretrain.distillation.stop_when == "end"
         else "stops after the first steps, once the student is better: it changes next to nothing"
     )
     return [
-        *said,
+        *warnings,
         f"pretrain.distillation.weight: {weight:g} in a run that does not prune: the teacher is source.folder, the "
         f"very model that training starts from, and {comes}",
     ]

@@ -43,8 +43,8 @@ def draw_training(phases: Sequence[Phase]) -> Figure | None:
         for phase in drawn
         if np.nan_to_num(phase.values("train", "skipped")[-1]) > 0
     )
-    taught = any(np.isfinite(phase.values("train", "teacher_loss")).any() for phase in drawn)
-    dashed = "dashed: the teacher's on the same text, while it teaches" if taught else ""
+    distilled = any(np.isfinite(phase.values("train", "teacher_loss")).any() for phase in drawn)
+    dashed = "dashed: the teacher's loss on the same text" if distilled else ""
     subtitle = "   ".join(filter(None, ["thin: as recorded   thick: running mean", dashed, skipped]))
     figure = new_figure(9.2, 5.4, "Training loss and throughput", subtitle)
     for field, label, box in (
@@ -57,7 +57,7 @@ def draw_training(phases: Sequence[Phase]) -> Figure | None:
             drawn_on.plot(steps, values, color=PALETTE[0], lw=0.6, alpha=0.45)
             width = max(3, len(values) // 50)
             drawn_on.plot(steps, running_mean(values, width), color=PALETTE[0], **markers(len(steps)))
-            if field == "loss" and taught:
+            if field == "loss" and distilled:
                 _draw_teacher(drawn_on, phase, width)
             if field == "tokens_per_second":
                 drawn_on.set_xlabel("step")

@@ -50,17 +50,17 @@ def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) 
     on the domains of one run alone, and on other sequences.
     """
     (column, mine), (other_column, other) = (list(run.losses.items())[-1] for run in (first, second))
-    said = [alone(names[0], mine, other), alone(names[1], other, mine)]
+    sections = [alone(names[0], mine, other), alone(names[1], other, mine)]
     shared = [domain for domain in mine if domain in other]
     if not shared:
-        return Html("".join([*said, paragraph("The runs share no evaluated domain: their losses are not compared.")]))
+        return Html("".join([*sections, paragraph("The runs share no evaluated domain; losses are not compared.")]))
     both = {domain: (first.sequences.get(domain), second.sequences.get(domain)) for domain in shared}
     if others := [name for name, pair in both.items() if other_text(*pair)]:
         warning = (
             f"The runs were evaluated on other sequences ({', '.join(others)}): another number or length of them, "
             "other text, or another tokenizer; with that, losses per token are not of one kind."
         )
-        said.append(paragraph(warning))
+        sections.append(paragraph(warning))
     differences = {domain: difference_of(mine[domain], other[domain], *both[domain]) for domain in shared}
     rows = [difference_row(domain, mine[domain], other[domain], differences[domain]) for domain in shared]
     if len(shared) > 1:
@@ -68,7 +68,7 @@ def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) 
         rows.append(difference_row(f"mean of {len(shared)}", *means))
     header = ["domain", *(f"{n} ({c})" for n, c in zip(names, (column, other_column), strict=True))]
     header += ["difference", "beyond 2 standard errors"]
-    return Html("".join([*said, table(header, rows, caption_of(list(both.values())))]))
+    return Html("".join([*sections, table(header, rows, caption_of(list(both.values())))]))
 
 
 def alone(name: str, losses: Losses, other: Losses) -> Html:

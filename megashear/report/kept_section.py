@@ -19,7 +19,7 @@ def kept(run: RunRecord) -> list[Html]:
     if pruned.get("refit"):
         parts.append(paragraph("Output matrices of what was kept were fitted to the source by least squares."))
     if pruned.get("undecided"):
-        parts.append(paragraph(f"Open when masks settled: {'; '.join(pruned['undecided'])}."))
+        parts.append(paragraph(f"Undecided when masks were frozen: {'; '.join(pruned['undecided'])}."))
     if rows := granularities(run):
         caption = (
             "Open: masks that are not exactly 0, at the cut or, before it, at the last evaluation; what stands in a "

@@ -107,12 +107,12 @@ def teacher_share(run: RunRecord, phase: str) -> float:
 
 
 def distilled_steps(phase: Phase, steps: np.ndarray) -> np.ndarray:
-    """Steps so far that had a teacher where the phase has one, [n] -> [n]; all where its records do not say."""
+    """Steps so far that used a teacher, [n] -> [n]; all if the records do not contain them."""
     known = np.isfinite(phase.values("train", "distilled_steps"))
-    at, taught = phase.steps("train")[known], phase.values("train", "distilled_steps")[known]
+    at, distilled = phase.steps("train")[known], phase.values("train", "distilled_steps")[known]
     if not len(at):
         return np.asarray(steps, dtype=np.float64)
-    found: np.ndarray = np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], taught]))
+    found: np.ndarray = np.interp(steps, np.concatenate([[0.0], at]), np.concatenate([[0.0], distilled]))
     return found
 
 
@@ -164,8 +164,8 @@ def curves(run: RunRecord, domains: list[str]) -> list[Curve]:
             loss = np.mean([phase.values("eval", "loss", domain) for domain in domains], axis=0)
             share = (live_steps(phase, steps) if cost.phase == "prune" else steps) / last
             whole = live_steps(phase, np.array([last]))[0] / last if cost.phase == "prune" else 1.0
-            taught = distilled_steps(phase, steps) / max(1.0, distilled_steps(phase, np.array([last]))[0])
-            spent = cost.flops * share / whole + cost.teacher_flops * taught
+            distilled = distilled_steps(phase, steps) / max(1.0, distilled_steps(phase, np.array([last]))[0])
+            spent = cost.flops * share / whole + cost.teacher_flops * distilled
             found.append(Curve(cost.phase, tokens + cost.tokens * steps / last, flops + spent, loss))
         tokens, flops = tokens + cost.tokens, flops + cost.flops + cost.teacher_flops
     return found

@@ -75,12 +75,12 @@ def headline(run: RunRecord) -> Html:
     shapes = {"source": run.source, "target": run.target} if run.sheared else {"model": run.target}
     shapes = {name: shape for name, shape in shapes.items() if shape is not None}
     if not run.sheared:
-        said = f"A model of {size} parameters, trained in its own shape."
+        text = f"A model of {size} parameters, trained in its own shape."
     elif run.source is None:
-        said = f"A model of {size} parameters, sheared from a source whose shape is not known here."
+        text = f"A model of {size} parameters, pruned from a source of unknown shape."
     else:
         share = run.target.parameters() / run.source.parameters()
-        said = f"{count(run.source.parameters())} parameters sheared to {size} ({share:.1%})."
+        text = f"{count(run.source.parameters())} parameters pruned to {size} ({share:.1%})."
     fields = {
         "hidden size": "hidden_size",
         "layers": "num_layers",
@@ -91,7 +91,7 @@ def headline(run: RunRecord) -> Html:
     }
     rows = [[name, *(f"{getattr(shape, key):,}" for shape in shapes.values())] for name, key in fields.items()]
     rows.append(["parameters", *(f"{shape.parameters():,}" for shape in shapes.values())])
-    return Html(paragraph(said) + table(["", *shapes], rows))
+    return Html(paragraph(text) + table(["", *shapes], rows))
 
 
 def losses(run: RunRecord) -> list[Html]:

@@ -288,9 +288,9 @@ class Metrics:
 
 
 def warn(name: str, error: Exception) -> None:
-    """Tell the user, once, that a logger is switched off and that training goes on."""
+    """Warn once that a logger is switched off; training continues."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-    logger.warning("%s: cannot be written (%s); it is switched off, training goes on", name, reason)
+    logger.warning("%s: cannot be written (%s); switched off, training continues", name, reason)
 
 
 def save_masks(folder: Path, masks: Mapping[str, np.ndarray]) -> None:

@@ -24,9 +24,17 @@ from megashear.train.teacher import Teacher
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: cross entropy in nats per token, with a teacher T^2 KL and the teacher's own cross entropy in
-    nats per token, gradient norm before clipping, whether it was skipped, the constraint, the share of the model's
-    FLOPs that live units needed (mean over this rank's micro-batches), wall time.
+    """Result of a step.
+
+    Attributes:
+        loss: Cross entropy, nats per token.
+        distillation: T^2 KL from the teacher, nats per token; None without a teacher.
+        teacher_loss: The teacher's cross entropy on the same text; None without a teacher.
+        grad_norm: Gradient norm before clipping.
+        skipped: Whether nothing was updated, because a number was not finite.
+        lagrangian, sparsity: Value of the Lagrangian, and expected and target sparsity; None without masks.
+        live_flops: Share of the model's FLOPs that was computed, mean over this rank's micro-batches.
+        seconds: Wall time.
     """
 
     loss: float
@@ -41,7 +49,7 @@ class StepResult:
 
 
 class Stepper:
-    """Runs steps on this rank's chunks; `masks` is None outside pruning, `teacher` where there is none."""
+    """Runs optimizer steps on this rank's chunks. `masks` is None except while pruning; `teacher` is optional."""
 
     def __init__(
         self,
@@ -66,13 +74,13 @@ class Stepper:
         patterns = self._live_patterns([batch.index for batch in batches], step)
         length = batches[0].tokens_BS.shape[1]
         self._live_flops = self._share(list(patterns.values()), length)
-        taught = {} if self.teacher is None else self.teacher.states(batches, self.micro_batch)
+        teacher_states = {} if self.teacher is None else self.teacher.states(batches, self.micro_batch)
 
         def forward(batch: MicroBatch, chunk: torch.nn.Module) -> Any:
             masks = None if self.masks is None else self.masks.sample(self.seed, step, batch.index)
             targets = None
             if self.teacher is not None and unwrap(chunk).post_process:
-                targets = self.teacher.teacher_targets(taught.pop(batch.index))
+                targets = self.teacher.teacher_targets(teacher_states.pop(batch.index))
             output = chunk(batch.tokens_BS, batch.labels_BS, masks, patterns.get(batch.index), batch.first_BS, targets)
             return output, _mean_loss if targets is None else _mean_losses
 
@@ -117,18 +125,18 @@ class Stepper:
             value, sparsity = self.masks.add_lagrangian_gradients(step)
             numbers += [self.masks.grad_norm_squared().double(), value.double()]
         values = torch.stack(numbers).tolist()
-        (loss, *taught), (square, *rest) = values[: len(losses)], values[len(losses) :]
+        (loss, *distilled), (square, *rest) = values[: len(losses)], values[len(losses) :]
         mask_square, lagrangian = rest or (0.0, None)
         total = math.sqrt(square + mask_square)
         clipped = total if self.clip_jointly else math.sqrt(square)
-        skipped = not all(map(math.isfinite, (loss, *taught, total)))
+        skipped = not all(map(math.isfinite, (loss, *distilled, total)))
         if not skipped:
             self._update(clipped, factor, learning_rate, step)
         elif self.masks is not None:
             self.masks.skip(step)
         seconds = time.monotonic() - started
         live = self._live_flops
-        divergence, teacher_loss = taught if taught else (None, None)
+        divergence, teacher_loss = distilled if distilled else (None, None)
         return StepResult(loss, divergence, teacher_loss, clipped, skipped, lagrangian, sparsity, live, seconds)
 
     def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
@@ -148,6 +156,6 @@ def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_losses(losses_4BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The mixed loss, and what is told of it: the two numbers it is mixed of, and the teacher's cross entropy."""
-    mixed, *told = losses_4BS.mean((1, 2)).unbind()
-    return mixed.clone(), torch.stack(told).detach()
+    """The mixed loss, and its parts to report: cross entropy, divergence, and the teacher's cross entropy."""
+    mixed, *parts = losses_4BS.mean((1, 2)).unbind()
+    return mixed.clone(), torch.stack(parts).detach()
