@@ -61,7 +61,7 @@ def test_stopped_while_fitting_it_fits_again(tiny: Tiny, whole: Path, tmp_path: 
         request.received = "a test"
         layer(*arguments)
 
-    again = "begin calibration again"
+    again = "restart calibration"
     with patch.object(ChunkFit, "layer", ask), without_pictures(), pytest.raises(Interrupted, match=again):
         run(config, stop=request)
     assert not (tmp_path / "run/fitted").exists() and not (tmp_path / "run/prune/done.json").exists()

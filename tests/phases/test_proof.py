@@ -89,7 +89,7 @@ def test_a_wrong_tensor_is_no_rounding(tiny: Tiny, tmp_path: Path, monkeypatch: 
         made = fold(self, name, tensor)
         return (made[0], made[1] * 1.001) if made is not None and "o_proj" in name else made
 
-    with patch.object(Folding, "__call__", wrong), pytest.raises(ModelError, match="fault of megashear"):
+    with patch.object(Folding, "__call__", wrong), pytest.raises(ModelError, match="bug in megashear"):
         finish(cut(tiny, tmp_path / "run"))
     assert not (tmp_path / "run/pruned").exists() and not (tmp_path / "run/finalize/done.json").exists()
     finish(cut(tiny, tmp_path / "run"))

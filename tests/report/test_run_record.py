@@ -38,7 +38,7 @@ def test_a_source_that_is_gone_is_known_by_the_manifest_of_what_was_made_of_it(t
     assert found.source == source and found.target is not None
     assert found.target.parameters() == target.parameters()
     assert costs(found)[0].source_flops == 1e6 * source.flops_per_token(4096)
-    assert any("70.6 B parameters sheared to 1.24 B" in cell for cell in Page(write_report(run)).cells)
+    assert any("70.6 B parameters pruned to 1.24 B" in cell for cell in Page(write_report(run)).cells)
     shutil.move(run / "pruned", run / "final")
     assert read_run(run).source == source
     (run / "config.yaml").unlink()
@@ -53,7 +53,7 @@ def test_a_sheared_model_of_an_unknown_source_was_not_trained_in_its_own_shape(
     write_model(run / "pruned", preset("sheared-1.3b"), preset("llama2-7b"))
     write_manifest(run / "pruned", {"provenance": provenance})
     cells = Page(write_report(run)).cells
-    assert "A model of 1.35 B parameters, sheared from a source whose shape is not known here." in cells
+    assert "A model of 1.35 B parameters, pruned from a source of unknown shape." in cells
     assert "The source's shape is not known here, so FLOPs are not counted." in cells
     assert not any("in its own shape" in cell for cell in cells)
 

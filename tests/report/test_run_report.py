@@ -35,7 +35,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     for heading in ("Held-out losses", "What was kept", "Cost", "Mixture", "Pictures"):
         assert heading in page.cells
     assert "What is missing" not in page.cells and "Comparison" not in page.cells
-    assert "6.74 B parameters sheared to 1.35 B (20.0%)." in text
+    assert "6.74 B parameters pruned to 1.35 B (20.0%)." in text
     at = page.cells.index(DOMAINS[0])
     assert page.cells[at + 1 : at + 7] == [
         *("1.5000 +- 0.0100", f"{math.exp(1.5):.2f}", "2.4000 +- 0.0100", f"{math.exp(2.4):.2f}"),
@@ -235,7 +235,7 @@ def test_domains_of_one_of_two_runs_are_named(tmp_path: Path) -> None:
     assert "mean of 2" in cells[start:] and DOMAINS[2] not in cells[start:]
     page = Page(write_report(first, make_run(tmp_path / "others", names=tuple("abcdefg"))))
     assert f"Only mine was evaluated on {', '.join(DOMAINS)}." in page.cells
-    assert "The runs share no evaluated domain: their losses are not compared." in page.cells
+    assert "The runs share no evaluated domain; losses are not compared." in page.cells
     assert "mine (final)" not in page.cells and not any("second less the first" in cell for cell in page.cells)
 
 

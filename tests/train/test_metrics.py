@@ -119,7 +119,7 @@ def test_full_disk_warns_once_and_training_goes_on(tmp_path: Path, caplog: pytes
         metrics.write(train("prune", 3))
     metrics.close()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/metrics.jsonl: cannot be written (No space left on device); it is switched off, training goes on"
+        f"{tmp_path}/metrics.jsonl: cannot be written (No space left on device); switched off, training continues"
     ]
     assert steps(tmp_path, "prune") == [1]
 
