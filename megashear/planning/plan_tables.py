@@ -89,7 +89,7 @@ def distillation_rows(config: Config, report: Report) -> list[list[str]]:
         student = report.target if name == "pretrain" and report.target is not None else report.source
         length = config.data.sequence_length
         own, extra = student.flops_per_token(length), teacher_flops_per_token(report.source, length)
-        shares = [f"{how.weight:g}", f"{how.temperature:g}", how.stop_when]
+        shares = [f"{plan.weight:g}", f"{plan.temperature:g}", plan.stop_when]
         rows.append([name, *shares, count(own), count(extra), f"{extra / own:.0%}"])
     return rows
 

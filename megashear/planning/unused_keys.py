@@ -110,8 +110,8 @@ def distillation_warnings(config: Config, source: ModelShape | None, target: Mod
     for name, phase in training_phases(config).items():
         if taught[name].weight or (phase.distillation.weight is None and None in (source, target)):
             continue
-        said += [
-            f"{name}.distillation.{key}: changes nothing while {name}.distillation.weight is 0"
+        warnings += [
+            f"{name}.distillation.{key}: has no effect while {name}.distillation.weight is 0"
             for key in ("temperature", "chunk", "stop_when")
             if getattr(phase.distillation, key) not in (plain[key], published[key])
         ]
