@@ -240,7 +240,7 @@ def test_the_cap_holds_the_linear_multiplier_on_both_sides(source, target):
 def test_masks_stand_alone_by_granularity(grouped_source, grouped_target):
     """Those that are learned, groups apart from queries; together they are the sample."""
     state = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0)
-    whole, parts = state.sample(1, 2, 3), state.alone(1, 2, 3)
+    whole, parts = state.sample(1, 2, 3), state.single_granularity_masks(1, 2, 3)
     assert list(parts) == ["hidden", "group", "query", "intermediate", "layer"]
     assert torch.equal(whole.head, parts["group"].head * parts["query"].head)
     assert torch.equal(whole.layer, parts["layer"].layer) and parts["layer"].head is None
