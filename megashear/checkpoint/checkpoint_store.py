@@ -25,7 +25,7 @@ from megashear.engine.optimizer import WeightOptimizer
 from megashear.errors import CheckpointError, StorageError
 from megashear.files.atomic import publish_folder, storage_error, write_json
 from megashear.files.file_digests import check_files, read_manifest, write_manifest
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer
 from megashear.processes import hold_signals
 
 WEIGHTS, MASKS, STATE = "weights", "masks.safetensors", "state.json"
@@ -44,7 +44,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     weights: WeightOptimizer,
-    masks: MaskState | None,
+    masks: MaskOptimizer | None,
     state: dict[str, Any],
     layout: Layout,
     keep: int,
@@ -91,7 +91,7 @@ def save_checkpoint(
     return path
 
 
-def _write_masks(masks: MaskState, path: Path) -> None:
+def _write_masks(masks: MaskOptimizer, path: Path) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in masks.state_dict().items()}
     try:
         path.write_bytes(save(tensors))
@@ -175,7 +175,7 @@ def read_masks(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / MASKS)
 
 
-def load_checkpoint(path: Path, weights: WeightOptimizer, masks: MaskState | None) -> dict[str, Any]:
+def load_checkpoint(path: Path, weights: WeightOptimizer, masks: MaskOptimizer | None) -> dict[str, Any]:
     """Fill weights, optimizer and masks from a verified checkpoint (every rank calls it); returns its state."""
     sharded_checkpoint.load(weights, path / WEIGHTS)
     if masks is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megashear.config.model_shape import ModelShape
 from megashear.config.training_schema import PruneConfig
 from megashear.masks.constraint import expected_sparsity
-from megashear.masks.distribution import SOFT_SLOPE, keep_largest, probability_zero
+from megashear.masks.hard_concrete_masks import SOFT_SLOPE, keep_largest, probability_zero
 from megashear.masks.mask_specs import MaskSpec
 
 

@@ -50,13 +50,13 @@ class SparsitySchedule:
         half, asked = {spec.name: spec.target_sparsity / 2 for spec in self.specs}, self.targets(step)
         return all(asked[name] >= half[name] for name in half) and all(expected[name] >= half[name] for name in half)
 
-    def settled(self, step: int) -> bool:
+    def is_frozen(self, step: int) -> bool:
         """Whether the masks of this step are fixed."""
         return self.freeze_step <= step and self.freeze_step < self.config.batch.steps
 
     def freezes_at(self, step: int) -> bool:
         """Whether this step is the first whose masks are fixed, and masks were learned before it."""
-        return 0 < step == self.freeze_step and self.settled(step)
+        return 0 < step == self.freeze_step and self.is_frozen(step)
 
     def targets(self, step: int) -> dict[str, float]:
         """Scheduled target sparsity by granularity at a step (from 0).

@@ -17,7 +17,7 @@ from torch import Tensor
 from megashear.config.model_shape import ModelShape
 from megashear.errors import CheckpointError
 from megashear.files.atomic import atomic_file
-from megashear.masks.distribution import keep_largest
+from megashear.masks.hard_concrete_masks import keep_largest
 from megashear.masks.mask_specs import MaskSpec
 from megashear.masks.mask_values import Masks, assemble
 

@@ -21,9 +21,10 @@ from megashear.files.atomic import atomic_folder
 from megashear.hf.finish_folder import seal_folder, write_settings
 from megashear.hf.model_folder import ModelFolder
 from megashear.masks.fold import Folding
+from megashear.masks.hard_concrete_masks import HardConcreteMasks
 from megashear.masks.kept_units import Borderline, KeptUnits, borderline_units, kept_units_of
+from megashear.masks.mask_optimizer import build_mask_optimizer
 from megashear.masks.mask_specs import mask_specs
-from megashear.masks.mask_state import MaskState
 from megashear.masks.mask_values import Masks
 from megashear.masks.unit_scores import open_units
 from megashear.phases.fit_source import FITTED_FOLDER, fit_source, fitted_folder
@@ -123,7 +124,7 @@ def load_pruning_result(context: Context) -> Cut:
     return Cut(masked, keep, learned.deterministic("target"), borderline, masked.provenance)
 
 
-def load_masks(context: Context) -> MaskState:
+def load_masks(context: Context) -> HardConcreteMasks:
     """The masks at the end of pruning. Raises CheckpointError where they are missing."""
     config, layout = context.config, context.layout
     path = on_main(layout, lambda: newest_valid(context.folder / "prune"))
@@ -134,9 +135,11 @@ def load_masks(context: Context) -> MaskState:
             f"or remove {context.folder}/prune to prune again"
         )
     assert context.target_shape is not None
-    masks = MaskState(context.source_shape, context.target_shape, config.prune, config.run.seed, layout.device)
-    masks.load_state_dict(read_masks(path))
-    return masks
+    optimizer = build_mask_optimizer(
+        context.source_shape, context.target_shape, config.prune, config.run.seed, layout.device
+    )
+    optimizer.load_state_dict(read_masks(path))
+    return optimizer.masks
 
 
 def fold_folder(context: Context, cut: Cut, fold: Folding) -> None:

@@ -34,7 +34,7 @@ from megashear.hf.safetensors_writer import ShardedWriter
 from megashear.hf.tensor_names import tensor_shapes
 from megashear.masks.fold import Folding
 from megashear.masks.kept_units import KeptUnits
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer
 from megashear.masks.mask_values import Masks
 from megashear.model.weight_io import load_weights, write_model
 from megashear.phases.run_folder import Context
@@ -43,11 +43,11 @@ logger = logging.getLogger(__name__)
 FOLDER = "moments"
 
 
-def write_moments(context: Context, weights: WeightOptimizer, masks: MaskState) -> None:
+def write_moments(context: Context, weights: WeightOptimizer, masks: MaskOptimizer) -> None:
     """Write the moments at the end of pruning, if pre-training uses them and masks are frozen."""
     config = context.config
     used_later = "pretrain" in config.run.phases and config.pretrain.moments == "pruned"
-    if not used_later or not masks.closing.settled(config.prune.batch.steps):
+    if not used_later or not masks.schedule.is_frozen(config.prune.batch.steps):
         return
     folder, shape = context.folder / FOLDER, context.source_shape
     on_main(context.layout, lambda: shutil.rmtree(folder, ignore_errors=True))

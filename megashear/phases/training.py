@@ -18,7 +18,7 @@ from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
 from megashear.errors import CheckpointError, ConfigError
 from megashear.evaluation.losses import Losses, from_json, mean_loss, to_json
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer, build_mask_optimizer
 from megashear.mixture.blend import BlendedStream, sources
 from megashear.mixture.domain_weights import Mixture
 from megashear.mixture.loader import Batches, Loader
@@ -68,7 +68,7 @@ def run_training(context: Context, name: str) -> None:
     masks = None
     if isinstance(section, PruneConfig):
         assert context.target_shape is not None
-        masks = MaskState(shape, context.target_shape, section, config.run.seed, context.layout.device)
+        masks = build_mask_optimizer(shape, context.target_shape, section, config.run.seed, context.layout.device)
         if scores is not None:
             masks.warm_start(scores.units)
     metrics = Metrics(
@@ -86,7 +86,7 @@ def run_training(context: Context, name: str) -> None:
         with closing(phase.batches):
             losses = train(phase, [*profiling, *training_callbacks(context)])
     undecided = [] if masks is None else phase.counters.undecided or masks.describe_undecided()
-    if masks is not None and not masks.closing.settled(section.batch.steps):
+    if masks is not None and not masks.schedule.is_frozen(section.batch.steps):
         for problem in undecided:
             logger.warning("%s: masks undecided at the end: %s", name, problem)
     output = context.model_folder("masked" if name == "prune" else "final")
@@ -161,7 +161,7 @@ def build_phase(
     section: PruneConfig | PretrainConfig,
     shape: ModelShape,
     weights: WeightOptimizer,
-    masks: MaskState | None,
+    masks: MaskOptimizer | None,
     metrics: Metrics,
 ) -> Phase:
     """Put the phase together and fill in its newest checkpoint's state, if there is one."""
@@ -217,7 +217,7 @@ def build_phase(
 
 
 def resume_from(
-    checkpoint: Path, weights: WeightOptimizer, masks: MaskState | None, stream: BlendedStream, mixture: Mixture
+    checkpoint: Path, weights: WeightOptimizer, masks: MaskOptimizer | None, stream: BlendedStream, mixture: Mixture
 ) -> tuple[Counters, Losses | None]:
     """Fill a phase's state from its checkpoint; returns its counters and last held-out losses."""
     state = load_checkpoint(checkpoint, weights, masks)
@@ -230,7 +230,7 @@ def build_stepper(
     context: Context,
     section: PruneConfig | PretrainConfig,
     weights: WeightOptimizer,
-    masks: MaskState | None,
+    masks: MaskOptimizer | None,
     how: DistillationPlan,
 ) -> Stepper:
     """What runs the phase's steps, with its teacher where it has one."""
@@ -293,7 +293,7 @@ def save_phase(context: Context, phase: Phase) -> None:
     stepper = phase.stepper
     folder = context.folder / phase.name
     keep = context.config.checkpoint.keep
-    save_checkpoint(folder, phase.counters.step, stepper.weights, stepper.masks, state, context.layout, keep)
+    save_checkpoint(folder, phase.counters.step, stepper.weights, stepper.mask_optimizer, state, context.layout, keep)
 
 
 def phase_record(phase: Phase, losses: Losses) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def distillation_record(phase: Phase, result: StepResult) -> dict[str, float]:
 
 def mask_record(phase: Phase, result: StepResult, expected: dict[str, float]) -> dict[str, Any]:
     """Record of kind `mask`; `expected` is the expected sparsity by granularity."""
-    assert phase.stepper.masks is not None and result.sparsity is not None
-    pairs = {name: value.detach().cpu().numpy() for name, value in phase.stepper.masks.multipliers.items()}
+    optimizer = phase.stepper.mask_optimizer
+    assert optimizer is not None and result.sparsity is not None
+    pairs = {name: value.detach().cpu().numpy() for name, value in optimizer.constraint.multipliers.items()}
     return {
         "phase": phase.name,
         "step": phase.counters.step,
@@ -120,7 +121,7 @@ class DistillationStop(Callback):
 
     def after_step(self, phase: Phase, result: StepResult) -> None:
         """Compare, and stop distillation if the student is no worse."""
-        teacher, masks, counters = phase.stepper.teacher, phase.stepper.masks, phase.counters
+        teacher, masks, counters = phase.stepper.teacher, phase.stepper.mask_optimizer, phase.counters
         if teacher is None or teacher.how.stop_when == "end" or result.teacher_loss is None or result.skipped:
             return
         counters.loss_gaps = [*counters.loss_gaps, result.loss - result.teacher_loss][-WINDOW_STEPS:]
@@ -128,7 +129,7 @@ class DistillationStop(Callback):
         if len(counters.loss_gaps) < WINDOW_STEPS or gap > 0 or phase.is_finished:
             return
         expected = {} if result.sparsity is None else result.sparsity["expected"]
-        if masks is not None and not masks.closing.at_half_target(counters.step - 1, expected):
+        if masks is not None and not masks.schedule.at_half_target(counters.step - 1, expected):
             return
         phase.stop_distillation()
         if phase.layout.is_main:
@@ -144,8 +145,8 @@ class FrozenMasksLog(Callback):
 
     def after_step(self, phase: Phase, result: StepResult) -> None:
         """Report at the step at which masks are frozen."""
-        masks, counters = phase.stepper.masks, phase.counters
-        if masks is None or counters.step != masks.closing.freeze_step or not masks.undecided:
+        masks, counters = phase.stepper.mask_optimizer, phase.counters
+        if masks is None or counters.step != masks.schedule.freeze_step or not masks.undecided:
             return
         counters.undecided = list(masks.undecided)
         if phase.layout.is_main:

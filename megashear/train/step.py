@@ -16,7 +16,7 @@ from megashear.engine.collectives import sum_over_world
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer, unwrap
 from megashear.engine.pipeline import run_micro_batches
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer
 from megashear.model.live_units import LivePattern, flops_share, live_patterns
 from megashear.model.micro_batch import MicroBatch
 from megashear.train.teacher import Teacher
@@ -55,14 +55,16 @@ class Stepper:
         self,
         layout: Layout,
         weights: WeightOptimizer,
-        masks: MaskState | None,
+        mask_optimizer: MaskOptimizer | None,
         seed: int,
         micro_batch: int,
         clip_norm: float,
         clip_jointly: bool,
         teacher: Teacher | None = None,
     ) -> None:
-        self.layout, self.weights, self.masks, self.teacher = layout, weights, masks, teacher
+        self.layout, self.weights, self.teacher = layout, weights, teacher
+        self.mask_optimizer = mask_optimizer
+        self.masks = None if mask_optimizer is None else mask_optimizer.masks
         self.seed, self.micro_batch = seed, micro_batch
         self.clip_norm, self.clip_jointly = clip_norm, clip_jointly
         self._live_flops: float | None = None
@@ -85,11 +87,11 @@ class Stepper:
             return output, _mean_loss if targets is None else _mean_losses
 
         self.weights.zero_gradients()
-        if self.masks is not None:
-            self.masks.zero_gradients()
+        if self.mask_optimizer is not None:
+            self.mask_optimizer.zero_gradients()
         losses = run_micro_batches(forward, self.weights.chunks, batches, length, self.micro_batch)
-        if self.masks is not None:
-            sum_over_world(self.masks.gradients_flat()).div_(self.layout.data_size)
+        if self.mask_optimizer is not None:
+            sum_over_world(self.mask_optimizer.gradients_flat()).div_(self.layout.data_size)
         return self._mean_over_world(losses, len(batches), 1 if self.teacher is None else 3)
 
     @torch.no_grad()
@@ -121,9 +123,9 @@ class Stepper:
         losses = self.forward_backward(batches, step)
         numbers = [*losses, self.weights.prepare()]
         sparsity = None
-        if self.masks is not None:
-            value, sparsity = self.masks.add_lagrangian_gradients(step)
-            numbers += [self.masks.grad_norm_squared().double(), value.double()]
+        if self.mask_optimizer is not None:
+            value, sparsity = self.mask_optimizer.add_constraint_gradients(step)
+            numbers += [self.mask_optimizer.grad_norm_squared().double(), value.double()]
         values = torch.stack(numbers).tolist()
         (loss, *distilled), (square, *rest) = values[: len(losses)], values[len(losses) :]
         mask_square, lagrangian = rest or (0.0, None)
@@ -132,8 +134,8 @@ class Stepper:
         skipped = not all(map(math.isfinite, (loss, *distilled, total)))
         if not skipped:
             self._update(clipped, factor, learning_rate, step)
-        elif self.masks is not None:
-            self.masks.skip(step)
+        elif self.mask_optimizer is not None:
+            self.mask_optimizer.skip(step)
         seconds = time.monotonic() - started
         live = self._live_flops
         divergence, teacher_loss = distilled if distilled else (None, None)
@@ -142,11 +144,11 @@ class Stepper:
     def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
         """Clip by the norm and move weights, masks and multipliers."""
         scale = self.weights.scale(norm, self.clip_norm)
-        if self.masks is not None and self.clip_jointly:
-            self.masks.scale_gradients(scale)
+        if self.mask_optimizer is not None and self.clip_jointly:
+            self.mask_optimizer.scale_gradients(scale)
         self.weights.step(learning_rate)
-        if self.masks is not None:
-            self.masks.step(factor, step)
+        if self.mask_optimizer is not None:
+            self.mask_optimizer.step(factor, step)
 
 
 def _mean_loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from megashear.config.training_schema import PruneConfig
 from megashear.errors import ModelError
 from megashear.masks.fold import Folding, cut
 from megashear.masks.kept_units import kept_units_of
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import build_mask_optimizer
 from megashear.masks.mask_values import Masks
 
 DTYPE = torch.float64
@@ -19,13 +19,13 @@ DTYPE = torch.float64
 
 def fold_of(source, target, seed=0, masking="exact", granularities=None, dtype=DTYPE):
     config = PruneConfig(granularities=granularities)
-    state = MaskState(source, target, config, seed=0, dtype=dtype)
+    state = build_mask_optimizer(source, target, config, seed=0, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in state.log_alpha.values():
+        for value in state.masks.log_alpha.values():
             value.copy_(torch.randn(value.shape, generator=generator, dtype=dtype))
-    keep = kept_units_of(state.log_alpha, state.specs, source)
-    return Folding(source, keep, state.deterministic(), masking)
+    keep = kept_units_of(state.masks.log_alpha, state.masks.specs, source)
+    return Folding(source, keep, state.masks.deterministic(), masking)
 
 
 def folded(fold, named):
@@ -70,11 +70,11 @@ def test_any_granularities_fold_exactly(grouped_source, names):
 
 
 def published_fold(published, source, target):
-    state = MaskState(source, target, PruneConfig(basis="source"), seed=0, dtype=DTYPE)
+    state = build_mask_optimizer(source, target, PruneConfig(basis="source"), seed=0, dtype=DTYPE)
     with torch.no_grad():
         for name, value in published.masks("B/log_alpha_clamped").items():
-            state.log_alpha[name].copy_(value)
-    return Folding(source, kept_units_of(state.log_alpha, state.specs, source), state.deterministic())
+            state.masks.log_alpha[name].copy_(value)
+    return Folding(source, kept_units_of(state.masks.log_alpha, state.masks.specs, source), state.masks.deterministic())
 
 
 def test_pruned_tensors_match_the_published_ones(published, source, target):

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from megashear.config.model_shape import ModelShape
 from megashear.config.training_schema import PruneConfig
 from megashear.masks.kept_units import borderline_units, describe_undecided, forced_units, kept_units_of
+from megashear.masks.mask_optimizer import build_mask_optimizer
 from megashear.masks.mask_specs import mask_specs
-from megashear.masks.mask_state import MaskState
 
 
 def masks_and_keep(source, target, seed, spread=2):
     """Masks and keep sets of a state whose log-alpha takes few values, so that ties are common."""
-    state = MaskState(source, target, PruneConfig(), seed=0)
+    state = build_mask_optimizer(source, target, PruneConfig(), seed=0)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in state.log_alpha.values():
+        for value in state.masks.log_alpha.values():
             value.copy_(torch.randint(-spread, spread + 1, value.shape, generator=generator))
-    return state.deterministic(), kept_units_of(state.log_alpha, state.specs, source)
+    return state.masks.deterministic(), kept_units_of(state.masks.log_alpha, state.masks.specs, source)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 16), st.integers(1, 3))

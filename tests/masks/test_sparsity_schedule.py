@@ -23,8 +23,8 @@ def test_lengths_follow_the_number_of_steps(specs):
     published, ours = closing(specs), closing(specs, constraint="projected", freeze_steps=None)
     assert (published.warmup_steps, published.freeze_step) == (20, 100)
     assert (ours.warmup_steps, ours.freeze_step) == (50, 90)
-    assert not any(published.settled(step) for step in range(101))
-    assert [ours.settled(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
+    assert not any(published.is_frozen(step) for step in range(101))
+    assert [ours.is_frozen(step) for step in (0, 89, 90, 100)] == [False, False, True, True]
     longer = SparsitySchedule(PruneConfig(batch=BatchConfig(steps=3200), constraint="lagrangian"), specs)
     assert longer.warmup_steps == 640 and longer.rates() == (1.0, 1.0)
     assert closing(specs, constraint="projected").rates() == (1 / 32, 32.0)

@@ -13,7 +13,7 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Prune
 from megashear.engine.collectives import gather_objects
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer, unwrap
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer, build_mask_optimizer
 from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
 from megashear.model.weight_io import gather_tensors
 from megashear.train.step import Stepper
@@ -69,19 +69,19 @@ def pruning_step(
         "masks": drawn,
         "gradients": stepper.gradients,
         "mask gradients": stepper.mask_gradients,
-        "clipped log-alpha gradients": {name: value.grad.clone() for name, value in masks.log_alpha.items()},
-        "multiplier gradients": {name: value.grad.clone() for name, value in masks.multipliers.items()},
+        "clipped log-alpha gradients": {name: value.grad.clone() for name, value in masks.masks.log_alpha.items()},
+        "multiplier gradients": {name: value.grad.clone() for name, value in masks.constraint.multipliers.items()},
         "weights": whole(weights),
-        "log-alpha": {name: value.detach().clone() for name, value in masks.log_alpha.items()},
-        "multipliers": {name: value.detach().clone() for name, value in masks.multipliers.items()},
+        "log-alpha": {name: value.detach().clone() for name, value in masks.masks.log_alpha.items()},
+        "multipliers": {name: value.detach().clone() for name, value in masks.constraint.multipliers.items()},
         "micro-batches": gather_objects([batch.index for batch in batches]),
         "every rank's log-alpha": gather_objects(
-            [float(value.detach().double().sum()) for value in masks.log_alpha.values()]
+            [float(value.detach().double().sum()) for value in masks.masks.log_alpha.values()]
         ),
     }
 
 
-def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskState:
+def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskOptimizer:
     """Masks amid their training: log-alpha spread, so that samples hold zeros, ones and all between."""
     prune = PruneConfig(
         log_alpha_init=1.0,
@@ -91,19 +91,19 @@ def some_masks(source: ModelShape, target: ModelShape, layout: Layout) -> MaskSt
         sharpening=1.0,
         freeze_steps=0,
     )
-    masks = MaskState(source, target, prune, seed=7, device=layout.device)
+    masks = build_mask_optimizer(source, target, prune, seed=7, device=layout.device)
     with torch.no_grad():
         for number, (log_alpha, pair) in enumerate(
-            zip(masks.log_alpha.values(), masks.multipliers.values(), strict=True)
+            zip(masks.masks.log_alpha.values(), masks.constraint.multipliers.values(), strict=True)
         ):
             log_alpha += torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(number))
             pair += torch.tensor([0.02, 0.05])
     return masks
 
 
-def sampled(masks: MaskState, micro_batch: int) -> dict[str, Tensor]:
+def sampled(masks: MaskOptimizer, micro_batch: int) -> dict[str, Tensor]:
     """The masks of one micro-batch by name."""
-    values = vars(masks.sample(SEED, STEP, micro_batch))
+    values = vars(masks.masks.sample(SEED, STEP, micro_batch))
     return {name: value.detach().clone() for name, value in values.items() if value is not None}
 
 

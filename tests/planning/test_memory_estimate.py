@@ -12,7 +12,7 @@ from megashear.config.schema import ParallelConfig
 from megashear.config.training_schema import PruneConfig
 from megashear.engine.layout import distributed, stage_layers
 from megashear.engine.parallel import transformer_config
-from megashear.masks.mask_state import MaskState
+from megashear.masks.hard_concrete_masks import HardConcreteMasks
 from megashear.masks.mask_values import Masks
 from megashear.model.live_units import WHOLE, LivePlanner
 from megashear.model.masking import stage_masks
@@ -106,7 +106,7 @@ def test_activations_are_what_autograd_keeps(precision: str, masked: bool) -> No
         masks = Masks()
         if masked:
             target = ModelShape(64, 7, 2, 1, 32, 176, 512)
-            masks = MaskState(TINY, target, PruneConfig(), seed=1).sample(1, 0, 0)
+            masks = HardConcreteMasks(TINY, target, PruneConfig(), seed=1).sample(1, 0, 0)
         live = LivePlanner(TINY, layout, range(7))(WHOLE)
         layer_masks = stage_masks(masks, live, TINY, layout, range(7), dtype).layers[0]
         rope = ops.rope_tables(TINY.head_dim, 64, 10000.0, None, layout.device)

@@ -17,9 +17,11 @@ from megashear.config.training_schema import OptimizerConfig, PruneConfig
 from megashear.engine.layout import Layout
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
-from megashear.masks.distribution import clamp
-from megashear.masks.mask_state import MaskState
-from megashear.masks.mask_values import Masks, assemble
+from megashear.masks.constraint import build_constraint
+from megashear.masks.hard_concrete_masks import HardConcreteMasks, clamp
+from megashear.masks.mask_optimizer import MaskOptimizer
+from megashear.masks.mask_values import Masks
+from megashear.masks.sparsity_schedule import SparsitySchedule
 from megashear.model.llama import Llama
 from megashear.model.weight_io import load_weights
 from megashear.train.step import Stepper
@@ -62,16 +64,15 @@ class Weights:
         return self.named[name].narrow(dim, start, stop - start)
 
 
-class GivenMasks(MaskState):
-    """A mask state whose samples take given noise: `noise` maps a step to a granularity's uniform numbers."""
+class GivenMasks(HardConcreteMasks):
+    """Masks whose samples take given noise: `noise` maps a step to a granularity's uniform numbers."""
 
     noise: dict[int, dict[str, Tensor]]
 
-    def sample(self, seed: int, step: int, micro_batch: int) -> Masks:
+    def _sample_values(self, seed: int, step: int, micro_batch: int) -> dict[str, Tensor]:
         assert micro_batch == 0
         uniform = {name: u.to(self.log_alpha[name].device) for name, u in self.noise[step].items()}
-        values = {name: ops.hard_concrete(value, uniform[name]) for name, value in self.log_alpha.items()}
-        return assemble(values, self.source)
+        return {name: ops.hard_concrete(value, uniform[name]) for name, value in self.log_alpha.items()}
 
 
 class Float64Adam:
@@ -116,20 +117,24 @@ def build_model(
 
 def build_masks(
     arrays: Arrays, layout: Layout, prune: PruneConfig, log_alpha: str, multipliers: str | None, dtype: torch.dtype
-) -> GivenMasks:
-    """The mask state with a log-alpha of the fixture, projected, and multipliers (None: 0, as they start)."""
-    state = GivenMasks(SOURCE, TARGET, prune, seed=0, device=layout.device, dtype=dtype)
+) -> MaskOptimizer:
+    """The mask optimizer with a log-alpha of the fixture, projected, and multipliers (None: 0, as they start)."""
+    masks = GivenMasks(SOURCE, TARGET, prune, seed=0, device=layout.device, dtype=dtype)
+    schedule = SparsitySchedule(prune, tuple(masks.specs))
+    state = MaskOptimizer(masks, build_constraint(masks, schedule), schedule)
     with torch.no_grad():
-        for name, value in state.log_alpha.items():
+        for name, value in masks.log_alpha.items():
             value.copy_(arrays[f"{log_alpha}/{name}"])
             clamp(value, prune.log_alpha_limit)
-        for name, pair in state.multipliers.items():
+        for name, pair in state.constraint.multipliers.items():
             if multipliers is not None:
                 pair.copy_(arrays[f"{multipliers}/{name}"])
     return state
 
 
-def build_stepper(layout: Layout, module: Llama, masks: MaskState, prune: PruneConfig, dtype: torch.dtype) -> Stepper:
+def build_stepper(
+    layout: Layout, module: Llama, masks: MaskOptimizer, prune: PruneConfig, dtype: torch.dtype
+) -> Stepper:
     """The real step over the real optimizer; in float64 over the one above."""
     weights: Any
     if dtype == torch.float64:

@@ -20,8 +20,8 @@ from .test_forward import TOLERANCE, mean_loss
 def fold_of(arrays, layout, prune, group, masking="exact", masks=None):
     """Keep sets and masks from the log-alpha of a group of the fixture."""
     state = build_masks(arrays, layout, prune, f"{group}/log_alpha", None, torch.float64)
-    masks = state.deterministic() if masks is None else masks
-    return Folding(SOURCE, kept_units_of(state.log_alpha, state.specs, SOURCE), masks, masking)
+    masks = state.masks.deterministic() if masks is None else masks
+    return Folding(SOURCE, kept_units_of(state.masks.log_alpha, state.masks.specs, SOURCE), masks, masking)
 
 
 def folded(fold, arrays):

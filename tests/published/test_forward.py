@@ -72,7 +72,7 @@ def test_the_masking_key_selects_it(arrays, layout, prune):
 )
 def test_deterministic_masks_and_their_logits(arrays, layout, prune, mode, log_alpha, name):
     state = build_masks(arrays, layout, prune, log_alpha, None, torch.float64)
-    masks = state.deterministic(mode)
+    masks = state.masks.deterministic(mode)
     for kind, theirs in arrays.group(f"{name}/masks").items():
         torch.testing.assert_close(getattr(masks, kind).cpu(), theirs, rtol=0, atol=1e-9)
     module = build_model(layout, SOURCE, arrays.group("weights"), prune)
@@ -81,7 +81,7 @@ def test_deterministic_masks_and_their_logits(arrays, layout, prune, mode, log_a
 
 def test_binary_masks_keep_what_the_keep_sets_keep(arrays, layout, prune):
     state = build_masks(arrays, layout, prune, "B/log_alpha", None, torch.float64)
-    keep = kept_units_of(state.log_alpha, state.specs, SOURCE)
+    keep = kept_units_of(state.masks.log_alpha, state.masks.specs, SOURCE)
     for kind, z in arrays.group("C/binary/masks").items():
         rows = z.reshape(-1, z.shape[-1])
         assert ((rows == 0) | (rows == 1)).all()

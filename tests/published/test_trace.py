@@ -68,7 +68,7 @@ def test_the_learning_rate_follows_the_published_factors(arrays, prune):
 def test_24_steps(arrays, layout, prune, way):
     module = build_model(layout, SOURCE, arrays.group("weights"), prune, way.dtype)
     masks = build_masks(arrays, layout, prune, "F/log_alpha_start", None, way.dtype)
-    masks.noise = noise_of(arrays, way)
+    masks.masks.noise = noise_of(arrays, way)
     stepper = build_stepper(layout, module, masks, prune, way.dtype)
     for step in range(STEPS):
         factor = learning_rate_factor(step, prune.batch.steps, prune.optimizer, PRUNE_WARMUP_SHARE)
@@ -97,9 +97,9 @@ def check_masks(arrays, way, step, masks, limit):
     """Log-alpha is projected after the step here, before the next one there."""
     for name in GRANULARITIES:
         log_alpha = arrays[f"F/log_alpha/{name}"][step].clamp(-limit, limit)
-        assert deviation(masks.log_alpha[name], log_alpha) < way.log_alpha, (step, name)
+        assert deviation(masks.masks.log_alpha[name], log_alpha) < way.log_alpha, (step, name)
         pair = arrays[f"F/multipliers/{name}"][step]
-        far = (masks.multipliers[name].detach().cpu().double() - pair).abs().max()
+        far = (masks.constraint.multipliers[name].detach().cpu().double() - pair).abs().max()
         assert far <= way.multipliers * max(1.0, float(pair.abs().max())), (step, name)
 
 

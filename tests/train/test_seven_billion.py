@@ -13,7 +13,7 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Prune
 from megashear.engine.layout import distributed
 from megashear.engine.optimizer import WeightOptimizer
 from megashear.engine.parallel import transformer_config
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import build_mask_optimizer
 from megashear.model.llama import Llama
 from megashear.model.micro_batch import MicroBatch
 from megashear.model.weight_io import RandomWeights, load_weights
@@ -46,12 +46,14 @@ def test_one_7b_layer_takes_a_pruning_step():
         module = Llama(shape, transformer_config(shape, parallel, torch.float32), layout, range(1), True, True)
         load_weights(module, RandomWeights(shape, seed=0))
         weights = WeightOptimizer([module], OptimizerConfig(), torch.float32, distributed=True)
-        masks = MaskState(shape, target, PruneConfig(batch=BatchConfig(steps=10), log_alpha_init=1.0), seed=0)
-        before = {name: value.detach().clone() for name, value in masks.log_alpha.items()}
+        masks = build_mask_optimizer(
+            shape, target, PruneConfig(batch=BatchConfig(steps=10), log_alpha_init=1.0), seed=0
+        )
+        before = {name: value.detach().clone() for name, value in masks.masks.log_alpha.items()}
         down = module.layers["0"].mlp.down.weight.detach().clone()
         tokens = torch.randint(0, 512, (1, 33), generator=torch.Generator().manual_seed(0))
         stepper = Stepper(layout, weights, masks, 0, 1, clip_norm=1.0, clip_jointly=True)
         result = stepper.run([MicroBatch(tokens[:, :-1], tokens[:, 1:], 0)], 1, 1.0, 1e-3)
         assert not result.skipped and result.loss == pytest.approx(math.log(512), rel=0.1)
         assert not torch.equal(module.layers["0"].mlp.down.weight, down)
-        assert all(not torch.equal(masks.log_alpha[name], before[name]) for name in before)
+        assert all(not torch.equal(masks.masks.log_alpha[name], before[name]) for name in before)

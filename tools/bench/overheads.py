@@ -23,7 +23,7 @@ from megashear.config.schema import ShapeConfig
 from megashear.config.training_schema import PruneConfig
 from megashear.engine.device import keep_freed_memory
 from megashear.files.atomic import write_json
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer, build_mask_optimizer
 
 SEED = 1
 
@@ -33,15 +33,15 @@ def start_command() -> None:
     subprocess.run([sys.executable, "-m", "megashear", "--help"], check=True, stdout=subprocess.DEVNULL)
 
 
-def learned(masks: MaskState, number: int) -> dict[str, Tensor]:
+def learned(masks: MaskOptimizer, number: int) -> dict[str, Tensor]:
     """A step's sample, without what has no gradient (the norms' gain)."""
-    return {name: value for name, value in vars(masks.sample(SEED, number, 0)).items() if value.requires_grad}
+    return {name: value for name, value in vars(masks.masks.sample(SEED, number, 0)).items() if value.requires_grad}
 
 
 def mask_step() -> Callable[[], None]:
     """A step of the mask module at the shapes of 7B and 1.3B, its number counting up."""
     source = resolve_shape(ShapeConfig(preset="llama2-7b"), None)
-    masks = MaskState(source, resolve_shape(ShapeConfig(preset="sheared-1.3b"), source), PruneConfig(), SEED)
+    masks = build_mask_optimizer(source, resolve_shape(ShapeConfig(preset="sheared-1.3b"), source), PruneConfig(), SEED)
     upstream = {name: torch.ones_like(value) for name, value in learned(masks, 0).items()}
     number = 0
 
@@ -51,7 +51,7 @@ def mask_step() -> Callable[[], None]:
         masks.zero_gradients()
         drawn = learned(masks, number)
         torch.autograd.backward(list(drawn.values()), [upstream[name] for name in drawn])
-        masks.add_lagrangian_gradients(number)
+        masks.add_constraint_gradients(number)
         masks.grad_norm_squared()
         masks.step(1.0, number)
 

@@ -38,7 +38,7 @@ from megashear.engine.parallel import transformer_config
 from megashear.engine.pipeline import build_chunks
 from megashear.files.atomic import write_json
 from megashear.hf.model_folder import ModelFolder
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import MaskOptimizer, build_mask_optimizer
 from megashear.model.live_units import flops_share, live_patterns
 from megashear.model.llama import Llama
 from megashear.model.micro_batch import MicroBatch
@@ -93,7 +93,7 @@ def build_model(shape: ModelShape, layout: Layout, source: TensorSource) -> list
 def our_step(
     layout: Layout,
     weights: WeightOptimizer,
-    masks: MaskState | None,
+    masks: MaskOptimizer | None,
     batch: torch.Tensor,
     teacher: Teacher | None = None,
 ) -> Step:
@@ -103,7 +103,7 @@ def our_step(
     return lambda number: stepper.run(batches, number, 1.0, RATE).loss
 
 
-def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alpha: float) -> MaskState:
+def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alpha: float) -> MaskOptimizer:
     """Masks that do not learn."""
     config = PruneConfig(
         constraint="lagrangian",
@@ -114,29 +114,29 @@ def still_masks(layout: Layout, source: ModelShape, target: ModelShape, log_alph
         log_alpha_init=log_alpha,
         log_alpha_limit=100.0,
     )
-    return MaskState(source, target, config, SEED, layout.device)
+    return build_mask_optimizer(source, target, config, SEED, layout.device)
 
 
-def all_living(layout: Layout, source: ModelShape, target: ModelShape) -> tuple[MaskState, list[int]]:
+def all_living(layout: Layout, source: ModelShape, target: ModelShape) -> tuple[MaskOptimizer, list[int]]:
     """Masks of every granularity, a few of them below 1 and none 0, and step numbers whose noise leaves it so."""
     masks = still_masks(layout, source, target, 8.0)
 
     def lives(number: int) -> bool:
-        values = vars(masks.sample(SEED, number, 0)).values()
+        values = vars(masks.masks.sample(SEED, number, 0)).values()
         return all(bool((value > 0).all()) for value in values if value is not None)
 
     return masks, [number for number in range(2000) if lives(number)]
 
 
-def closed(layout: Layout, source: ModelShape, target: ModelShape) -> MaskState:
+def closed(layout: Layout, source: ModelShape, target: ModelShape) -> MaskOptimizer:
     """Masks of 0 and 1 that leave the target's sizes, units chosen at random."""
     masks = still_masks(layout, source, target, 50.0)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
-        for spec in masks.specs:
+        for spec in masks.masks.specs:
             order = torch.rand(spec.rows, spec.units, generator=generator).argsort(-1)
             dead = (order < spec.zeros_per_row).view(spec.shape)
-            masks.log_alpha[spec.name][dead.to(layout.device)] = -50.0
+            masks.masks.log_alpha[spec.name][dead.to(layout.device)] = -50.0
     return masks
 
 
@@ -199,7 +199,7 @@ def contend(name: str, folder: Path, threads: int, pipe: Connection) -> None:
             share = 1 + teacher_flops_per_token(SHAPE, LENGTH) / SHAPE.flops_per_token(LENGTH)
         if masks is not None:
             with torch.no_grad():
-                (pattern,) = live_patterns([masks.sample(SEED, numbers[0], 0)])
+                (pattern,) = live_patterns([masks.masks.sample(SEED, numbers[0], 0)])
             share = flops_share(pattern, SHAPE, LENGTH)
         weights = build_weights(SHAPE, layout, source)
         _serve(our_step(layout, weights, masks, tokens(), teacher), numbers, share, pipe)

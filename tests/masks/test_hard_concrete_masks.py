@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megashear import ops
-from megashear.masks import distribution as hard_concrete
-from megashear.masks.distribution import clamp, deterministic, expected_zeros, keep_largest, probability_zero
+from megashear.masks import hard_concrete_masks as hard_concrete
+from megashear.masks.hard_concrete_masks import clamp, deterministic, expected_zeros, keep_largest, probability_zero
 
 rows = st.integers(1, 4).flatmap(
     lambda r: st.integers(1, 12).flatmap(

@@ -8,7 +8,7 @@ import torch
 from megashear import ops
 from megashear.config.training_schema import BatchConfig, PruneConfig
 from megashear.errors import CheckpointError
-from megashear.masks.mask_state import MaskState
+from megashear.masks.mask_optimizer import build_mask_optimizer
 from megashear.masks.mask_values import assemble
 
 LIMIT = 4.605170185988092
@@ -28,7 +28,7 @@ def values_of(masks):
 def set_log_alpha(state, values):
     with torch.no_grad():
         for name, value in values.items():
-            state.log_alpha[name].copy_(value)
+            state.masks.log_alpha[name].copy_(value)
 
 
 def test_published_noise_gives_the_published_sample(published, source):
@@ -42,7 +42,7 @@ def test_published_noise_gives_the_published_sample(published, source):
 
 def test_multipliers_follow_the_published_24_steps(published, source, target):
     """Lagrangian gradients, joint clip, Adam with ascent and the schedule; log-alpha is set to the published one."""
-    state = MaskState(
+    state = build_mask_optimizer(
         source,
         target,
         published_config(sparsity_warmup_steps=8, mask_learning_rate=1.0, lambda_learning_rate=1.0),
@@ -54,7 +54,7 @@ def test_multipliers_follow_the_published_24_steps(published, source, target):
     for step in range(24):
         set_log_alpha(state, {name: value.clamp(-LIMIT, LIMIT) for name, value in before.items()})
         state.zero_gradients()
-        loss, info = state.add_lagrangian_gradients(step)
+        loss, info = state.add_constraint_gradients(step)
         assert loss.item() == pytest.approx(published["F/lag_loss"][step].item(), abs=1e-9)
         for name in trace:
             assert info["expected"][name].item() == pytest.approx(
@@ -65,28 +65,28 @@ def test_multipliers_follow_the_published_24_steps(published, source, target):
         state.scale_gradients(min(1.0, 1.0 / (norm + 1e-6)))
         state.step(published["F/learning_rate_factor"][step].item(), step)
         for name, value in pairs.items():
-            torch.testing.assert_close(state.multipliers[name].detach(), value[step], rtol=0, atol=1e-9)
+            torch.testing.assert_close(state.constraint.multipliers[name].detach(), value[step], rtol=0, atol=1e-9)
         before = {name: value[step] for name, value in trace.items()}
 
 
 def test_log_alpha_starts_by_seed_and_within_the_limit(source, target):
     config = published_config(log_alpha_init=0.0)
-    one, same, other = (MaskState(source, target, config, seed=seed).log_alpha for seed in (5, 5, 6))
+    one, same, other = (build_mask_optimizer(source, target, config, seed=seed).masks.log_alpha for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
     assert one["intermediate"].std().item() == pytest.approx(0.01, rel=0.2)
-    few = MaskState(source, dataclasses.replace(source, hidden_size=40), config, seed=5).log_alpha
+    few = build_mask_optimizer(source, dataclasses.replace(source, hidden_size=40), config, seed=5).masks.log_alpha
     assert list(few) == ["hidden"] and torch.equal(few["hidden"], one["hidden"])
-    published = MaskState(source, target, published_config(), seed=5).log_alpha
+    published = build_mask_optimizer(source, target, published_config(), seed=5).masks.log_alpha
     assert all((value == torch.tensor(LIMIT)).all() for value in published.values())
 
 
 def test_a_sample_is_a_function_of_seed_step_and_micro_batch(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1)
-    first = values_of(state.sample(3, 4, 5))
-    again = values_of(state.sample(3, 4, 5))
+    state = build_mask_optimizer(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1)
+    first = values_of(state.masks.sample(3, 4, 5))
+    again = values_of(state.masks.sample(3, 4, 5))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for others in ((2, 4, 5), (3, 3, 5), (3, 4, 4)):
-        assert not torch.equal(first[0], state.sample(*others).hidden)
+        assert not torch.equal(first[0], state.masks.sample(*others).hidden)
     shapes = [tuple(value.shape) for value in first]
     assert shapes == [(16,), (3, 12), (3, 20), (3,)]
 
@@ -103,20 +103,22 @@ def test_a_head_is_its_group_times_its_query(grouped_source):
 
 
 def test_gradients_add_up_in_one_buffer(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1, dtype=torch.float64)
+    state = build_mask_optimizer(
+        grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=1, dtype=torch.float64
+    )
     wanted = torch.zeros_like(state.gradients_flat())
     for micro_batch in range(2):
-        masks = state.sample(0, 0, micro_batch)
+        masks = state.masks.sample(0, 0, micro_batch)
         loss = sum((mask**2).sum() for mask in values_of(masks))
-        parts = torch.autograd.grad(loss, list(state.log_alpha.values()), retain_graph=True)
+        parts = torch.autograd.grad(loss, list(state.masks.log_alpha.values()), retain_graph=True)
         wanted += torch.cat([part.reshape(-1) for part in parts])
         loss.backward()
     torch.testing.assert_close(state.gradients_flat(), wanted, rtol=0, atol=1e-14)
     state.set_gradients_flat(2 * wanted)
     assert state.grad_norm_squared().item() == pytest.approx(4 * wanted.square().sum().item())
-    loss, _ = state.lagrangian_loss(50)
+    loss, _ = state.constraint.loss(state.masks, 50)
     parts = torch.autograd.grad(loss, state.parameters())
-    state.add_lagrangian_gradients(50)
+    state.add_constraint_gradients(50)
     total = torch.cat([part.reshape(-1) for part in parts])
     total[: wanted.numel()] += 2 * wanted
     torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in state.parameters()]), total)
@@ -135,46 +137,46 @@ def test_a_step_descends_ascends_and_keeps_its_limits(source, target):
         lambda_learning_rate=1.0,
         batch=BatchConfig(steps=50),
     )
-    state = MaskState(source, target, config, seed=0)
-    assert state.closing.warmup_steps == 10
+    state = build_mask_optimizer(source, target, config, seed=0)
+    assert state.schedule.warmup_steps == 10
     state.set_gradients_flat(torch.ones_like(state.gradients_flat()))
-    for pair in state.multipliers.values():
+    for pair in state.constraint.multipliers.values():
         pair.grad.fill_(1.0)
-    before = state.log_alpha["hidden"].detach().clone()
+    before = state.masks.log_alpha["hidden"].detach().clone()
     state.step(0.125, 0)
-    torch.testing.assert_close(state.log_alpha["hidden"].detach(), before - 0.125)
-    torch.testing.assert_close(state.multipliers["hidden"].detach(), torch.full((2,), 0.125))
+    torch.testing.assert_close(state.masks.log_alpha["hidden"].detach(), before - 0.125)
+    torch.testing.assert_close(state.constraint.multipliers["hidden"].detach(), torch.full((2,), 0.125))
     for _ in range(9):
         state.step(0.125, 1)
-    assert all((value == -0.5).all() for value in state.log_alpha.values())
-    assert all(pair[1] == 0.25 and pair[0] > 1 for pair in state.multipliers.values())
+    assert all((value == -0.5).all() for value in state.masks.log_alpha.values())
+    assert all(pair[1] == 0.25 and pair[0] > 1 for pair in state.constraint.multipliers.values())
 
 
 def test_learning_rates_are_the_configured_ones(source, target):
     config = published_config(log_alpha_init=0.0, mask_learning_rate=0.1, lambda_learning_rate=0.3)
-    state = MaskState(source, target, config, seed=0)
-    before = state.log_alpha["layer"].detach().clone()
+    state = build_mask_optimizer(source, target, config, seed=0)
+    before = state.masks.log_alpha["layer"].detach().clone()
     state.set_gradients_flat(torch.ones_like(state.gradients_flat()))
-    state.multipliers["layer"].grad.fill_(-1.0)
+    state.constraint.multipliers["layer"].grad.fill_(-1.0)
     state.step(1.0, 0)
-    torch.testing.assert_close(state.log_alpha["layer"].detach(), before - 0.1)
-    torch.testing.assert_close(state.multipliers["layer"].detach(), torch.full((2,), -0.3))
+    torch.testing.assert_close(state.masks.log_alpha["layer"].detach(), before - 0.1)
+    torch.testing.assert_close(state.constraint.multipliers["layer"].detach(), torch.full((2,), -0.3))
 
 
 def train(state, steps):
     for step in steps:
         state.zero_gradients()
-        sum((mask**2).sum() for mask in values_of(state.sample(0, step, 0))).backward()
-        state.add_lagrangian_gradients(step)
+        sum((mask**2).sum() for mask in values_of(state.masks.sample(0, step, 0))).backward()
+        state.add_constraint_gradients(step)
         state.step(0.1, step)
 
 
 def test_a_saved_state_goes_on_bit_for_bit(grouped_source, grouped_target):
-    whole = MaskState(grouped_source, grouped_target, published_config(), seed=0)
+    whole = build_mask_optimizer(grouped_source, grouped_target, published_config(), seed=0)
     train(whole, range(4))
     saved = whole.state_dict()
     train(whole, range(4, 8))
-    resumed = MaskState(grouped_source, grouped_target, published_config(), seed=9)
+    resumed = build_mask_optimizer(grouped_source, grouped_target, published_config(), seed=9)
     resumed.load_state_dict(saved)
     train(resumed, range(4, 8))
     ours, theirs = resumed.state_dict(), whole.state_dict()
@@ -183,7 +185,9 @@ def test_a_saved_state_goes_on_bit_for_bit(grouped_source, grouped_target):
 
 
 def test_a_fresh_state_survives_saving(source, target):
-    fresh, other = (MaskState(source, target, published_config(log_alpha_init=0.0), seed=seed) for seed in (0, 1))
+    fresh, other = (
+        build_mask_optimizer(source, target, published_config(log_alpha_init=0.0), seed=seed) for seed in (0, 1)
+    )
     other.load_state_dict(fresh.state_dict())
     train(fresh, range(2))
     train(other, range(2))
@@ -191,8 +195,8 @@ def test_a_fresh_state_survives_saving(source, target):
 
 
 def test_another_runs_state_is_refused(source, target, grouped_source, grouped_target):
-    saved = MaskState(grouped_source, grouped_target, published_config(), seed=0).state_dict()
-    state = MaskState(source, target, published_config(), seed=0)
+    saved = build_mask_optimizer(grouped_source, grouped_target, published_config(), seed=0).state_dict()
+    state = build_mask_optimizer(source, target, published_config(), seed=0)
     before = state.state_dict()
     with pytest.raises(CheckpointError, match=r"log_alpha\.query"):
         state.load_state_dict(saved)
@@ -200,27 +204,29 @@ def test_another_runs_state_is_refused(source, target, grouped_source, grouped_t
 
 
 def test_deterministic_masks_by_target_and_by_expectation(grouped_source, grouped_target):
-    state = MaskState(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=0)
-    masks = state.deterministic()
+    state = build_mask_optimizer(grouped_source, grouped_target, published_config(log_alpha_init=0.0), seed=0)
+    masks = state.masks.deterministic()
     assert not masks.hidden.requires_grad
     assert [(masks.hidden != 0).sum(), (masks.layer != 0).sum()] == [10, 2]
     assert (masks.head != 0).sum(1).tolist() == [6] * 3
-    open_state = MaskState(grouped_source, grouped_target, published_config(), seed=0)
-    assert all((mask != 0).all() for mask in values_of(open_state.deterministic("expected")))
+    open_state = build_mask_optimizer(grouped_source, grouped_target, published_config(), seed=0)
+    assert all((mask != 0).all() for mask in values_of(open_state.masks.deterministic("expected")))
     with pytest.raises(ValueError, match="target or expected"):
-        state.deterministic("other")
+        state.masks.deterministic("other")
 
 
 @pytest.mark.parametrize("steps", [100, 200, 400])
 def test_multipliers_reach_their_targets_in_short_phases(source, target, steps):
     """By derived rates and the default cap, where nothing of the data pulls."""
-    state = MaskState(source, target, PruneConfig(constraint="lagrangian", batch=BatchConfig(steps=steps)), seed=0)
+    state = build_mask_optimizer(
+        source, target, PruneConfig(constraint="lagrangian", batch=BatchConfig(steps=steps)), seed=0
+    )
     generator = torch.Generator().manual_seed(steps)
-    state.warm_start({spec.name: torch.randn(spec.shape, generator=generator) for spec in state.specs})
+    state.warm_start({spec.name: torch.randn(spec.shape, generator=generator) for spec in state.masks.specs})
     ahead = 0.0
     for step in range(steps):
         state.zero_gradients()
-        _, info = state.add_lagrangian_gradients(step)
+        _, info = state.add_constraint_gradients(step)
         ahead = max(ahead, *(float(info["expected"][name]) - info["target"][name] for name in info["target"]))
         state.step(1.0, step)
     assert ahead < 0.2
@@ -228,19 +234,19 @@ def test_multipliers_reach_their_targets_in_short_phases(source, target, steps):
 
 
 def test_the_cap_holds_the_linear_multiplier_on_both_sides(source, target):
-    state = MaskState(source, target, published_config(lambda1_cap=0.5, lambda_learning_rate=2.0), seed=0)
+    state = build_mask_optimizer(source, target, published_config(lambda1_cap=0.5, lambda_learning_rate=2.0), seed=0)
     for gap in (-1.0, 1.0):
-        for pair in state.multipliers.values():
+        for pair in state.constraint.multipliers.values():
             pair.grad.copy_(torch.tensor([gap, 0.0]))
         for step in range(8):
             state.step(1.0, step)
-        assert all(pair[0].item() == pytest.approx(0.5 * gap) for pair in state.multipliers.values())
+        assert all(pair[0].item() == pytest.approx(0.5 * gap) for pair in state.constraint.multipliers.values())
 
 
 def test_masks_stand_alone_by_granularity(grouped_source, grouped_target):
     """Those that are learned, groups apart from queries; together they are the sample."""
-    state = MaskState(grouped_source, grouped_target, PruneConfig(), seed=0)
-    whole, parts = state.sample(1, 2, 3), state.single_granularity_masks(1, 2, 3)
+    state = build_mask_optimizer(grouped_source, grouped_target, PruneConfig(), seed=0)
+    whole, parts = state.masks.sample(1, 2, 3), state.masks.single_granularity_masks(1, 2, 3)
     assert list(parts) == ["hidden", "group", "query", "intermediate", "layer"]
     assert torch.equal(whole.head, parts["group"].head * parts["query"].head)
     assert torch.equal(whole.layer, parts["layer"].layer) and parts["layer"].head is None
