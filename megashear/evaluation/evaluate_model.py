@@ -33,7 +33,7 @@ FINISHED = ("final", "pruned")
 
 @dataclass(frozen=True)
 class HeldOutChoice:
-    """Which held-out text is evaluated: tokens of a sequence, sequences of each domain, attention inside documents."""
+    """Held-out text to evaluate: tokens per sequence, sequences per domain, attention within documents."""
 
     sequence_length: int = 4096
     sequences: int = 64
@@ -41,7 +41,7 @@ class HeldOutChoice:
 
 
 def find_model(path: Path) -> Path:
-    """The model folder at `path`, or the last model of the run folder at `path`. Raises ModelError for neither."""
+    """Model folder at `path`, or the last model of the run folder at `path`. Raises ModelError if there is neither."""
     for candidate in (path, *(path / name for name in FINISHED)):
         if (candidate / CONFIG).is_file():
             return candidate
@@ -109,12 +109,12 @@ def plain_chunks(
     exact: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks of a model in fp32 or fp64, without optimizer. exact: as `prune.masking`."""
+    """This rank's chunks of a model in fp32 or fp64, without optimizer. `exact` is that of `prune.masking`."""
     return list(filled_chunks(shape, transformer_config(shape, parallel, dtype), layout, source, exact))
 
 
 def verify_model(path: Path) -> None:
-    """Compare a model folder with its manifest's digests, where it has one. Raises ModelError."""
+    """Compare a model folder with its manifest's digests, if it has one. Raises ModelError."""
     folder = ModelFolder.open(path)
     if folder.manifest:
         ModelFolder.open(path, digests=True)
@@ -139,12 +139,12 @@ def write_losses(path: Path, data: Path, heldout: HeldOutChoice, losses: Losses,
 
 
 def perplexity(loss: float) -> float | None:
-    """exp of a loss in nats per token; None where it is not finite."""
+    """exp of a loss in nats per token; None if it is not finite."""
     return math.exp(loss) if loss < 700 else None
 
 
 def check_tokenizer(dataset: Dataset, source: ModelFolder) -> None:
-    """Raises DataError where the dataset's tokens are not the source model's."""
+    """Raise DataError if the dataset was made with another tokenizer than the source's."""
     where = f"{dataset.folder}: made with another tokenizer than the one of {source.path}"
     advice = "preprocess the data again with the source's tokenizer"
     if dataset.vocab_size > source.shape.vocab_size:

@@ -15,10 +15,21 @@ from megashear.files.atomic import write_json
 def evaluate_tasks(
     model: Path, tasks: list[str], output: Path | None, limit: int | None = None, include: Path | None = None
 ) -> dict[str, Any]:
-    """Print the harness's results of a model folder or a run folder, and write them to the JSON file `output`.
+    """Print the harness's results for a model or run folder, and write them to a JSON file.
 
-    limit: examples per task, None for all; include: a folder of more task files. Returns {task: {metric: value}}.
-    Raises ConfigError where the harness is not installed or does not know a task, ModelError, StorageError.
+    Args:
+        model: Model folder or run folder.
+        tasks: Names of the tasks.
+        limit: Examples per task; None: all.
+        include: Folder with additional task files.
+        output: JSON file to write.
+
+    Returns:
+        {task: {metric: value}}.
+
+    Raises:
+        ConfigError: The harness is not installed, or does not know a task.
+        ModelError, StorageError: The model is not usable, or the file cannot be written.
     """
     try:
         import lm_eval

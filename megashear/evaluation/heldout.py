@@ -23,14 +23,14 @@ from megashear.model.micro_batch import MicroBatch, local_rows, micro_batches
 def evaluate_heldout(
     heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
 ) -> Losses:
-    """Loss in nats per token and its standard error, by domain; the same on every rank (all of them take part)."""
+    """Loss in nats per token and its standard error, by domain. A collective; the result is the same on every rank."""
     return summarise(evaluate_sequences(heldout, layout, chunks, micro_batch, masks))
 
 
 def evaluate_sequences(
     heldout: HeldOut, layout: Layout, chunks: list[torch.nn.Module], micro_batch: int, masks: Masks | None = None
 ) -> SequenceLosses:
-    """As `evaluate_heldout`, sequence by sequence."""
+    """Losses of each sequence, by domain; see `evaluate_heldout`."""
     total = len(heldout.rows)
     wave = layout.data_size * micro_batch * (layout.pipeline_size if layout.virtual_size > 1 else 1)
     padded = -(-total // wave) * wave
@@ -55,7 +55,7 @@ def _sequence_losses(
     masks: Masks | None,
     separator: int | None,
 ) -> Tensor:
-    """Mean loss [total] in fp64 of every sequence; samples [n, S + 1] and their numbers rows [n] are this rank's."""
+    """Mean loss of every sequence, fp64 [total]; samples [n, S + 1] and their numbers `rows` [n] are this rank's."""
 
     pattern = None if masks is None else live_patterns([masks])[0]
 

@@ -28,28 +28,28 @@ def mean_loss(losses: Losses) -> float:
 
 
 def mean_of(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean of values with standard errors, and the error of it, the values being of independent domains."""
+    """Mean of values with standard errors, and its error if the values are independent."""
     mean = sum(value for value, _ in pairs) / len(pairs)
     return mean, math.sqrt(sum(error**2 for _, error in pairs)) / len(pairs)
 
 
 def to_json(losses: Losses) -> dict[str, list[float | None]]:
-    """Losses and errors as JSON values that round-trip: [loss, error] by domain, null for what is not finite."""
+    """Losses and errors as JSON values: [loss, error] by domain, null if not finite."""
     return {name: finite_values(pair) for name, pair in losses.items()}
 
 
 def from_json(values: Mapping[str, Sequence[float | None]]) -> Losses:
-    """What `to_json` gave."""
+    """Inverse of `to_json`."""
     return {name: (number(loss), number(error)) for name, (loss, error) in values.items()}
 
 
 def finite_values(values: Sequence[float]) -> list[float | None]:
-    """Values for JSON: null for what is not finite."""
+    """Values for JSON: null if not finite."""
     return [value if math.isfinite(value) else None for value in values]
 
 
 def number(value: float | None) -> float:
-    """A value from JSON: NaN for null."""
+    """Number from JSON: NaN for null."""
     return math.nan if value is None else float(value)
 
 
@@ -64,28 +64,28 @@ def summarise(losses: SequenceLosses) -> Losses:
 
 
 def mean_and_error(loss_N: np.ndarray) -> tuple[float, float]:
-    """Mean of [N] values and its standard error, by their standard deviation; NaN where there is only one."""
+    """Mean of [N] values and its standard error; NaN for a single value."""
     error = float(loss_N.std(ddof=1) / math.sqrt(len(loss_N))) if len(loss_N) > 1 else math.nan
     return float(loss_N.mean()), error
 
 
 @dataclass(frozen=True)
 class DomainSequences:
-    """A domain's held-out sequences: the digest of their text, and the loss [N] of each in nats per token, fp64."""
+    """Held-out sequences of a domain: digest of their text, and the loss [N] of each in nats per token, fp64."""
 
     text: str
     loss_N: np.ndarray
 
 
 def save_sequences(folder: Path, losses: SequenceLosses, digests: Mapping[str, str]) -> None:
-    """Write a phase's `heldout.json` whole, or leave the one that is there; digests: by domain, of the text."""
+    """Write a phase's `heldout.json`; `digests` are those of the text, by domain."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: finite_values(loss_N.tolist()) for name, loss_N in losses.items()}
     write_json(folder / SEQUENCES_NAME, {n: {"text": digests[n], "losses": value} for n, value in values.items()})
 
 
 def read_sequences(folder: Path) -> dict[str, DomainSequences]:
-    """By domain what `save_sequences` wrote; nothing where there is no file. Raises DataError for another content."""
+    """Read what `save_sequences` wrote, by domain; empty without a file. Raises DataError for other content."""
     path = folder / SEQUENCES_NAME
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -100,24 +100,27 @@ def read_sequences(folder: Path) -> dict[str, DomainSequences]:
 
 
 def paired_difference(first: DomainSequences | None, second: DomainSequences | None) -> tuple[float, float] | None:
-    """Mean of second less first over the same sequences, and its standard error; None where they are not the same."""
+    """Mean and standard error of second - first over the same sequences; None if the sequences differ."""
     if first is None or second is None or other_text(first, second):
         return None
     return mean_and_error(second.loss_N - first.loss_N)
 
 
 def other_text(first: DomainSequences | None, second: DomainSequences | None) -> bool:
-    """Whether two evaluations are known to have read other sequences."""
+    """Whether two evaluations are known to be of different sequences."""
     if first is None or second is None:
         return False
     return first.text != second.text or len(first.loss_N) != len(second.loss_N)
 
 
 def loss_table(columns: Mapping[str, Losses]) -> str:
-    """Held-out loss with its error, and perplexity, per domain (rows) and model (columns: source, pruned, final).
+    """Table of held-out loss with error, and perplexity, by domain (rows) and model (columns).
 
-    columns: name -> {domain: (loss in nats per token, its standard error)}. The last row is the mean over domains that
-    every column has, with the error of independent domains. A domain that a column lacks is shown as `-`.
+    The last row is the mean over domains that every column has, with the error of independent domains. A missing
+    domain is `-`.
+
+    Args:
+        columns: Name of the model -> {domain: (loss in nats per token, its standard error)}.
     """
     domains = list(dict.fromkeys(domain for losses in columns.values() for domain in losses))
     rows = [
@@ -133,7 +136,7 @@ def loss_table(columns: Mapping[str, Losses]) -> str:
 
 
 def loss_cells(loss: tuple[float, float] | None) -> list[str]:
-    """Loss with its standard error, and perplexity; blanks where there is none or it is not finite."""
+    """Loss with its standard error, and perplexity; `-` if it is missing or not finite."""
     if loss is None or not math.isfinite(loss[0]):
         return ["-", "-"]
     perplexity = math.exp(min(loss[0], 700.0))
@@ -141,6 +144,6 @@ def loss_cells(loss: tuple[float, float] | None) -> list[str]:
 
 
 def with_error(value: float, error: float, sign: str = "-") -> str:
-    """A number and its standard error; alone where no error is known, as of a single sequence. sign: `+` shows both."""
+    """A number with its standard error if known; `sign="+"` shows the sign."""
     shown = f"{value:{sign}.4f}"
     return f"{shown} +- {error:.4f}" if math.isfinite(error) else shown

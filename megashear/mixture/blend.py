@@ -27,11 +27,15 @@ BACKLOG = 0.8
 
 
 def apportion(weight_K: np.ndarray, remainder_K: np.ndarray, seats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole seats for shares, and what is carried on.
+    """Round shares to whole places, and carry the remainders.
 
-    weight_K: float64 [K], sum 1; remainder_K: float64 [K], sum 0, seats owed from before (negative: given in advance).
-    Returns seats int64 [K] with sum `seats`, and the new remainders float64 [K], within 1 of zero while the weights
-    hold still.
+    Args:
+        weight_K: Shares, float64 [K], sum 1.
+        remainder_K: Places owed from earlier batches, float64 [K], sum 0; negative if given in advance.
+        seats: Number of places.
+
+    Returns:
+        Places of each domain, int64 [K], and the new remainders, float64 [K], within 1 of zero for constant weights.
     """
     due_K = weight_K * seats + remainder_K
     seat_K = np.maximum(np.floor(due_K), 0.0)
@@ -47,10 +51,10 @@ def apportion(weight_K: np.ndarray, remainder_K: np.ndarray, seats: int) -> tupl
 
 
 def deadline_key(fraction_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
-    """Order in which domains get one more seat, float64 [K], smallest first.
+    """Order in which domains get one more place, float64 [K], smallest first.
 
-    Domains with a fraction of at least 1/(2K-2) come first, by the time that their weight takes to raise the fraction
-    to the bound; those past it by how far; the others follow, largest fraction first.
+    Domains with a fraction of at least 1/(2K-2) come first, by the time in which their weight raises the fraction to the
+    bound; those beyond it by the excess; the others follow, largest fraction first.
     """
     domains = len(fraction_K)
     least = 1.0 / (2 * domains - 2) if domains > 1 else 0.0
@@ -68,7 +72,7 @@ NORMALISED = 1e-14
 
 @dataclass(frozen=True)
 class DomainSource:
-    """A domain as the stream sees it: its name, the tokens of its training split, and the sequence length S."""
+    """A domain of the stream: its name, the tokens of its training split, and the sequence length S."""
 
     name: str
     tokens: int
@@ -82,7 +86,7 @@ class DomainSource:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One global batch: the domain and the sample of each sequence; `first` numbers its first sequence globally."""
+    """Plan of one global batch: domain and sample of each sequence; `first` is the number of its first one."""
 
     first: int
     domain_B: np.ndarray
@@ -92,13 +96,13 @@ class BatchPlan:
         return len(self.domain_B)
 
     def same(self, other: "BatchPlan") -> bool:
-        """Whether both name the same samples in the same places."""
+        """Whether both plans have the same samples in the same places."""
         equal = np.array_equal(self.domain_B, other.domain_B) and np.array_equal(self.sample_B, other.sample_B)
         return self.first == other.first and equal
 
 
 def sources(dataset: Dataset, sequence_length: int) -> list[DomainSource]:
-    """The training splits of a dataset; raises DataError for a domain too short for one sample."""
+    """Training splits of a dataset. Raises DataError for a domain that is shorter than one sample."""
     found = [DomainSource(d, len(dataset.stream(d, "train")), sequence_length) for d in dataset.domains]
     for source in found:
         if source.samples == 0:
@@ -110,7 +114,7 @@ def sources(dataset: Dataset, sequence_length: int) -> list[DomainSource]:
 
 
 def weight_array(weights: Mapping[str, float] | Sequence[float] | np.ndarray, names: list[str]) -> np.ndarray:
-    """Weights as float64 [K] that sum to 1, from a dict by name or an array in order; raises ConfigError."""
+    """Weights as float64 [K] that sum to 1, from a dict by name or an array in order. Raises ConfigError."""
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
             raise ConfigError(f"domain weights name {sorted(weights)}, the dataset has {sorted(names)}; name each once")
@@ -126,7 +130,12 @@ def weight_array(weights: Mapping[str, float] | Sequence[float] | np.ndarray, na
 
 
 class BlendedStream:
-    """The global sample stream of a run. Attributes: `names` of the domains, `cursor_K`, samples taken of each."""
+    """Global sample stream of a run.
+
+    Attributes:
+        names: Names of the domains.
+        cursor_K: Samples taken of each domain.
+    """
 
     def __init__(
         self,
@@ -152,19 +161,21 @@ class BlendedStream:
 
     @property
     def weights(self) -> np.ndarray:
-        """Domain weights in force, float64 [K], sum 1."""
+        """Present domain weights, float64 [K], sum 1."""
         return self._weight_K.copy()
 
     def set_weights(self, weights: Mapping[str, float] | Sequence[float] | np.ndarray) -> None:
-        """Use other weights from the next batch on; remainders are kept."""
+        """Set the weights from the next batch on; remainders are kept."""
         self._weight_K = weight_array(weights, self.names)
 
     def next_batch(self, global_batch: int) -> BatchPlan:
-        """Plan the next `global_batch` sequences and move on.
+        """Plan the next global batch and advance.
 
-        Returns a BatchPlan with domain_B int64 [B] (index into `names`) and sample_B int64 [B] (sample of the domain's
-        stream).
-        Raises TrainingError where a domain ran out under `stop`, or all did otherwise; the state is then unchanged.
+        Returns:
+            A plan with domain_B (index into `names`) and sample_B (sample of the domain), int64 [B].
+
+        Raises:
+            TrainingError: A domain ran out under `stop`, or all domains ran out; the state is not changed.
         """
         seat_K, remainder_K = self._seats(global_batch)
         domain_B = np.repeat(np.arange(len(self.domains)), seat_K)
@@ -179,7 +190,7 @@ class BlendedStream:
         return plan
 
     def _seats(self, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Seats int64 [K] of each domain in the next batch, and the remainders to carry float64 [K]."""
+        """Places of each domain in the next batch, int64 [K], and the remainders to carry, float64 [K]."""
         if self._capacity_K is not None and self.exhausted != "stop":
             return self._seats_of_the_rest(global_batch, self._capacity_K)
         seat_K, remainder_K = apportion(self._weight_K, self._remainder_K, global_batch)
@@ -192,7 +203,7 @@ class BlendedStream:
         return seat_K, remainder_K
 
     def _seats_of_the_rest(self, global_batch: int, capacity_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seats where domains that ran out give theirs to the others, in proportion to the others' weights."""
+        """Places if exhausted domains give theirs to the others, in proportion to the weights of those."""
         left_K = capacity_K - self.cursor_K
         seat_K, remainder_K = np.zeros_like(left_K), self._remainder_K.copy()
         open_K = left_K > 0
@@ -216,21 +227,21 @@ class BlendedStream:
             open_K = open_K & ~over_K
 
     def run_out(self) -> list[str]:
-        """Domains of which nothing is left, and whose weight the others share."""
+        """Domains that ran out, whose weight the others share."""
         if self._capacity_K is None:
             return []
         return [name for name, gone in zip(self.names, self.cursor_K >= self._capacity_K, strict=True) if gone]
 
     def epochs(self) -> dict[str, float]:
-        """Epochs taken of each domain's training split so far."""
+        """Epochs taken of each domain's training split."""
         return {name: float(c / n) for name, c, n in zip(self.names, self.cursor_K, self._samples_K, strict=True)}
 
     def tokens(self) -> dict[str, int]:
-        """Tokens predicted of each domain so far."""
+        """Tokens predicted of each domain."""
         return {s.name: int(c) * s.sequence_length for s, c in zip(self.domains, self.cursor_K, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the stream depends on, as JSON values; its size never grows."""
+        """State of the stream as JSON values, of constant size."""
         return {
             "seed": self.seed,
             "names": self.names,
@@ -242,7 +253,7 @@ class BlendedStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; raises CheckpointError for other domains, other data or another seed."""
+        """Load a state. Raises CheckpointError for other domains, other data or another seed."""
         own = self.state_dict()
         for key, meaning in (("names", "domains"), ("samples", "samples per domain"), ("seed", "seed")):
             if state.get(key) != own[key]:

@@ -18,7 +18,8 @@ from megashear.mixture.update_rules import Schedule, make_rule, schedule_points
 def initial_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndarray:
     """Weights at the start, float64 [K], in the order of `tokens` (training tokens by domain).
 
-    Raises ConfigError where `mixture.initial_weights` names other domains than the dataset.
+    Raises:
+        ConfigError: `mixture.initial_weights` names other domains than the dataset.
     """
     if config.initial_weights is None:
         return weight_array(dict(tokens), list(tokens))
@@ -29,7 +30,7 @@ def initial_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndar
 
 
 def starting_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.ndarray:
-    """Weights of a mixture that has not moved yet, float64 [K]: a schedule's first, else `initial_weights`."""
+    """Weights before the first update, float64 [K]: a schedule's first, else `initial_weights`."""
     if config.rule == "schedule":
         first_K: np.ndarray = schedule_points(config, list(tokens))[0]
         return first_K
@@ -37,10 +38,13 @@ def starting_weights(config: MixtureConfig, tokens: Mapping[str, int]) -> np.nda
 
 
 class Mixture:
-    """The weights of a run and what they came from.
+    """Domain weights of a phase, and their state.
 
-    Attributes: `names` of the domains in order; `weight_K` float64 [K]; `reference_K` float64 [K]; `loss_K` float64
-    [K], the last (smoothed) losses, NaN where a domain was never evaluated; `rule`.
+    Attributes:
+        names: Domains in order.
+        weight_K, reference_K: Weights and reference losses, float64 [K].
+        loss_K: Last (smoothed) losses, float64 [K]; NaN if a domain was never evaluated.
+        rule: The update rule.
     """
 
     def __init__(
@@ -73,20 +77,20 @@ class Mixture:
         return dict(zip(self.names, self.weight_K.tolist(), strict=True))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Start a phase from these weights, unless a schedule says which; raises ConfigError for other domains."""
+        """Set the weights at the start of a phase, unless a schedule does. Raises ConfigError for other domains."""
         if not isinstance(self.rule, Schedule):
             self.weight_K = weight_array(weights, self.names)
 
     @property
     def references(self) -> dict[str, float] | None:
-        """Reference losses by domain; None under a rule that follows none."""
+        """Reference losses by domain; None if the rule does not use any."""
         follows = self.config.rule in ASCENDING
         return dict(zip(self.names, self.reference_K.tolist(), strict=True)) if follows else None
 
     def update(self, losses: Mapping[str, float | None], step: int) -> list[str]:
-        """Take an evaluation's losses by domain, smooth them and update the weights; returns warnings for the log.
+        """Smooth the losses of an evaluation and update the weights; returns warnings for the log.
 
-        A domain that is missing, None or not finite keeps its last loss (its excess counts as 0 where it has none).
+        A missing or non-finite loss keeps the domain's last one; without a last one its excess counts as 0.
         """
         warnings = []
         for index, name in enumerate(self.names):
@@ -102,7 +106,7 @@ class Mixture:
         return warnings
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, last losses, references and what the rule remembers, as JSON values (doubles round-trip)."""
+        """Weights, last losses, references and state of the rule, as JSON values (doubles round-trip)."""
         return {
             "names": self.names,
             "weights": self.weight_K.tolist(),
@@ -112,7 +116,7 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, references included; raises CheckpointError where it is of other domains."""
+        """Load a state, references included. Raises CheckpointError for other domains."""
         if state.get("names") != self.names:
             raise CheckpointError(
                 f"the checkpoint's mixture has domains {state.get('names')}, this run has {self.names}; resume with "

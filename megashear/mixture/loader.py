@@ -24,7 +24,10 @@ from megashear.mixture.blend import BatchPlan, BlendedStream
 class Loader:
     """Reads rows of planned batches from a dataset.
 
-    Attributes: `stream`, `sequence_length`, and `separator`, the token at which attention starts anew, if it does.
+    Attributes:
+        stream: The blended stream.
+        sequence_length: Tokens predicted per sequence.
+        separator: Token at which attention restarts; None: never.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class Loader:
 
 
 class HeldOut:
-    """Windows of S+1 tokens at equal distances in each domain's held-out split, always the same ones.
+    """Windows of S+1 tokens at equal distances in each domain's held-out split, the same ones each time.
 
-    They do not overlap. Neighbours are often of one document and tell little more than one of them does: few windows
-    say most about a domain where they lie far apart.
+    They do not overlap. Neighbours are often parts of one document, so windows that are far apart represent a domain
+    better.
 
-    Attributes: `names` of the domains; `rows`, a list of (domain index, window) in order of domains; `sequence_length`;
-    `separator`, the token at which attention starts anew, if it does.
+    Attributes:
+        names: Names of the domains.
+        rows: (domain index, window) of each window, in the order of domains.
+        sequence_length: Tokens predicted per window.
+        separator: Token at which attention restarts; None: never.
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class HeldOut:
             self.rows += [(index, number * windows // taken) for number in range(taken)]
 
     def first(self, sequences: int) -> "HeldOut":
-        """The first windows of each domain alone, so many of them at most."""
+        """The first windows of each domain only, at most `count`."""
         few = copy.copy(self)
         taken = dict.fromkeys(range(len(self.names)), 0)
         few.rows = []
@@ -89,7 +95,7 @@ class HeldOut:
         return few
 
     def digests(self) -> dict[str, str]:
-        """By domain 64 bits of a hash of its windows' tokens and of where attention starts anew in them."""
+        """64-bit digest of each domain's windows and of the separator."""
         found = {}
         for index, name in enumerate(self.names):
             tokens, _ = self.read([row for row, (domain, _) in enumerate(self.rows) if domain == index])
@@ -108,7 +114,7 @@ class HeldOut:
 
 
 class Batches:
-    """Gives a rank's rows of one global batch after another. Close it when done."""
+    """Yields a rank's rows of one global batch after another. Close it when done."""
 
     def __init__(
         self, loader: Loader, rows: np.ndarray, global_batch: int, ahead: int = 0, pinned: bool = False
@@ -124,9 +130,9 @@ class Batches:
         self._read: deque[tuple[BatchPlan, Future[torch.Tensor]]] = deque()
 
     def next(self) -> tuple[BatchPlan, torch.Tensor]:
-        """The next plan of the loader's stream, which moves on, and the tokens [rows, S + 1] of this rank.
+        """Advance the stream, and return the next plan with this rank's tokens [rows, S + 1].
 
-        Raises what `BlendedStream.next_batch` and the reading of the dataset raise.
+        Raises the errors of `BlendedStream.next_batch` and of reading the dataset.
         """
         plan = self.loader.stream.next_batch(self.global_batch)
         samples = self._take(plan)

@@ -16,7 +16,7 @@ DOMAINS = ("commoncrawl", "github", "book", "stackexchange", "wikipedia", "arxiv
 
 
 def table(*values: float) -> dict[str, float]:
-    """One value per domain, by name."""
+    """Map one value per domain to the domain's name."""
     return dict(zip(DOMAINS, values, strict=True))
 
 
@@ -42,12 +42,19 @@ LLAMA2_LOSSES = {
 def reference_losses(
     config: MixtureConfig, names: list[str], source_losses: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Reference loss of every domain in nats per token, in the order of `names`, from the config's provider.
+    """Reference loss of every domain in nats per token, in the order of `names`, from the configured provider.
 
-    source_losses: the source model's held-out losses, for `references: source`. Rules that follow none
-    (`static`, `schedule`, `ado`) need none: {}.
-    Raises ConfigError (a key that is missing or names other domains) or DataError (the scaling law's file, the
-    evaluation).
+    Args:
+        mixture: Mixture section.
+        names: Domains in order.
+        source_losses: Held-out losses of the source, for `references: source`.
+
+    Returns:
+        Losses by domain; empty for rules without references (`static`, `schedule`, `ado`).
+
+    Raises:
+        ConfigError: A key is missing or names other domains.
+        DataError: The scaling-law file or the evaluation is not usable.
     """
     if config.rule not in ASCENDING:
         return {}
@@ -66,7 +73,7 @@ def reference_losses(
 def checked(
     losses: Mapping[str, float], names: list[str], where: str, error: type[ConfigError] | type[DataError]
 ) -> dict[str, float]:
-    """The losses in the order of `names`; raises `error` where one is missing, left over or not a positive number."""
+    """Losses in the order of `names`. Raises `error` if one is missing, unknown or not a positive number."""
     if set(losses) != set(names):
         missing, extra = sorted(set(names) - set(losses)), sorted(set(losses) - set(names))
         raise error(f"{where}: lacks the domains {missing} and has {extra} that the dataset does not; name each once")
@@ -86,14 +93,14 @@ def checked(
 
 
 def from_list(losses: Mapping[str, float] | None, names: list[str]) -> dict[str, float]:
-    """References typed into the run file."""
+    """References listed in the run file."""
     if losses is None:
         raise ConfigError("mixture.references is `list`: give mixture.reference_losses, a loss per domain")
     return checked(losses, names, "mixture.reference_losses", ConfigError)
 
 
 def from_scaling_law(file: str | None, names: list[str]) -> dict[str, float]:
-    """References of a JSON file that tools/fit_reference_losses.py wrote."""
+    """References from a JSON file of tools/fit_reference_losses.py."""
     if file is None:
         raise ConfigError(
             "mixture.references is `scaling_law`: give mixture.scaling_law, a file of fit_reference_losses.py"

@@ -19,7 +19,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """L(N) = amplitude * N^-exponent + limit, in nats per token; `residual`: root mean square of the errors."""
+    """L(N) = amplitude * N^-exponent + limit, in nats per token; `residual` is the root mean square error."""
 
     amplitude: float
     exponent: float
@@ -27,12 +27,12 @@ class ScalingLaw:
     residual: float
 
     def loss(self, parameters: float) -> float:
-        """The loss of a model of that many parameters, embeddings included."""
+        """Loss of a model with the given number of parameters, embeddings included."""
         nats: float = self.amplitude * parameters**-self.exponent + self.limit
         return nats
 
     def problems(self) -> list[str]:
-        """Why the fit is not to be trusted; empty where nothing speaks against it."""
+        """Reasons not to trust the fit; empty if there are none."""
         found = []
         if self.limit < 0:
             found.append(f"E = {self.limit:.2f} is negative, no loss can be")
@@ -44,7 +44,7 @@ class ScalingLaw:
 
 
 def solve(log_N: np.ndarray, loss_N: np.ndarray, alpha: float) -> tuple[float, float, float]:
-    """Amplitude (of exp(-alpha * log_N)), limit and sum of squared errors at one alpha."""
+    """Amplitude (of exp(-alpha * log_N)), limit and sum of squared errors for one alpha."""
     base_N = np.exp(-alpha * log_N)
     centred_N = base_N - base_N.mean()
     amplitude = float(centred_N @ (loss_N - loss_N.mean()) / (centred_N @ centred_N))
@@ -54,7 +54,7 @@ def solve(log_N: np.ndarray, loss_N: np.ndarray, alpha: float) -> tuple[float, f
 
 
 def fit_scaling_law(parameters: np.ndarray, losses: np.ndarray) -> ScalingLaw:
-    """Fit through sizes [N >= 3] and losses [N], float64; raises DataError for fewer, equal or impossible ones."""
+    """Fit to sizes [N >= 3] and losses [N], float64. Raises DataError for too few, equal or impossible sizes."""
     size_N, loss_N = np.asarray(parameters, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(np.unique(size_N)) < 3 or not np.isfinite(loss_N).all() or not (np.isfinite(size_N) & (size_N > 0)).all():
         raise DataError(
@@ -79,10 +79,9 @@ def fit_scaling_law(parameters: np.ndarray, losses: np.ndarray) -> ScalingLaw:
 
 
 def fit_falling_law(steps: np.ndarray, losses: np.ndarray, largest_exponent: float) -> ScalingLaw:
-    """L(n) = A n^-alpha + E through one model's losses [N] at steps [N > 0], with A >= 0, E >= 0 and a bounded alpha.
+    """Fit L(n) = A n^-alpha + E to losses [N] of one model at steps [N > 0], with A >= 0, E >= 0 and bounded alpha.
 
-    A curve that does not fall gives A = 0. The exponents tried are a fixed grid: steps are noisy, and the same bits are
-    wanted on every machine.
+    A curve that does not fall gives A = 0. Exponents are a fixed grid, which gives the same bits on every machine.
     """
     step_N, loss_N = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     centre = float(np.log(step_N).mean())
@@ -101,7 +100,7 @@ def fit_falling_law(steps: np.ndarray, losses: np.ndarray, largest_exponent: flo
 
 
 def fit_domains(losses: Mapping[int, Mapping[str, float]]) -> dict[str, ScalingLaw]:
-    """A law per domain from {parameters: {domain: loss}}; raises DataError where sizes name different domains."""
+    """Fit one law per domain to {parameters: {domain: loss}}. Raises DataError if sizes have different domains."""
     names = list(next(iter(losses.values()), {}))
     for size, row in losses.items():
         if set(row) != set(names):

@@ -25,11 +25,15 @@ from megashear.mixture.scaling_law import fit_falling_law
 
 
 def guarded(weight_K: np.ndarray, before_K: np.ndarray, floor: float, cap: float, max_change: float) -> np.ndarray:
-    """Weights within the rails.
+    """Apply floor, cap and largest change to weights.
 
-    weight_K: float64 [K], sum 1, what the rule wants; before_K: weights before the update. Returns float64 [K], sum 1,
-    each in [floor, cap] and within `max_change` of before. Where both cannot hold (weights before were outside of floor
-    and cap, and the way back is longer than the change), floor and cap win. Needs floor * K <= 1 <= cap * K.
+    Args:
+        weight_K: Weights that the rule proposes, float64 [K], sum 1.
+        before_K: Weights before the update, float64 [K].
+        floor, cap, max_change: Limits; floor * K <= 1 <= cap * K.
+
+    Returns:
+        float64 [K], sum 1, within [floor, cap] and `max_change` of `before_K`. If both cannot hold, floor and cap win.
     """
     if floor <= 0.0 and cap >= 1.0 and max_change >= 1.0:
         return weight_K
@@ -41,9 +45,9 @@ def guarded(weight_K: np.ndarray, before_K: np.ndarray, floor: float, cap: float
 
 
 def scaled_into(weight_K: np.ndarray, low_K: np.ndarray, high_K: np.ndarray) -> np.ndarray:
-    """clip(f * weight_K, low_K, high_K) with the factor f for which it sums to 1 (bisection on the logarithm of f).
+    """clip(f * weight_K, low_K, high_K) with the factor f for which it sums to 1, by bisection on log f.
 
-    weight_K: positive; the sums of low_K and high_K enclose 1.
+    weight_K is positive; the sums of low_K and high_K enclose 1.
     """
     low, high = -1500.0, 1500.0
     log_K = np.log(weight_K)
@@ -78,7 +82,7 @@ POINTS = 32
 
 
 class LearningSpeed:
-    """The rule `ado` over one phase. Its prior is the weights at its first update."""
+    """Rule `ado` over one phase. Its prior is the weights at its first update."""
 
     def __init__(self, config: MixtureConfig, count: int) -> None:
         """count: of domains; config: its floor, cap and largest change hold."""
@@ -104,14 +108,14 @@ class LearningSpeed:
         return guarded(played_K / played_K.sum(), weight_K, config.floor, config.cap, config.max_change)
 
     def _remember(self, loss_K: np.ndarray, step: int) -> None:
-        """Keep a point of each `every` updates; when there are too many, every other one, and half as often then."""
+        """Keep one point per `every` updates; if there are too many, drop every other one and halve the frequency."""
         if step > 0 and self.updates % self.every == 0:
             self.points.append((step, [float(loss) if np.isfinite(loss) else None for loss in loss_K]))
         if len(self.points) > POINTS:
             self.points, self.every = self.points[::2], 2 * self.every
 
     def _preference(self, step: int) -> np.ndarray:
-        """rho [K], sum 1: prior x credit x learning speed, none below the least; the prior where no domain learns."""
+        """rho [K], sum 1: prior x credit x learning speed, with a minimum; the prior if no domain learns."""
         assert self.prior_K is not None
         speed_K = np.array([self._speed(index, step) for index in range(self.count)])
         wanted_K = self.prior_K * self.credit_K**CREDIT_POWER * speed_K
@@ -123,7 +127,7 @@ class LearningSpeed:
         return rho_K
 
     def _speed(self, index: int, step: int) -> float:
-        """-dL/dn of a domain at `step`, 0 where its law does not fall or too few losses are known."""
+        """-dL/dn of a domain at `step`; 0 if its law does not fall or has too few losses."""
         known = [(at, losses[index]) for at, losses in self.points if losses[index] is not None]
         if len(known) < FIRST_FIT:
             return 0.0
@@ -155,7 +159,7 @@ SMALLEST = 1e-12
 
 
 class Rule(Protocol):
-    """A rule of the mixture over one phase."""
+    """Update rule of a mixture over one phase."""
 
     def update(self, weight_K: np.ndarray, loss_K: np.ndarray, reference_K: np.ndarray, step: int) -> np.ndarray:
         """Weights [K], sum 1, after an evaluation at `step`; a loss is NaN where it was never known."""
@@ -168,7 +172,7 @@ class Rule(Protocol):
 
 
 class Stateless:
-    """A rule that remembers nothing."""
+    """Rule without state."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -179,7 +183,7 @@ class Stateless:
 
 
 class Static(Stateless):
-    """Weights as they are."""
+    """Constant weights."""
 
     def update(self, weight_K: np.ndarray, loss_K: np.ndarray, reference_K: np.ndarray, step: int) -> np.ndarray:
         """The same weights."""
@@ -199,7 +203,7 @@ class Ascent(Stateless):
 
 
 class Schedule(Stateless):
-    """Weights typed in for the phase's start, its end and points at equal distances between, interpolated linearly."""
+    """Weights given for the phase's start, its end and equidistant points between, interpolated linearly."""
 
     def __init__(self, points_PK: np.ndarray, steps: int) -> None:
         """points_PK: [P, K], each row sums to 1; steps: of the phase."""
@@ -216,9 +220,7 @@ class Schedule(Stateless):
 
 
 def make_rule(config: MixtureConfig, names: list[str], steps: int) -> Rule:
-    """The rule of a config for these domains and a phase of so many steps; raises ConfigError for a schedule of other
-    domains.
-    """
+    """Build the rule of a config for a phase. Raises ConfigError for a schedule of other domains."""
     if config.rule in ASCENDING:
         return Ascent(config)
     if config.rule == "ado":
@@ -238,11 +240,17 @@ def schedule_points(config: MixtureConfig, names: list[str]) -> np.ndarray:
 def update_weights(
     rule: str, weight_K: np.ndarray, loss_K: np.ndarray, reference_K: np.ndarray, config: MixtureConfig
 ) -> np.ndarray:
-    """Domain weights after one update of exponential ascent.
+    """Update domain weights by exponential ascent (Sheared LLaMA, Algorithm 1).
 
     paper: w' ~ w exp(eta max(l - r, 0)); reference: w' ~ (1-c) softmax(ln w + eta (l - r)) + c/n.
-    weight_K, loss_K, reference_K: float64 [K], weights sum to 1. An excess that is not finite counts as 0: no evidence.
-    Returns float64 [K], finite, sum 1, within `floor`, `cap` and `max_change`; a weight of 0 stays 0 under `paper`.
+
+    Args:
+        weight_K: Domain weights, float64 [K], sum 1.
+        loss_K, reference_K: Held-out and reference losses, float64 [K]; a non-finite excess counts as 0.
+        config: Mixture section: rule, step size, mixing and limits.
+
+    Returns:
+        Updated weights, float64 [K], sum 1, within the limits; a weight of 0 stays 0 under `paper`.
     """
     assert rule in ASCENDING, rule
     weight_K = np.asarray(weight_K, dtype=np.float64)

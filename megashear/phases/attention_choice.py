@@ -17,10 +17,18 @@ CHOICES = "attention.json"
 
 
 def choose_attention_backend(context: Context, shape: ModelShape, sequences: int, masked: bool) -> None:
-    """Have every rank compute attention as the run folder says, or as rank 0 measures now and records there.
+    """Select the attention backend on every rank, from the run folder or by rank 0's measurement.
 
-    sequences: in a micro-batch. Nothing is settled where no clock decides: on CPUs, or with MEGASHEAR_ATTENTION set.
-    Raises CheckpointError, on every rank, where the record cannot be read.
+    Nothing is measured on CPUs, or with MEGASHEAR_ATTENTION set.
+
+    Args:
+        context: The run.
+        shape: Shape of the model that is trained.
+        sequences: Sequences of a micro-batch.
+        masked: Whether heads are masked.
+
+    Raises:
+        CheckpointError: The record cannot be read (on every rank).
     """
     data, layout = context.config.data, context.layout
     wanted = ops.AttentionShape(
@@ -44,7 +52,7 @@ def choose_attention_backend(context: Context, shape: ModelShape, sequences: int
 
 
 def recorded(entry: Any, where: str) -> ops.AttentionChoice:
-    """A choice from its record. Raises CheckpointError for anything else."""
+    """Parse a recorded choice. Raises CheckpointError if it is not one."""
     try:
         return ops.AttentionChoice(str(entry["serves"]), dict(entry["milliseconds"]), dict(entry["distances"]))
     except (KeyError, TypeError, ValueError) as error:

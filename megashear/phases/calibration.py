@@ -21,7 +21,7 @@ PROGRESS_SECONDS = 10.0
 
 
 def calibration_text(context: Context) -> Loader:
-    """Reads the run's calibration text, from its beginning."""
+    """Loader of the run's calibration text, from its beginning."""
     data, weights = context.config.data, calibration_weights(context)
     seed, separate = context.config.run.seed, data.separate_documents
     return calibration_loader(context.dataset, weights, data.sequence_length, seed, separate)
@@ -35,9 +35,12 @@ def calibration_weights(context: Context) -> dict[str, float]:
 
 
 def build_source(context: Context, source: TensorSource, parallel: ParallelConfig | None = None) -> list[Llama]:
-    """This rank's chunks of the source in the run's precision, without optimizer and gradient buffers.
+    """Build this rank's chunks of the source in the run's precision, without optimizer and gradient buffers.
 
-    parallel: the run's own, or one that differs from it in sequence parallelism.
+    Args:
+        context: The run.
+        source: Weights to load.
+        parallel: Layout; None: the run's. It may differ from the run's in sequence parallelism only.
     """
     config, layout, shape = context.config, context.layout, context.source_shape
     core = transformer_config(shape, parallel or config.parallel, context.dtype)
@@ -47,9 +50,16 @@ def build_source(context: Context, source: TensorSource, parallel: ParallelConfi
 
 
 def calibration_progress(context: Context, what: str, total: int, unit: str = "batch") -> Callable[[int], None]:
-    """Report progress of calibration, and stop if requested. All ranks call it together.
+    """Return a function that prints progress of calibration, and stops if requested. Call it on all ranks together.
 
-    what: is being computed; total: units that there are.
+    Args:
+        context: The run.
+        what: Name of what is computed.
+        total: Number of units of work.
+        unit: Name of a unit.
+
+    Raises:
+        Interrupted: A stop was requested (by the returned function).
     """
     printed_at = time.monotonic()
 

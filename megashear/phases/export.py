@@ -9,7 +9,7 @@ from megashear.phases.run_folder import Context
 
 
 def run_export(context: Context) -> None:
-    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` where no phase trained after it."""
+    """Write the Hugging Face folder of the run's last model: `final`, or `pruned` if no phase trained after it."""
     settings = context.config.export
     output = Path(settings.folder) if settings.folder is not None else context.folder / "export"
     dtype = settings.dtype or context.config.precision
@@ -20,12 +20,12 @@ def run_export(context: Context) -> None:
 
 
 def last_model(context: Context) -> str:
-    """The model that the run comes to by the phases that it names or has done; the same on every rank."""
+    """Name of the last model of the phases that are configured or finished; the same on every rank."""
     phases = on_main(context.layout, lambda: known_phases(context.folder, context.config.run.phases))
     return "final" if "pretrain" in phases else "pruned"
 
 
 def outdated(context: Context) -> bool:
-    """Whether the export holds another model than the run's last one; the same on every rank."""
+    """Whether the export is of another model than the run's last one; the same on every rank."""
     record, model = context.done("export"), last_model(context)
     return record is not None and record["model"] != model

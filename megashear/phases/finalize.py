@@ -39,7 +39,7 @@ from megashear.train.metrics import save_masks
 
 
 def run_finalize(context: Context) -> None:
-    """Make the model folder `pruned` and prove it; writes what was kept, and how sure the masks were, to the record."""
+    """Write the model folder `pruned`, prove that it is equal, and record kept units and borderline masks."""
     cut = load_pruning_result(context)
     folder = context.model_folder("pruned")
     fold = Folding(context.source_shape, cut.keep, cut.masks.to("cpu"), context.config.prune.masking)
@@ -69,9 +69,9 @@ def run_finalize(context: Context) -> None:
 
 
 def kept_units(keep: KeptUnits, source: ModelShape) -> dict[str, int]:
-    """Units of the pruned model by granularity, over its layers; `query` only where groups have several query heads.
+    """Count the units of the pruned model by granularity; `query` only with several query heads per group.
 
-    What a row of a dropped layer, or a query of a dropped group, would have kept is not counted.
+    Units of dropped layers, and queries of dropped groups, are not counted.
     """
     layers = keep.layer.numel()
     kept = {"hidden": keep.hidden.numel(), "layer": layers, "group": layers * keep.group.shape[1]}
@@ -81,7 +81,7 @@ def kept_units(keep: KeptUnits, source: ModelShape) -> dict[str, int]:
 
 
 def drop_sources(context: Context) -> None:
-    """Remove the rotated and the fitted source, which nothing reads once pruning is finalized."""
+    """Remove the rotated and the fitted source, which are not read after finalize."""
 
     def drop() -> None:
         for name in (PRINCIPAL_FOLDER, FITTED_FOLDER):
@@ -92,7 +92,7 @@ def drop_sources(context: Context) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """What pruning came to: the model to cut, what stays of it, and the masks under which it computes the same."""
+    """Result of pruning: the model to fold, the kept units, and masks under which it computes the same."""
 
     masked: ModelFolder
     keep: KeptUnits
@@ -103,7 +103,7 @@ class Cut:
 
 
 def load_pruning_result(context: Context) -> Cut:
-    """The outcome of pruning, by its method. Raises CheckpointError where pruning is not done or its files are gone."""
+    """Load the result of pruning. Raises CheckpointError if pruning is not finished or files are missing."""
     record = context.done("prune")
     if record is None:
         raise CheckpointError(f"{context.folder}: pruning is not finished; run `megashear prune` (or `run`) first")
@@ -125,7 +125,7 @@ def load_pruning_result(context: Context) -> Cut:
 
 
 def load_masks(context: Context) -> HardConcreteMasks:
-    """The masks at the end of pruning. Raises CheckpointError where they are missing."""
+    """Load the masks at the end of pruning. Raises CheckpointError if they are missing."""
     config, layout = context.config, context.layout
     path = on_main(layout, lambda: newest_valid(context.folder / "prune"))
     last = step_folder(context.folder / "prune", config.prune.batch.steps)
@@ -154,7 +154,7 @@ def fold_folder(context: Context, cut: Cut, fold: Folding) -> None:
 
 
 def report(record: dict[str, Any]) -> str:
-    """What finalisation found, in lines for a person."""
+    """Text that reports the result of finalize."""
     lines = [f"finalize: pruned and masked logits agree within {record['logit_difference']:.1e} of the largest logit"]
     if record["exact_difference"] is not None:
         lines.append(f"  this model amplifies rounding; in fp64 they agree within {record['exact_difference']:.1e}")
@@ -167,7 +167,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def failure(context: Context, proof: Proof) -> str:
-    """What is wrong where the pruned model is not the masked one."""
+    """Error message for a pruned model that differs from the masked one."""
     return (
         f"{context.model_folder('pruned')}: the pruned model's logits differ from the masked model's by "
         f"{proof.difference:.1e} of the largest (at most {TOLERANCE:.0e}), and in fp64 by {proof.exact:.1e} (at most "

@@ -30,16 +30,18 @@ FITTED_FOLDER = "fitted"
 
 
 def fitted_folder(context: Context) -> ModelFolder:
-    """What one-shot pruning cuts: the source, in its principal basis where it was turned, fitted where that is asked
-    for.
-    """
+    """Model folder that one-shot pruning cuts: the source, rotated and fitted as configured."""
     return context.open_model(FITTED_FOLDER) if refit_batches(context.config.prune) else pruning_folder(context)
 
 
 def fit_source(context: Context, scores: Scores) -> None:
-    """Write the model folder `fitted` for what the scores keep, unless it is there for just that or not asked for.
+    """Write the model folder `fitted` for the units that the scores keep, unless it exists or is not configured.
 
-    Every rank calls it. Raises Interrupted after a stop was asked for, TrainingError where activations are not finite.
+    Call it on every rank.
+
+    Raises:
+        Interrupted: A stop was requested.
+        TrainingError: Activations are not finite.
     """
     prune, layout = context.config.prune, context.layout
     if not refit_batches(prune):
@@ -71,7 +73,7 @@ def fit_source(context: Context, scores: Scores) -> None:
 
 
 def is_there(folder: Path, fitted_for: dict[str, Any]) -> bool:
-    """Whether the folder is there and was fitted for just that."""
+    """Whether the folder exists and was fitted for the same kept units."""
     try:
         return ModelFolder.open(folder).provenance == fitted_for
     except ModelError:
@@ -79,7 +81,7 @@ def is_there(folder: Path, fitted_for: dict[str, Any]) -> bool:
 
 
 def digest_of(masks: Masks) -> str:
-    """A hash of which units masks keep."""
+    """Digest of the units that masks keep."""
     found = hashlib.sha256()
     for name, mask in masks.arrays().items():
         found.update(name.encode() + np.packbits(mask != 0).tobytes())

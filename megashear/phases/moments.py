@@ -59,7 +59,7 @@ def write_moments(context: Context, weights: WeightOptimizer, masks: MaskOptimiz
 
 
 def fold_moments(context: Context, keep: KeptUnits) -> None:
-    """Cut the moments as the model is cut (rank 0 alone); nothing where pruning wrote none."""
+    """Fold the moments like the model (rank 0 only); does nothing if pruning wrote none."""
     assert context.target_shape is not None
     fold = Folding(context.source_shape, keep, Masks())
     for name in MOMENTS:
@@ -74,7 +74,7 @@ def fold_moments(context: Context, keep: KeptUnits) -> None:
 
 
 def write_folded(folder: Path, model: ModelFolder, fold: Folding, context: Context, dtype: torch.dtype) -> None:
-    """Write what folding leaves of a model's tensors into `folder`, one tensor in memory at a time."""
+    """Write the folded tensors of a model into `folder`, one tensor in memory at a time."""
     assert context.target_shape is not None
     with ShardedWriter.create(folder, tensor_shapes(context.target_shape), dtype) as writer:
         for name in tensor_shapes(context.source_shape):
@@ -84,7 +84,7 @@ def write_folded(folder: Path, model: ModelFolder, fold: Folding, context: Conte
 
 
 def take_moments(context: Context, weights: WeightOptimizer) -> None:
-    """Start pre-training's Adam with the pruned moments, if there are any; the weights stay as they are."""
+    """Start pre-training's Adam with the pruned moments, if they exist; weights are not changed."""
     folder = context.folder / FOLDER
     paths = {name: folder / f"pruned-{name}" for name in MOMENTS}
     there = on_main(context.layout, lambda: all(path.exists() for path in paths.values()))
@@ -107,5 +107,5 @@ def take_moments(context: Context, weights: WeightOptimizer) -> None:
 
 
 def drop_moments(context: Context) -> None:
-    """Remove the files once pre-training is done."""
+    """Remove the files when pre-training is finished."""
     on_main(context.layout, lambda: shutil.rmtree(context.folder / FOLDER, ignore_errors=True))

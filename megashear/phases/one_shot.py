@@ -16,7 +16,7 @@ from megashear.phases.source_losses import source_losses
 
 
 def run_one_shot(context: Context) -> None:
-    """Score the units and record the phase as done. Raises as `importance_scores`."""
+    """Score the units and record the phase as finished. Raises the errors of `importance_scores`."""
     started, evaluated = time.monotonic(), context.evaluation_seconds
     assert context.source is not None
     scores = importance_scores(context)

@@ -35,7 +35,7 @@ SEQUENCES = 4
 
 @dataclass(frozen=True)
 class Proof:
-    """How far two models are apart, as shares of the largest logit."""
+    """Difference of two models, as shares of the largest logit."""
 
     difference: float
     """Of the pruned model from the masked one, both in fp32."""
@@ -44,7 +44,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether they are one function but for rounding; NaN is not."""
+        """Whether both are the same function to rounding; False for NaN."""
         if self.exact is None:
             return self.difference <= TOLERANCE
         return self.exact <= EXACT_TOLERANCE and self.difference <= LOOSE_TOLERANCE
@@ -52,7 +52,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class _Cut:
-    """The pruned model's tensors in fp64, cut from the masked model's as they are read."""
+    """Tensors of the pruned model in fp64, folded from the masked model's when they are read."""
 
     masked: ModelFolder
     fold: Folding
@@ -69,9 +69,12 @@ class _Cut:
 def prove(
     context: Context, masked: ModelFolder, fold: Folding, pruned: ModelFolder, heldout: HeldOut
 ) -> tuple[Proof, list[torch.nn.Module]]:
-    """Compare the masked model with the pruned one; returns this rank's chunks of the pruned one in fp32 too.
+    """Compare the masked model with the pruned one.
 
-    Every rank calls it, and gets the same proof. One model is in memory at a time, where nothing asks for fp64.
+    Call it on every rank; all get the same proof. One model is in memory at a time, unless fp64 is needed.
+
+    Returns:
+        The proof, and this rank's chunks of the pruned model in fp32.
     """
     expected = _logits(context, masked.shape, masked, heldout, torch.float32, fold.masks)
     chunks = _chunks(context, pruned.shape, pruned, torch.float32)
@@ -103,7 +106,7 @@ def _logits(
 def heldout_logits(
     context: Context, chunks: list[torch.nn.Module], heldout: HeldOut, masks: Masks | None
 ) -> list[torch.Tensor]:
-    """Logits [S, 1, V] of the first held-out sequences, one a micro-batch, on the ranks of the last stage."""
+    """Logits [S, 1, V] of the first held-out sequences, one per micro-batch, on ranks of the last pipeline stage."""
     layout = context.layout
     count = SEQUENCES * layout.data_size * layout.pipeline_size
     rows = [int(row) % len(heldout.rows) for row in local_rows(count, layout, 1)]
@@ -121,10 +124,9 @@ def heldout_logits(
 
 
 def _apart(context: Context, expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """Largest difference of a logit over all ranks, as a share of the largest logit; padding columns are left out.
+    """Largest difference of a logit over all ranks, as a share of the largest logit, without padding columns.
 
-    NaN where a logit of either is not a finite number: these are counted, for backends differ in what the largest of
-    NaN and a number is. Where the expected logits are all 0, 0 if the others are as well, else infinite.
+    NaN if a logit of either model is not finite. If all expected logits are 0: 0 if the others are too, else infinite.
     """
     vocab = context.source_shape.vocab_size
     pair = torch.zeros(2, dtype=torch.float64, device=context.layout.device)

@@ -39,20 +39,20 @@ logger = logging.getLogger(__name__)
 
 
 def principal(context: Context) -> bool:
-    """Whether hidden units are the source's principal directions."""
+    """Whether the run prunes hidden units along the source's principal directions."""
     assert context.target_shape is not None
     return in_principal_basis(context.config.prune, context.source_shape, context.target_shape)
 
 
 def pruning_source(context: Context) -> TensorSource:
-    """The weights that pruning starts from; every rank calls it. Raises Interrupted after a stop was asked for."""
+    """Weights that pruning starts from. Call it on every rank. Raises Interrupted if a stop was requested."""
     if principal(context):
         return pruning_folder(context)
     return RandomWeights(context.source_shape, context.config.run.seed) if context.source is None else context.source
 
 
 def pruning_folder(context: Context) -> ModelFolder:
-    """As `pruning_source`, of a run that has a folder of them."""
+    """Model folder that pruning starts from; see `pruning_source`."""
     if not principal(context):
         assert context.source is not None
         return context.source
@@ -83,7 +83,7 @@ def _rotate(context: Context) -> None:
 
 
 def _compare(context: Context, heldout: HeldOut, before: float) -> None:
-    """Say what the turn itself does to the held-out loss: nothing but rounding, and what a tied model's norm costs."""
+    """Print the held-out loss before and after the rotation."""
     chunks = build_source(context, context.open_model(PRINCIPAL_FOLDER))
     with context.evaluating():
         after = mean_loss(

@@ -57,7 +57,7 @@ FREE_KEYS = (
 
 @dataclass
 class Context:
-    """Everything that a phase needs to know of its run."""
+    """State shared by the phases of a run."""
 
     config: Config
     layout: Layout
@@ -74,21 +74,21 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of weights and products."""
+        """Dtype of weights and matrix products."""
         return DTYPES[self.config.precision]
 
     def distillation_plans(self, phase: str) -> DistillationPlan:
-        """How the source teaches a phase, with the weight that counts; every rank calls it."""
+        """Resolved distillation settings of a phase. Call it on every rank."""
         return on_main(self.layout, lambda: distillation_plans(self.config, self.source_shape, self.target_shape))[
             phase
         ]
 
     def model_folder(self, name: str) -> Path:
-        """A model that the run makes: `principal`, `fitted`, `masked`, `pruned` or `final`."""
+        """Path of a model of the run: `principal`, `fitted`, `masked`, `pruned` or `final`."""
         return self.folder / name
 
     def open_model(self, name: str) -> ModelFolder:
-        """A model that the run has made, its digests compared once. Raises ModelError, on every rank."""
+        """Open a model of the run after verifying its digests. Raises ModelError, on every rank."""
         folder = self.model_folder(name)
 
         def verify() -> None:
@@ -98,7 +98,7 @@ class Context:
         return ModelFolder.open(folder)
 
     def done(self, phase: str) -> dict[str, Any] | None:
-        """The record of a finished phase, or None; the same on every rank."""
+        """Record of a finished phase, or None; the same on every rank."""
         return on_main(self.layout, lambda: read_record(self.folder / phase / DONE))
 
     @contextmanager
@@ -109,23 +109,23 @@ class Context:
         self.evaluation_seconds += time.monotonic() - started
 
     def finish(self, phase: str, record: dict[str, Any]) -> None:
-        """Write the record that a phase is finished."""
+        """Write the record of a finished phase."""
         on_main(self.layout, lambda: write_json(self.folder / phase / DONE, record))
 
     def tokenizer_and_license_files(self) -> list[Path]:
-        """Tokenizer and licence files that go with the run's models: the source's, else the dataset's tokenizer."""
+        """Tokenizer and licence files for the run's models: the source's, else the dataset's tokenizer."""
         if self.source is not None and self.source.tokenizer_files:
             return self.source.tokenizer_files + self.source.companion_files
         return sorted(path for path in (self.dataset.folder / "tokenizer").iterdir() if path.is_file())
 
     def hf_config(self) -> dict[str, Any]:
-        """Hugging Face keys that the run's models keep: the source's, else the dataset's end-of-document token."""
+        """Hugging Face keys for the run's models: the source's, else the dataset's end-of-document token."""
         if self.source is not None:
             return self.source.config
         return {"eos_token_id": self.dataset.eos_id, "bos_token_id": None}
 
     def provenance(self, phases: list[dict[str, Any]]) -> dict[str, Any]:
-        """Where a model of this run comes from, for its manifest and its card."""
+        """Provenance of a model of this run, for its manifest and model card."""
         known: dict[str, Any] = {"phases": phases}
         if self.source is not None:
             known["source"] = {"path": str(self.config.source.folder), "shape": to_dict(self.source_shape)}
@@ -135,7 +135,7 @@ class Context:
 
 
 def open_context(config: Config, layout: Layout, stop: StopRequest, callbacks: Sequence[Callback] = ()) -> Context:
-    """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each; see `errors.py`."""
+    """Open dataset and source, resolve shapes, and claim the run folder. Raises the errors of each."""
     if config.data.folder is None:
         raise ConfigError("data.folder: null; name a dataset folder made by tools/preprocess_data.py")
     dataset = Dataset.open(config.data.folder)
@@ -155,11 +155,14 @@ def open_context(config: Config, layout: Layout, stop: StopRequest, callbacks: S
 
 
 def claim_run_folder(context: Context) -> None:
-    """Record what the run computes, or raise CheckpointError where the folder holds another run's record.
+    """Record what the run computes at its first start; compare with the record afterwards.
 
-    A run's first start compares the SHA-256 of every file of its dataset and of its source with their manifests: what
-    was damaged on the disk or on the way is refused before a number is computed from it. What it settles for an open
-    `distillation.weight` is recorded too, and holds from then on. Raises DataError, ModelError.
+    The first start compares the SHA-256 of every file of dataset and source with their manifests, and records the
+    resolved default of `distillation.weight`.
+
+    Raises:
+        CheckpointError: The folder belongs to another configuration.
+        DataError, ModelError: A file is damaged.
     """
     own = {"format_version": FORMAT_VERSION} | identity(context.config)
     own["data_digest"] = context.dataset.digest()
@@ -188,7 +191,7 @@ def claim_run_folder(context: Context) -> None:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The keys of a config that may not change on resume, as JSON values; data and source go by their digests."""
+    """Keys of a config that may not change on resume, as JSON values; data and source are identified by digests."""
     values = to_dict(config)
     own: dict[str, Any] = {name: value for name, value in values.items() if name not in FREE_SECTIONS}
     own["run"] = {"seed": values["run"]["seed"]}
@@ -202,7 +205,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object that the run wrote, or None where there is none yet. Raises CheckpointError for anything else."""
+    """Read a JSON record of the run; None if it does not exist. Raises CheckpointError if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -215,7 +218,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def differences(there: Any, here: Any, name: str) -> list[str]:
-    """List the keys whose values differ, as `a.b: old -> new`; a key that one side lacks is `unset` there."""
+    """List keys whose values differ, as `a.b: old -> new`; a missing key is `unset`."""
     if isinstance(there, dict) and isinstance(here, dict):
         found = []
         for key in sorted(there.keys() | here.keys()):

@@ -29,7 +29,7 @@ from megashear.train.training_phase import Callback
 
 
 def run_prune(context: Context) -> None:
-    """The phase `prune` by its method: learned masks, or scores alone."""
+    """Run the phase `prune` by its method: learned masks or one-shot."""
     if context.config.prune.method == "one_shot":
         run_one_shot(context)
     else:
@@ -80,8 +80,11 @@ def run(
 
 
 def run_phase(context: Context, phase: str) -> None:
-    """Run a phase unless it is done. Raises Interrupted where a stop was asked for before it, CheckpointError where
-    pre-training, which it would come before, is done.
+    """Run a phase unless it is finished.
+
+    Raises:
+        Interrupted: A stop was requested before the phase.
+        CheckpointError: Pre-training, which follows this phase, is already finished.
     """
     if context.done(phase) is not None and not (phase == "export" and outdated(context)):
         if phase in LEFTOVERS:

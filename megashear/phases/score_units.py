@@ -37,9 +37,13 @@ USED_KEYS = ("criterion", "layer_criterion", "batches")
 
 
 def importance_scores(context: Context) -> Scores | None:
-    """The run's scores, from its folder or computed now; None where `prune.importance.criterion` is not set.
+    """Scores of the run, from its folder or computed now; None if `prune.importance.criterion` is null.
 
-    Every rank calls it. Raises Interrupted after a stop was asked for, TrainingError where a score is not finite.
+    Call it on every rank.
+
+    Raises:
+        Interrupted: A stop was requested.
+        TrainingError: A score is not finite.
     """
     if context.config.prune.importance.criterion is None:
         return None
@@ -56,7 +60,7 @@ def importance_scores(context: Context) -> Scores | None:
 
 
 def check_finite(context: Context, scores: Scores) -> None:
-    """Raises TrainingError where a score is not a finite number."""
+    """Raise TrainingError if a score is not finite."""
     wrong = not_finite(scores)
     by_weights = [name for name in wrong if REGISTRY[scores.criteria[name]].measure is None]
     if by_weights:  # first: weights that are not finite leave nothing finite, and no text is to blame
@@ -70,7 +74,7 @@ def check_finite(context: Context, scores: Scores) -> None:
 
 
 def read_scores(context: Context) -> Scores:
-    """The scores that one-shot pruning was done with. Raises CheckpointError where they are missing or others."""
+    """Read the scores that one-shot pruning used. Raises CheckpointError if they are missing or from other inputs."""
     path = context.folder / SCORES_NAME
     advice = f"restore it from a copy, or remove {context.folder}/prune and what there is of it to prune again"
     scores, found = on_main(context.layout, lambda: load_scores(path, advice))
@@ -80,7 +84,7 @@ def read_scores(context: Context) -> Scores:
 
 
 def made_by(context: Context) -> dict[str, Any]:
-    """What scores depend on, as JSON values; the layout does not enter."""
+    """Everything that scores depend on, as JSON values; the layout is not part of it."""
     config = context.config
     known = {
         "importance": {name: getattr(config.prune.importance, name) for name in USED_KEYS},
@@ -99,7 +103,7 @@ def made_by(context: Context) -> dict[str, Any]:
 
 
 def calibration_record(context: Context) -> dict[str, Any]:
-    """What a phase's record says of calibration: tokens that basis, scores and fit read, and the FLOPs they took."""
+    """Fields about calibration in the record of a phase: tokens read by basis, scores and fit, and their FLOPs."""
     config, target = context.config, context.target_shape
     assert target is not None
     length, precision = config.data.sequence_length, config.precision
@@ -108,7 +112,7 @@ def calibration_record(context: Context) -> dict[str, Any]:
 
 
 def compute_scores(context: Context) -> Scores:
-    """Scores by the configured criteria, equal on every rank."""
+    """Compute scores by the configured criteria; equal on every rank."""
     config, shape = context.config, context.source_shape
     source = pruning_source(context)
     criteria = criteria_of(config.prune.importance, shape)
@@ -134,7 +138,7 @@ def _calibrated(context: Context, source: TensorSource, criteria: dict[str, str]
 
 
 def report(context: Context, scores: Scores, seconds: float) -> str:
-    """A table of the granularities that shrink: criterion, units, scores, their errors, units that noise may decide."""
+    """Table of the granularities that shrink: criterion, units, scores, errors, units within the noise."""
     assert context.target_shape is not None
     specs = mask_specs(context.source_shape, context.target_shape, context.config.prune.granularities)
     header = ["", "criterion", "rows", "units", "kept", "median score", "median error", "within an error of the cut"]

@@ -30,9 +30,14 @@ NAME = "simulated_weights"
 def simulate(run: Path, overrides: list[str], output: Path | None) -> None:
     """Print start, recorded and simulated weights, and write `simulated_weights.json` and `.png`.
 
-    run: a run folder, whose own mixture is changed by the overrides; or a metrics.jsonl, for which they name all that
-    is not a default. output: folder to write to; None: `plots` beside the records. Raises ConfigError, DataError,
-    StorageError.
+    Args:
+        run: Run folder, whose mixture section the overrides change; or a `metrics.jsonl`, for which they name all
+            values that are not defaults.
+        overrides: `mixture.KEY=VALUE` texts.
+        output: Output folder; None: `plots` next to the records.
+
+    Raises:
+        ConfigError, DataError, StorageError: The overrides or records are not usable, or writing fails.
     """
     path = run / FILE_NAME if run.is_dir() else run
     phases = [phase for phase in phases_of(read_metrics(path)) if phase.records.get("eval")]
@@ -54,7 +59,7 @@ def simulate(run: Path, overrides: list[str], output: Path | None) -> None:
 
 
 def _mixture(identity: Path, overrides: list[str]) -> MixtureConfig:
-    """The mixture section: the run's own where its record is beside the losses, then the overrides."""
+    """Mixture section: the run's own if its config is next to the records, with the overrides."""
     foreign = [text for text in overrides if not text.startswith("mixture.")]
     if foreign:
         raise ConfigError([f"override {text!r}: not a key of mixture, such as mixture.rule=ado" for text in foreign])
@@ -65,7 +70,7 @@ def _mixture(identity: Path, overrides: list[str]) -> MixtureConfig:
 
 
 def _start(config: MixtureConfig, phase: Phase, weights: dict[str, float] | None) -> Mixture:
-    """The mixture at a phase's start: by the config, else where the phase before ended, else as first recorded."""
+    """Mixture at the start of a phase: configured, else from the previous phase's end, else as first recorded."""
     records = phase.records["eval"]
     domains = dict.fromkeys(records[0]["weights"], 1)
     references = config.reference_losses or records[0].get("reference") or {}
@@ -82,7 +87,7 @@ def _start(config: MixtureConfig, phase: Phase, weights: dict[str, float] | None
 
 
 def _play(mixture: Mixture, phase: Phase) -> Phase:
-    """The phase's evaluations with the weights that the rule gives: none moves at its end, nor at pruning's start."""
+    """Apply the rule at each evaluation of a phase; weights do not change at its end, nor at the start of pruning."""
     records = []
     for record in phase.records["eval"]:
         step = record["step"]
@@ -97,7 +102,7 @@ def _weights(phase: Phase) -> list[dict[str, Any]]:
 
 
 def _told(recorded: list[Phase], played: list[Phase]) -> str:
-    """A table a phase: each domain's weight as recorded and as simulated, at the end and in the mean."""
+    """Table per phase: weight of each domain as recorded and as simulated, at the end and in the mean."""
     texts = []
     for one, other in zip(recorded, played, strict=True):
         pairs = [[record["weights"] for record in phase.records["eval"]] for phase in (one, other)]

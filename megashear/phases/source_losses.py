@@ -21,7 +21,7 @@ PRETRAIN_LOSSES = "source_losses_pretrain.json"
 
 
 def open_heldout(context: Context, sequences: int) -> HeldOut:
-    """The run's held-out windows, so many of each domain."""
+    """The run's held-out windows, `sequences` per domain."""
     data = context.config.data
     return HeldOut(context.dataset, data.sequence_length, sequences, data.separate_documents)
 
@@ -29,11 +29,13 @@ def open_heldout(context: Context, sequences: int) -> HeldOut:
 def source_losses(
     context: Context, phase: str, chunks: Sequence[Module], micro_batch: int, checkpoint: Path | None
 ) -> Losses | None:
-    """Held-out losses of the source model on the windows of `prune` or `pretrain`.
+    """Held-out losses of the source on the windows of `prune` or `pretrain`; None for a run from scratch.
 
-    They are evaluated once a run, while its weights are what the first phase starts from; where pre-training takes
-    other windows than pruning, on those too. None for a run from scratch. They are the references of
-    `references: source`, what pruning is watched by, and (of the first phase) a column of the run's last table.
+    They are evaluated once, while the weights are those of the source; if pre-training uses other windows, on both.
+    They are the references of `references: source`, the baseline of the divergence watch, and a column of the table.
+
+    Raises:
+        CheckpointError: The file is missing, and the source's weights have been trained since.
     """
     known = on_main(context.layout, lambda: _known(context.folder, phase))
     if known is not None or context.source is None:
@@ -62,6 +64,6 @@ def _known(folder: Path, phase: str) -> Losses | None:
 
 
 def read_losses(path: Path) -> Losses | None:
-    """Losses and errors by domain from a JSON file, or None where there is none."""
+    """Read losses and errors by domain from a JSON file; None if it does not exist."""
     found = read_record(path)
     return None if found is None else from_json(found)

@@ -20,7 +20,7 @@ TRAINING = ("prune", "pretrain")
 
 
 def conclude(context: Context) -> None:
-    """Print the table of held-out losses, write `summary.json`, draw the pictures (rank 0; the others wait)."""
+    """Print the table of held-out losses, write `summary.json`, draw plots (on rank 0; the others wait)."""
     on_main(context.layout, lambda: _conclude(context))
 
 
@@ -58,14 +58,14 @@ def _conclude(context: Context) -> None:
 
 
 def draw_pictures(folder: Path) -> list[Path]:
-    """Draw the pictures of a run folder; matplotlib is imported here, not when a rank starts."""
+    """Draw the plots of a run folder. matplotlib is imported here, not at the start of a rank."""
     from megashear.plots.run_plots import plot_run
 
     return plot_run(folder)
 
 
 def read_records(context: Context) -> dict[str, dict[str, Any]]:
-    """Records of the finished phases, whether or not the run file still names them."""
+    """Records of all finished phases, configured or not."""
     found = {}
     for phase in PHASES:
         record = read_record(context.folder / phase / DONE)
@@ -93,9 +93,12 @@ def outcome_table(
     seconds: Mapping[str, float],
     evaluation: Mapping[str, float],
 ) -> str:
-    """Parameters of each model, tokens and wall time of each phase, and the share of held-out evaluation in it.
+    """Table of model parameters, tokens and wall time by phase, and the share of held-out evaluation.
 
-    evaluation: seconds of `seconds`, by phase.
+    Args:
+        parameters: Parameters by model.
+        tokens, seconds: Tokens and wall time by phase.
+        evaluation: Seconds of held-out evaluation by phase, part of `seconds`.
     """
     rows = [[f"parameters, {name}", f"{number:,}"] for name, number in parameters.items()]
     rows += [[f"tokens, {phase}", f"{number:,}"] for phase, number in tokens.items()]

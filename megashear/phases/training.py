@@ -53,9 +53,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_training(context: Context, name: str) -> None:
-    """Run the phase `prune` or `pretrain` from its newest checkpoint, or from its start, and write the model it makes.
+    """Run the phase `prune` or `pretrain` from its newest checkpoint or its start, and write its model.
 
-    `prune` makes the model folder `masked` (the source's shape, to be cut by `finalize`), `pretrain` makes `final`.
+    `prune` writes the model folder `masked` (in the source's shape, for `finalize`), `pretrain` writes `final`.
     """
     config = context.config
     section = config.prune if name == "prune" else config.pretrain
@@ -114,7 +114,7 @@ def run_training(context: Context, name: str) -> None:
 
 
 def training_callbacks(context: Context) -> list[Callback]:
-    """Callbacks of a training phase, in order: logs, the caller's own, evaluation, checkpoint, stop."""
+    """Callbacks of a training phase, in order: logs, those of the caller, evaluation, checkpoint, stop."""
     checkpoints = Checkpoints(lambda phase: save_phase(context, phase), context.config.checkpoint.interval)
     return [
         AttentionBackendLog(),
@@ -130,9 +130,10 @@ def training_callbacks(context: Context) -> list[Callback]:
 
 
 def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSource:
-    """Where a phase's first weights come from: the pruned model, the source, or nothing but the seed.
+    """Initial weights of a phase: the pruned model, the source, or random weights from the seed.
 
-    Raises CheckpointError where pre-training should follow a finalisation that is not done.
+    Raises:
+        CheckpointError: Pre-training needs the pruned model, and finalize is not done.
     """
     if name == "pretrain" and context.target_shape is not None:
         if context.done("finalize") is None:
@@ -146,7 +147,7 @@ def starting_point(context: Context, name: str, shape: ModelShape) -> TensorSour
 def build_weights(
     context: Context, section: PruneConfig | PretrainConfig, shape: ModelShape, source: TensorSource
 ) -> WeightOptimizer:
-    """The model on this rank, filled, under its optimizer."""
+    """Build the model on this rank with its weights, under its optimizer."""
     config, layout = context.config, context.layout
     core = transformer_config(shape, config.parallel, context.dtype)
     exact = not isinstance(section, PruneConfig) or section.masking == "exact"
@@ -164,7 +165,7 @@ def build_phase(
     masks: MaskOptimizer | None,
     metrics: Metrics,
 ) -> Phase:
-    """Put the phase together and fill in its newest checkpoint's state, if there is one."""
+    """Build the phase and load its newest checkpoint, if there is one."""
     config, layout, dataset = context.config, context.layout, context.dataset
     length, batch = config.data.sequence_length, section.batch
     heldout = open_heldout(context, batch.eval_sequences)
@@ -219,7 +220,7 @@ def build_phase(
 def resume_from(
     checkpoint: Path, weights: WeightOptimizer, masks: MaskOptimizer | None, stream: BlendedStream, mixture: Mixture
 ) -> tuple[Counters, Losses | None]:
-    """Fill a phase's state from its checkpoint; returns its counters and last held-out losses."""
+    """Load a phase's checkpoint; returns its counters and last held-out losses."""
     state = load_checkpoint(checkpoint, weights, masks)
     stream.load_state_dict(state["stream"])
     mixture.load_state_dict(state["mixture"])
@@ -233,7 +234,7 @@ def build_stepper(
     masks: MaskOptimizer | None,
     how: DistillationPlan,
 ) -> Stepper:
-    """What runs the phase's steps, with its teacher where it has one."""
+    """Build the stepper of the phase, with its teacher if it has one."""
     jointly = isinstance(section, PruneConfig) and section.clip == "joint"
     teacher = build_teacher(context, how)
     seed, clip = context.config.run.seed, section.optimizer.clip_norm
@@ -241,7 +242,7 @@ def build_stepper(
 
 
 def open_stream(context: Context, mixture: Mixture) -> BlendedStream:
-    """The run's stream of samples from its beginning, by the mixture's weights."""
+    """The run's stream of samples from its beginning, with the mixture's weights."""
     data, seed = context.config.data, context.config.run.seed
     windows = sources(context.dataset, data.sequence_length)
     return BlendedStream(windows, seed, mixture.weights, data.exhausted, data.repeat_limit)
@@ -258,7 +259,7 @@ def open_batches(context: Context, stream: BlendedStream, batch: BatchConfig) ->
 def resume_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
     """Continue the stream where pruning ended, so that no sample repeats before its domain is used up.
 
-    Keeps the weights that the stream has. Returns the tokens of each domain that pruning took; none without pruning.
+    Keeps the stream's weights. Returns the tokens of each domain that pruning took; none without pruning.
     """
     pruned, weights = context.done("prune"), stream.weights
     if pruned is not None and "stream" in pruned:
@@ -268,7 +269,7 @@ def resume_stream(context: Context, stream: BlendedStream) -> dict[str, int]:
 
 
 def _start_pretraining_mixture(context: Context, mixture: Mixture) -> None:
-    """Weights at the start of pre-training: those of the config, else those at the end of pruning, else as they are."""
+    """Set the weights at the start of pre-training: configured, else those at the end of pruning."""
     given = context.config.mixture.pretrain_weights
     pruned = context.done("prune")
     if given is not None:
@@ -282,7 +283,7 @@ def _means(losses: Losses | None) -> dict[str, float] | None:
 
 
 def save_phase(context: Context, phase: Phase) -> None:
-    """Write a checkpoint of a phase as it is."""
+    """Write a checkpoint of a phase."""
     assert phase.losses is not None
     state = {
         "counters": asdict(phase.counters),
@@ -297,7 +298,7 @@ def save_phase(context: Context, phase: Phase) -> None:
 
 
 def phase_record(phase: Phase, losses: Losses) -> dict[str, Any]:
-    """What a finished phase did: for the next phases, the model card and the last table."""
+    """Record of a finished phase, for later phases, the model card and the final table."""
     return {
         "name": phase.name,
         "steps": phase.counters.step,
@@ -310,7 +311,7 @@ def phase_record(phase: Phase, losses: Losses) -> dict[str, Any]:
 
 
 def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
-    """Losses and their errors as a phase's record has them; an error that is not known is null."""
+    """Losses and errors as in the record of a phase; an unknown error is null."""
     values = to_json(losses)
     return {
         "losses": {name: loss for name, (loss, _) in values.items() if loss is not None},
@@ -319,7 +320,7 @@ def loss_record(losses: Losses) -> dict[str, dict[str, float | None]]:
 
 
 def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
-    """Records of the phases before this one that are done, whether or not the run file still names them."""
+    """Records of finished phases before this one, configured or not."""
     found = []
     for phase in PHASES[: PHASES.index(name)]:
         record = context.done(phase)
@@ -329,9 +330,10 @@ def earlier_records(context: Context, name: str) -> list[dict[str, Any]]:
 
 
 def build_teacher(context: Context, how: DistillationPlan) -> Teacher | None:
-    """The source model on this rank, filled, in the run's dtype; None where `how.weight` is 0.
+    """Build the source on this rank, in the run's dtype, as a teacher; None if the distillation weight is 0.
 
-    Raises ConfigError for a run from scratch, which `megashear check` reports too.
+    Raises:
+        ConfigError: A run from scratch has no teacher; `megashear check` reports this too.
     """
     if not how.weight:
         return None
