@@ -27,11 +27,20 @@ FINAL = "final"
 
 
 def export_model(model: Path, output: Path, dtype: str | None = None, max_shard_gb: float = 5.0) -> None:
-    """Write the Hugging Face folder `output` from a model folder or a run folder, prove it, print a summary.
+    """Write a Hugging Face folder from a model folder or run folder, verify it, and print a summary.
 
-    dtype: a key of DTYPES, None keeps each tensor's own. max_shard_gb: largest safetensors file in 10^9 bytes. An
-    `output` that already holds this very export is left as it is. Raises ModelError: no finished model, an `output`
-    that holds something else, or a proof that fails (`output` is then not made); StorageError: the disk is full.
+    An `output` that already holds this export is kept.
+
+    Args:
+        model: Model folder or run folder.
+        output: Folder to write.
+        dtype: fp32, bf16 or fp16; None: that of each tensor.
+        max_shard_gb: Largest safetensors file in 10^9 bytes.
+
+    Raises:
+        ModelError: There is no finished model, `output` holds something else, or verification fails; then `output` is
+            not created.
+        StorageError: The disk is full.
     """
     source, output = open_final(Path(model)), Path(output)
     kind = None if dtype is None else DTYPES[dtype]
@@ -64,7 +73,7 @@ def write_export(
 
 
 def open_final(path: Path) -> ModelFolder:
-    """The model folder at `path`, or the finished model of the run folder at `path`. Raises ModelError for neither."""
+    """Open the model folder at `path`, or the finished model of the run folder. Raises ModelError for neither."""
     if (path / CONFIG).is_file():
         return ModelFolder.open(path, digests=(path / MANIFEST).is_file())
     if (path / FINAL / CONFIG).is_file():

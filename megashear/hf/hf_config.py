@@ -23,7 +23,7 @@ _DROPPED = ("_name_or_path", "quantization_config", "transformers_version", "pre
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `folder`/config.json. Raises ModelError where it is missing or not a JSON object."""
+    """Read `folder`/config.json. Raises ModelError if it is missing or not a JSON object."""
     path = Path(folder) / NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -39,9 +39,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def shape_of_config(config: dict[str, Any], where: Path) -> ModelShape:
-    """The shape that a config.json describes; `where` is its path for messages.
+    """Shape described by a config.json; `where` is its path for messages.
 
-    Raises ModelError with every problem, one a line: sizes missing or impossible, and features that we do not carry.
+    Raises:
+        ModelError: Sizes are missing or impossible, or features are not supported; one line per problem.
     """
     problems = _unsupported(config)
     sizes: dict[str, Any] = {key: config.get(key) for key in _SIZES}
@@ -73,9 +74,12 @@ def shape_of_config(config: dict[str, Any], where: Path) -> ModelShape:
 
 
 def config_of_shape(shape: ModelShape, dtype: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model of this shape; `dtype` as torch names it ("bfloat16").
+    """config.json of a model of this shape.
 
-    `base`: the source's config, of which token ids and every key that we do not set are kept.
+    Args:
+        shape: Shape of the model.
+        dtype: Dtype as torch names it ("bfloat16").
+        base: Config of the source; its token ids and other keys are kept.
     """
     scaling = {"rope_type": "llama3", **asdict(shape.rope_scaling)} if shape.rope_scaling else None
     rope = {"rope_theta": shape.rope_theta, **(scaling or {"rope_type": "default"})}
@@ -119,7 +123,7 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 
 
 def _rope(config: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
-    """Base and rescaling of the rotary frequencies; rope_scaling goes before rope_parameters, as in transformers."""
+    """Base and scaling of the rotary frequencies; rope_scaling takes precedence, as in transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         problems.append(f"rope_scaling is {rope!r}, not an object")

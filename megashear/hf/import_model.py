@@ -14,10 +14,17 @@ from megashear.hf.model_folder import ModelFolder
 
 
 def import_model(source: Path, output: Path) -> None:
-    """Copy the Hugging Face LLaMA folder `source` to the model folder `output` and print what it is.
+    """Copy a Hugging Face LLaMA folder to a model folder, and print a summary.
 
-    An `output` that already holds this model is left as it is. Raises ModelError: the source is not a LLaMA that we
-    carry or not whole, `output` holds something else; StorageError: the disk is full.
+    An `output` that already holds this model is kept.
+
+    Args:
+        source: Hugging Face folder.
+        output: Model folder to write.
+
+    Raises:
+        ModelError: The source is not a supported LLaMA or not complete, or `output` holds something else.
+        StorageError: The disk is full.
     """
     source, output = Path(source), Path(output)
     model = ModelFolder.open(source)
@@ -37,7 +44,7 @@ def import_model(source: Path, output: Path) -> None:
 
 
 def summary(model: ModelFolder) -> str:
-    """A few lines: shape, parameters, dtype, size on disk, tokenizer, digest."""
+    """Summary of a model: shape, parameters, dtype, size on disk, tokenizer, digest."""
     shape = model.shape
     tokenizer = ", ".join(path.name for path in model.tokenizer_files) or "none found"
     return "\n".join(
@@ -55,7 +62,7 @@ def summary(model: ModelFolder) -> str:
 
 
 def _already_imported(model: ModelFolder, output: Path) -> ModelFolder:
-    """The model at `output`, which must be this one with the same tokenizer; raises ModelError otherwise."""
+    """Open `output`, which must be this model with the same tokenizer. Raises ModelError otherwise."""
     try:
         there = ModelFolder.open(output, digests=True)
         same = there.digest() == model.digest() and _contents(there) == _contents(model)

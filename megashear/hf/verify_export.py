@@ -19,10 +19,9 @@ from megashear.ops.reference import apply_rope, attention, rms_norm, rope_tables
 
 
 def reference_logits(model: ModelFolder, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Logits [B, S, V] in fp32 of the token ids [B, S].
+    """Logits [B, S, V] in fp32 of token ids [B, S], by an independent forward pass.
 
-    dtype: round every weight to it first, as an export of another dtype does; None takes the weights as stored. Besides
-    one tensor, the logits themselves are held.
+    Every weight is first rounded to `dtype`, as an export does; None: no rounding. Holds one tensor and the logits.
     """
     shape = model.shape
 
@@ -60,11 +59,19 @@ TOLERANCE = 1e-4
 
 
 def verify_export(folder: Path, model: ModelFolder, dtype: torch.dtype | None = None) -> float:
-    """Load `folder` with transformers and compare its logits with those of `model` by our own definition.
+    """Load `folder` with transformers and compare its logits with those of the independent forward pass of `model`.
 
-    model: what was exported, `dtype` what its weights were rounded to. Returns the largest difference as a share of the
-    largest logit. Raises ModelError: a tensor missing, unexpected or mis-shaped to transformers, a tokenizer that does
-    not load, logits that differ by more than TOLERANCE.
+    Args:
+        folder: Exported folder.
+        model: Exported model.
+        dtype: Dtype to which weights were rounded.
+
+    Returns:
+        Largest difference as a share of the largest logit.
+
+    Raises:
+        ModelError: transformers finds a missing, unexpected or mis-shaped tensor, the tokenizer does not load, or
+            logits differ by more than TOLERANCE.
     """
     _check_tokenizer(folder, model)
     ids_BS = check_tokens(model.shape)
@@ -80,7 +87,7 @@ def verify_export(folder: Path, model: ModelFolder, dtype: torch.dtype | None = 
 
 
 def check_tokens(shape: ModelShape) -> Tensor:
-    """The fixed token ids of the comparison: int64 [2, up to 64], spread over the vocabulary."""
+    """Fixed token ids of the comparison: int64 [2, up to 64], spread over the vocabulary."""
     positions = min(64, shape.max_position_embeddings)
     return (torch.arange(2 * positions) * 7919 % shape.vocab_size).reshape(2, positions)
 

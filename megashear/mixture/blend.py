@@ -53,8 +53,8 @@ def apportion(weight_K: np.ndarray, remainder_K: np.ndarray, seats: int) -> tupl
 def deadline_key(fraction_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     """Order in which domains get one more place, float64 [K], smallest first.
 
-    Domains with a fraction of at least 1/(2K-2) come first, by the time in which their weight raises the fraction to the
-    bound; those beyond it by the excess; the others follow, largest fraction first.
+    Domains with a fraction of at least 1/(2K-2) come first, by the time in which their weight raises the fraction to
+    the bound; those beyond it by the excess; the others follow, largest fraction first.
     """
     domains = len(fraction_K)
     least = 1.0 / (2 * domains - 2) if domains > 1 else 0.0

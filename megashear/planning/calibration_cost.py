@@ -20,9 +20,9 @@ PASSES = {
 
 @dataclass(frozen=True)
 class CalibrationCost:
-    """Tokens of text, FLOPs of all ranks, and bytes of host memory over the data-parallel ranks of a phase.
+    """Cost of calibration: tokens of text, FLOPs of all ranks, bytes of host memory over data-parallel ranks.
 
-    Each tensor-parallel rank keeps as many bytes of its own.
+    Each tensor-parallel rank keeps as many bytes.
     """
 
     tokens: int
@@ -31,9 +31,9 @@ class CalibrationCost:
 
 
 def criteria_of(config: ImportanceConfig, shape: ModelShape) -> dict[str, str]:
-    """Granularity -> criterion, for every granularity of a shape.
+    """Map every granularity of a shape to its criterion.
 
-    Layers have no activation of their own: Minitron scores them by block influence, and so does `activation`.
+    Layers have no activation: like Minitron, `activation` scores them by block influence.
     """
     assert config.criterion is not None
     layer = config.layer_criterion or config.criterion
@@ -46,7 +46,15 @@ def criteria_of(config: ImportanceConfig, shape: ModelShape) -> dict[str, str]:
 def calibration_cost(
     config: PruneConfig, source: ModelShape, target: ModelShape, length: int, principal: bool, precision: str
 ) -> CalibrationCost:
-    """What basis, scores and fit cost. length: tokens of a sequence; principal: whether hidden units are directions."""
+    """Cost of basis, scores and fit.
+
+    Args:
+        prune: Section `prune`.
+        source, target: Shapes.
+        length: Tokens per sequence.
+        principal: Whether hidden units are principal directions.
+        precision: Precision of the run.
+    """
     passes = int(principal)
     if config.importance.criterion is not None:
         passes += sum(PASSES[one] for one in set(criteria_of(config.importance, source).values()))

@@ -28,7 +28,7 @@ from megashear.planning.unused_keys import distillation_warnings, moments_warnin
 
 @dataclass
 class Report:
-    """What a check found: `problems` stop a run, `warnings` do not, `not_checked` could not be seen from here."""
+    """Result of a check: `problems` stop a run, `warnings` do not, `not_checked` could not be checked here."""
 
     source: ModelShape | None = None
     target: ModelShape | None = None
@@ -41,10 +41,18 @@ class Report:
 
 
 def check(config: Config, source_shape: ModelShape | None, world_size: int | None) -> Report:
-    """Compare all sections with each other. Raises ConfigError with every problem; returns the report where none is.
+    """Check all sections against each other.
 
-    source_shape: of the source's folder, or null where that is not at hand: then `source.shape` stands for it.
-    world_size: launched ranks, or null where none are: then `parallel.world_size` stands for it.
+    Args:
+        config: Configuration.
+        source_shape: Shape of the source folder; None if it is not available, then `source.shape` is used.
+        world_size: Launched ranks; None: `parallel.world_size`.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: There are problems; the error lists all of them.
     """
     report = examine(config, source_shape, world_size)
     if report.problems:
@@ -53,7 +61,7 @@ def check(config: Config, source_shape: ModelShape | None, world_size: int | Non
 
 
 def examine(config: Config, source_shape: ModelShape | None, world_size: int | None) -> Report:
-    """As `check`, with the problems in the report."""
+    """Like `check`, with the problems in the report."""
     report = Report()
     _world(config, world_size, report)
     _data(config, report)
@@ -144,7 +152,7 @@ def _shapes(config: Config, source_shape: ModelShape | None, report: Report) -> 
 
 
 def _source(config: Config, found: ModelShape | None, report: Report) -> ModelShape | None:
-    """The folder's shape, or that of `source.shape`; null, and noted, where neither is to be had."""
+    """Shape of the source folder, or of `source.shape`; None if neither is available, which is noted."""
     vocab = None if report.dataset is None else report.dataset.vocab_size
     given = config.source.shape != ShapeConfig()
     if config.source.folder is None:
@@ -169,7 +177,7 @@ def _source(config: Config, found: ModelShape | None, report: Report) -> ModelSh
 
 
 def _estimate_memory(config: Config, report: Report) -> None:
-    """Of the phases that train, and of pruning in one shot."""
+    """Estimate memory of the training phases and of one-shot pruning."""
     if report.world_size is None:
         return
     source, target, prune = report.source, report.target, config.prune
@@ -192,7 +200,7 @@ def _estimate_memory(config: Config, report: Report) -> None:
 
 
 def _work(config: Config, world_size: int, batch: BatchConfig) -> Work:
-    """A rank's part of a step with masks and without a teacher."""
+    """Work of a rank in a step, without masks and teacher."""
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     return Work(
         micro_batch=batch.micro_batch,

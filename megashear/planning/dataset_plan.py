@@ -19,7 +19,7 @@ COSTLY_EVALUATION = 0.15
 
 @dataclass(frozen=True)
 class Domain:
-    """Tokens of a domain, in training and in held-out data."""
+    """Training and held-out tokens of a domain."""
 
     train_tokens: int
     heldout_tokens: int
@@ -34,7 +34,7 @@ class Dataset:
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """What a dataset folder's manifest says. Raises DataError where it is missing or not a dataset's."""
+    """Read a dataset's manifest. Raises DataError if it is missing or not that of a dataset."""
     content = read_manifest(folder, DataError)
     try:
         domains = {
@@ -56,7 +56,7 @@ def _count(value: Any) -> int:
 
 
 def planned_weights(config: Config, dataset: Dataset) -> dict[str, float]:
-    """The weights at the start, which sum to 1: those of the config, a schedule's mean, else proportional to tokens."""
+    """Initial weights, sum 1: configured, the mean of a schedule, or proportional to tokens."""
     weights = config.mixture.initial_weights
     if config.mixture.rule == "schedule" and config.mixture.schedule:
         points = [[weight / sum(row) for weight in row] for row in zip(*config.mixture.schedule.values(), strict=True)]
@@ -68,7 +68,7 @@ def planned_weights(config: Config, dataset: Dataset) -> dict[str, float]:
 
 
 def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -> list[str]:
-    """What makes the dataset unusable for this run: other domains, too little held-out data, a foreign vocabulary."""
+    """Problems of the dataset for this run: other domains, too little held-out text, another vocabulary."""
     where, problems = f"{config.data.folder}", []
     if vocab_size is not None and dataset.vocab_size > vocab_size:
         problems.append(
@@ -100,7 +100,7 @@ def dataset_problems(config: Config, dataset: Dataset, vocab_size: int | None) -
 
 
 def dataset_warnings(config: Config, dataset: Dataset, phases: dict[str, BatchConfig]) -> list[str]:
-    """What will work otherwise than expected: domains that repeat too often, evaluations smaller than asked for."""
+    """Warnings about the dataset: domains that repeat too often, evaluations smaller than configured."""
     warnings = []
     total = run_tokens(config)
     for name, weight in planned_weights(config, dataset).items():
@@ -128,7 +128,7 @@ def dataset_warnings(config: Config, dataset: Dataset, phases: dict[str, BatchCo
 
 
 def evaluation_share(batch: BatchConfig, sequence_length: int, dataset: Dataset) -> float:
-    """Share of a phase's time that evaluations take, where a forward pass is a third of a training step's work."""
+    """Share of a phase's time spent on evaluations, if a forward pass is a third of a training step."""
     there = (domain.heldout_tokens // (sequence_length + 1) for domain in dataset.domains.values())
     evaluated = sum(min(batch.eval_sequences, windows) for windows in there) / 3
     return evaluated / (evaluated + batch.eval_interval * batch.global_batch)

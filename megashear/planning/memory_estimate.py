@@ -27,15 +27,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it in bytes."""
+        """Sum in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.teacher
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank does in a step: micro_batch sequences of sequence_length at a time, micro_batches of them.
+    """Work of a rank in a step.
 
-    teacher: the shape of a frozen teacher, or None; chunk: tokens of which its logits and the student's are in fp32.
+    Attributes:
+        micro_batch: Sequences of a micro-batch.
+        micro_batches: Micro-batches of a step.
+        sequence_length: Tokens of a sequence.
+        teacher: Shape of a frozen teacher, or None.
+        chunk: Tokens whose logits are in fp32 at a time during distillation.
     """
 
     micro_batch: int
@@ -49,17 +54,17 @@ class Work:
 
 
 def stage_memory(shape: ModelShape, parallel: ParallelConfig, work: Work) -> list[Memory]:
-    """Memory of a rank of each pipeline stage, the first stage first."""
+    """Memory of a rank of each pipeline stage, in order."""
     return [_memory(shape, parallel, work, stage) for stage in range(parallel.pipeline)]
 
 
 def one_shot_memory(
     source: ModelShape, target: ModelShape, parallel: ParallelConfig, work: Work, gradients: bool, fits: bool
 ) -> list[Memory]:
-    """Memory of a rank of each pipeline stage while pruning in one shot, which has no optimizer: of what takes most.
+    """Memory of a rank of each pipeline stage during one-shot pruning, which has no optimizer.
 
-    That is to evaluate the source as a training step would be, to score it sequence by sequence, or to fit it. work: as
-    of a training step; gradients: whether a criterion takes any; fits: whether output matrices are fitted.
+    The maximum of evaluating the source, scoring it sequence by sequence, and fitting it. `gradients` is whether a
+    criterion needs gradients, `fits` whether output matrices are fitted.
     """
     return [
         max(_one_shot_parts(source, target, parallel, work, stage, gradients, fits), key=lambda part: part.total)
@@ -68,14 +73,14 @@ def one_shot_memory(
 
 
 def chunk_layers(num_layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
-    """Layers in each model chunk of a pipeline stage; earlier parts of the stack take what does not divide."""
+    """Layers in each model chunk of a pipeline stage; remainders go to earlier chunks."""
     base, extra = divmod(num_layers, parallel.pipeline * parallel.virtual_pipeline)
     parts = [chunk * parallel.pipeline + stage for chunk in range(parallel.virtual_pipeline)]
     return [base + (part < extra) for part in parts]
 
 
 def rank_parameters(shape: ModelShape, parallel: ParallelConfig, stage: int) -> int:
-    """Parameters on a rank of a stage: products and vocabulary rows over tensor-parallel ranks, norms on each."""
+    """Parameters on a rank of a stage: products and vocabulary split over tensor-parallel ranks, norms replicated."""
     norms = 2 * shape.hidden_size
     layer = (shape.layer_parameters() - norms) // parallel.tensor + norms
     count = layer * sum(chunk_layers(shape.num_layers, parallel, stage))
@@ -150,10 +155,10 @@ def _one_shot_parts(
     gradients: bool,
     fits: bool,
 ) -> list[Memory]:
-    """Memory on a rank of a stage of evaluating, of scoring with gradients, and of fitting, as far as each is done.
+    """Memory of evaluating, of scoring with gradients, and of fitting, as far as each is done.
 
-    A fit holds two copies of the source, and of its widest output matrix the sums of outer products in fp64 with what
-    is added to them in fp32 and fp64 (`importance/least_squares.py`), whole on every rank.
+    A fit holds two copies of the source and, for its widest output matrix, sums of outer products in fp64 with their
+    increments in fp32 and fp64, complete on every rank.
     """
     single = replace(work, micro_batch=1, micro_batches=work.micro_batch * work.micro_batches)
     scoring = replace(_memory(source, parallel, single, stage), gradients=0, optimizer=0)
@@ -172,9 +177,9 @@ def _one_shot_parts(
 def teacher_memory(parallel: ParallelConfig, work: Work, stage: int) -> int:
     """Bytes of a teacher on a rank of a stage: its weights, and its targets on the last stage.
 
-    These are the final states of all micro-batches, under sequence parallelism one of them gathered as well, and for a
-    chunk of tokens logits and five numbers in fp32 for each of the rank's part of the vocabulary. Its activations are
-    gone before the student's come.
+    Targets are the final states of all micro-batches (one of them also gathered under sequence parallelism), and for a
+    chunk of tokens logits and five fp32 numbers per vocabulary entry of the rank. Its activations are freed before
+    the student's.
     """
     if work.teacher is None:
         return 0
@@ -194,5 +199,5 @@ def _element(work: Work) -> int:
 
 
 def _sequence_split(parallel: ParallelConfig) -> int:
-    """Parts into which activations outside the products are split."""
+    """Parts into which activations outside of products are split."""
     return parallel.tensor if parallel.sequence else 1

@@ -5,7 +5,7 @@ from megashear.config.schema import ADAPTIVE, ASCENDING, Config, MixtureConfig
 
 
 def mixture_problems(config: Config) -> list[str]:
-    """What stops dynamic batch loading, whatever the dataset; empty where no phase trains."""
+    """Problems of the mixture section, independent of the dataset; empty if no phase trains."""
     if not training_phases(config):
         return []
     mixture = config.mixture

@@ -7,7 +7,7 @@ from megashear.config.training_schema import BatchConfig, OptimizerConfig, Prune
 
 
 def importance_problems(config: Config, world_size: int | None) -> list[str]:
-    """What stops units from being scored, in a run that prunes."""
+    """Problems that prevent units from being scored, in a run that prunes."""
     if "prune" not in config.run.phases:
         return []
     prune, problems = config.prune, []
@@ -32,7 +32,7 @@ def importance_problems(config: Config, world_size: int | None) -> list[str]:
 
 
 def batch_problems(phase: str, batch: BatchConfig, parallel: ParallelConfig, world_size: int | None) -> list[str]:
-    """What does not divide: the global batch over ranks and micro-batches, micro-batches over a virtual pipeline."""
+    """Sizes that do not divide: global batch over ranks and micro-batches, micro-batches over a virtual pipeline."""
     replica = parallel.tensor * parallel.pipeline
     if world_size is None or world_size % replica:  # the layout's own problem is reported with the shapes
         return []
@@ -71,7 +71,7 @@ def schedule_problems(config: Config, phase: str, optimizer: OptimizerConfig, ba
 
 
 def distillation_problems(config: Config, phase: str) -> list[str]:
-    """A teacher that is not there: it is the model of the source's folder."""
+    """A teacher without a source folder."""
     weight = training_phases(config)[phase].distillation.weight
     if not weight or config.source.folder is not None:
         return []
@@ -82,7 +82,7 @@ def distillation_problems(config: Config, phase: str) -> list[str]:
 
 
 def schedule_length_problems(prune: PruneConfig) -> list[str]:
-    """Mask schedules that do not fit into the steps, and a granularity that closes twice."""
+    """Mask schedules that do not fit into the steps, and granularities listed twice."""
     problems, steps = [], prune.batch.steps
     sparsity, settled, closing = (
         prune.sparsity_warmup_steps or 0,

@@ -32,7 +32,7 @@ FOLDED_BYTES = 4
 
 
 def render(config: Config, report: Report) -> str:
-    """The tables of everything that a check could see, and what it could not."""
+    """All tables of a check, its warnings, and what was not checked."""
     phases = {name: phase.batch for name, phase in training_phases(config).items()}
     parts = []
     if report.source is not None:
@@ -59,7 +59,7 @@ def render(config: Config, report: Report) -> str:
 
 
 def learning_rates(config: Config, report: Report) -> dict[str, float]:
-    """Peak learning rate of each training phase, where the shapes are known that the derived ones follow."""
+    """Peak learning rate of each training phase, if the shapes it is derived from are known."""
     made = report.target if report.target is not None else report.source
     if made is None:
         return {}
@@ -80,7 +80,7 @@ def memory_table(memory: dict[str, list[Memory]]) -> str:
 
 
 def distillation_rows(config: Config, report: Report) -> list[list[str]]:
-    """What the source as teacher costs each phase that has it as one; nothing where shapes are not known."""
+    """Cost of the teacher per phase that uses one; empty if shapes are unknown."""
     rows, plans = [], distillation_plans(config, report.source, report.target)
     for name in training_phases(config):
         plan = plans[name]
@@ -95,7 +95,7 @@ def distillation_rows(config: Config, report: Report) -> list[list[str]]:
 
 
 def calibration_rows(config: Config, report: Report) -> list[list[str]]:
-    """What basis, scores and fit will cost; nothing where shapes are not known or nothing is calibrated."""
+    """Cost of basis, scores and fit; empty if shapes are unknown or nothing is calibrated."""
     if "prune" not in config.run.phases or report.source is None or report.target is None:
         return []
     length, source, target = config.data.sequence_length, report.source, report.target
@@ -117,7 +117,7 @@ def calibration_rows(config: Config, report: Report) -> list[list[str]]:
 
 
 def disk_table(config: Config, report: Report) -> str:
-    """GiB of one checkpoint of each phase, of those kept with the one that is being written, and of model folders."""
+    """GiB of one checkpoint per phase, of all kept ones while another is written, and of model folders."""
     rows = []
     for name in training_phases(config):
         shape = report.target if name == "pretrain" and report.target is not None else report.source
@@ -129,7 +129,7 @@ def disk_table(config: Config, report: Report) -> str:
 
 
 def _model_bytes(config: Config, report: Report) -> float:
-    """Bytes of a run's model folders while most of them are there: at the cut, where the run prunes."""
+    """Bytes of a run's model folders at their peak, which is at finalize in a run that prunes."""
     assert report.source is not None
     size = STORED_BYTES[config.precision]
     if not run_prunes(config) or report.target is None:
@@ -142,7 +142,7 @@ def _model_bytes(config: Config, report: Report) -> float:
 
 
 def presets_table() -> str:
-    """Every shape that a preset names."""
+    """Table of the named shapes."""
     header = ["preset", "hidden", "layers", "heads", "groups", "head size", "intermediate", "vocabulary", "parameters"]
     rows = []
     for name, shape in PRESETS.items():
@@ -166,7 +166,7 @@ def _epochs(config: Config, report: Report, phases: dict[str, BatchConfig]) -> d
 
 
 def shape_table(source: ModelShape, target: ModelShape | None) -> str:
-    """Sizes and parameters now and then, and what remains; target: None where nothing is pruned."""
+    """Table of sizes and parameters of source and target, and the kept shares; `target` is None without pruning."""
     shapes = [shape for shape in (source, target) if shape is not None]
     sizes = {
         "hidden size": [shape.hidden_size for shape in shapes],
@@ -187,7 +187,7 @@ def shape_table(source: ModelShape, target: ModelShape | None) -> str:
 
 
 def phase_table(phases: Mapping[str, BatchConfig], rates: Mapping[str, float], sequence_length: int) -> str:
-    """Steps, sequences and tokens of each training phase; rates: their peak learning rates, as far as known."""
+    """Table of steps, sequences, tokens and peak learning rate of each training phase."""
     rows = []
     for name, batch in phases.items():
         tokens = batch.global_batch * sequence_length
@@ -207,7 +207,7 @@ def phase_table(phases: Mapping[str, BatchConfig], rates: Mapping[str, float], s
 
 
 def layout_table(parallel: ParallelConfig, world_size: int, memory: Mapping[str, float] | None = None) -> str:
-    """How the ranks are laid out; memory: bytes on the fullest rank by what they are for, or None."""
+    """Table of the layout; `memory` is bytes on the fullest rank by purpose, or None."""
     data = world_size // (parallel.tensor * parallel.pipeline)
     rows = [
         ["ranks", str(world_size)],
@@ -226,7 +226,7 @@ def layout_table(parallel: ParallelConfig, world_size: int, memory: Mapping[str,
 
 
 def checkpoint_table(folder: str, checkpoint: CheckpointConfig, phases: Mapping[str, BatchConfig]) -> str:
-    """Where checkpoints go, how often one is written, how many there will be and how many stay on the disk."""
+    """Table of checkpoints: interval, number written, number kept."""
     rows = []
     for name, batch in phases.items():
         written = math.ceil(batch.steps / checkpoint.interval)
@@ -235,7 +235,7 @@ def checkpoint_table(folder: str, checkpoint: CheckpointConfig, phases: Mapping[
 
 
 def epochs_table(epochs: Mapping[str, Mapping[str, float]], max_epochs: float) -> str:
-    """Epochs of each domain that the planned weights need, too many marked `!`; epochs: phase -> domain -> epochs."""
+    """Table of the epochs of each domain at the planned weights, too many marked `!`."""
     domains = list(dict.fromkeys(domain for planned in epochs.values() for domain in planned))
     rows = []
     for domain in domains:

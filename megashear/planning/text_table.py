@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A title line, a header (none where all its cells are empty), a rule and the rows, in columns two blanks apart."""
+    """Format a table: title, header (omitted if all cells are empty), rule and rows, columns two spaces apart."""
     widths = [max(len(cells[column]) for cells in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -16,7 +16,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 
 def count(number: float) -> str:
-    """A large number in short, three digits: 6.74 B, 420 M, 1.05 T; below a thousand as it is."""
+    """Short form of a number with three digits: 6.74 B, 420 M, 1.05 T; unchanged below a thousand."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + f" {unit}"

@@ -74,7 +74,7 @@ def pruning_warnings(config: Config, source: ModelShape, target: ModelShape) -> 
 
 
 def moments_warnings(config: Config) -> list[str]:
-    """A fresh Adam asked for where there is nothing else."""
+    """Warnings for `pretrain.moments: fresh` in runs that have no other moments."""
     prune, phases = config.prune, config.run.phases
     if config.pretrain.moments != "fresh" or "pretrain" not in phases:
         return []
@@ -84,7 +84,7 @@ def moments_warnings(config: Config) -> list[str]:
 
 
 def _unused_weight(config: Config) -> list[str]:
-    """Of one-shot pruning, whose share of the teacher is what an open one of pre-training stands for, and no more."""
+    """Warning for a teacher weight under one-shot pruning that pre-training does not inherit."""
     followed = "pretrain" in config.run.phases and config.pretrain.distillation.weight is None
     if followed or not config.prune.distillation.weight:
         return []
@@ -92,7 +92,7 @@ def _unused_weight(config: Config) -> list[str]:
 
 
 def changed(prune: PruneConfig, keys: tuple[str, ...]) -> list[str]:
-    """Those of the keys that are neither the section's default nor the published choice, which recipes spell out."""
+    """Keys that are set to neither the default nor the published value (recipes list all keys)."""
     found, plain = asdict(prune), asdict(PruneConfig())
     return [key for key in keys if _at(found, key) not in (_at(plain, key), _at(PAPER, key))]
 
@@ -104,7 +104,7 @@ def _at(values: dict[str, Any], key: str) -> Any:
 
 
 def distillation_warnings(config: Config, source: ModelShape | None, target: ModelShape | None) -> list[str]:
-    """A teacher that is the very model that training starts from; what is warnings of a teacher where there is none."""
+    """Warnings for a teacher equal to the initial model, and for distillation keys without a teacher."""
     warnings, plain, taught = [], vars(DistillationConfig()), distillation_plans(config, source, target)
     published = PAPER["distillation"] if config.prune.preset == "paper" else plain
     for name, phase in training_phases(config).items():

@@ -24,13 +24,13 @@ from megashear.report.run_record import RunRecord
 
 
 def names_of(first: RunRecord, second: RunRecord) -> tuple[str, str]:
-    """What the runs are called: their folders' names, or their paths where those are equal."""
+    """Names of the runs: their folder names, or paths if those are equal."""
     both = (first.name, second.name)
     return both if both[0] != both[1] else (str(first.folder), str(second.folder))
 
 
 def comparison(first: RunRecord, second: RunRecord) -> Html:
-    """The section that compares two runs."""
+    """Section that compares two runs."""
     names = names_of(first, second)
     parts = [paragraph(f"{names[0]} beside {names[1]}.")]
     if first.losses and second.losses:
@@ -46,8 +46,9 @@ def comparison(first: RunRecord, second: RunRecord) -> Html:
 
 
 def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) -> Html:
-    """Losses of both by domain, second minus first, and whether that is more than two standard errors of it; sentences
-    on the domains of one run alone, and on other sequences.
+    """Losses of both runs by domain, second - first, and whether the difference exceeds two standard errors.
+
+    Notes domains that only one run has, and evaluations on different sequences.
     """
     (column, mine), (other_column, other) = (list(run.losses.items())[-1] for run in (first, second))
     sections = [alone(names[0], mine, other), alone(names[1], other, mine)]
@@ -72,13 +73,13 @@ def loss_differences(names: Sequence[str], first: RunRecord, second: RunRecord) 
 
 
 def alone(name: str, losses: Losses, other: Losses) -> Html:
-    """A sentence on the domains that one run was evaluated on and the other was not; nothing where there is none."""
+    """Sentence on domains that only one of the runs was evaluated on; empty if there are none."""
     left = [domain for domain in losses if domain not in other]
     return paragraph(f"Only {name} was evaluated on {', '.join(left)}.") if left else Html("")
 
 
 def caption_of(both: list[tuple[DomainSequences | None, DomainSequences | None]]) -> str:
-    """What the errors of the differences are."""
+    """Caption that explains the errors of the differences."""
     paired = [paired_difference(*pair) is not None for pair in both]
     if all(paired):
         how = "Their errors are those of the differences sequence by sequence"
@@ -95,14 +96,14 @@ def caption_of(both: list[tuple[DomainSequences | None, DomainSequences | None]]
 def difference_of(
     mine: tuple[float, float], other: tuple[float, float], first: DomainSequences | None, second: DomainSequences | None
 ) -> tuple[float, float]:
-    """Difference of two losses and its standard error: over pairs of sequences where both runs have the same ones."""
+    """Difference of two losses and its standard error, paired by sequence if both runs have the same ones."""
     return paired_difference(first, second) or (other[0] - mine[0], math.hypot(mine[1], other[1]))
 
 
 def difference_row(
     name: str, mine: tuple[float, float], other: tuple[float, float], found: tuple[float, float]
 ) -> list[str]:
-    """One line of the table: both losses, and the difference that was found, each with its standard error."""
+    """Table row: both losses and their difference, each with its standard error."""
     difference, error = found
     shown = with_error(difference, error, sign="+") if math.isfinite(difference) else "-"
     if not math.isfinite(error) or not math.isfinite(difference):
@@ -115,7 +116,7 @@ def difference_row(
 
 
 def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
-    """Tokens, FLOPs and time of both."""
+    """Tokens, FLOPs and time of both runs."""
     rows = []
     for name, run in zip(names, runs, strict=True):
         spent = costs(run)
@@ -129,7 +130,7 @@ def cost_beside(names: Sequence[str], runs: Sequence[RunRecord]) -> Html:
 
 
 def draw_curves(names: Sequence[str], runs: Sequence[RunRecord]) -> Figure | None:
-    """Left: mean loss over tokens; right: over training FLOPs. None where the runs share no evaluated domain."""
+    """Plot mean loss over tokens (left) and training FLOPs (right); None without shared domains."""
     found = [names_in(run.phases, "eval", "loss") for run in runs]
     shared = [domain for domain in found[0] if domain in found[1]]
     if not shared:

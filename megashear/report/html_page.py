@@ -34,17 +34,17 @@ caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; }
 
 
 def paragraph(text: str) -> Html:
-    """A paragraph of plain text."""
+    """Paragraph of plain text."""
     return Html(f"<p>{escape(text)}</p>")
 
 
 def bullets(lines: Sequence[str]) -> Html:
-    """A list of plain texts; nothing where there is none."""
+    """List of plain texts; empty without any."""
     return Html("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else "")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Html:
-    """A table, its first column aligned left; caption: a sentence below it."""
+    """Table with the first column aligned left; `caption` is a sentence below it."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -55,7 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
 
 
 def picture(figure: Figure, caption: str) -> Html:
-    """A figure as a PNG inside of the page, with a sentence below it."""
+    """Figure as an embedded PNG, with a caption."""
     png = BytesIO()
     figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
     source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii")
@@ -64,12 +64,12 @@ def picture(figure: Figure, caption: str) -> Html:
 
 
 def section(title: str, parts: Sequence[Html]) -> Html:
-    """A heading and what stands below it."""
+    """Heading and content."""
     return Html(f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>")
 
 
 def page(title: str, parts: Sequence[Html]) -> str:
-    """The whole file."""
+    """Complete HTML file."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'

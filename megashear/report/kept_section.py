@@ -8,7 +8,7 @@ from megashear.report.run_record import RunRecord
 
 
 def kept(run: RunRecord) -> list[Html]:
-    """What pruning kept: units by granularity, and by layer."""
+    """Section on the kept units, by granularity and by layer."""
     parts: list[Html] = []
     pruned = run.done.get("prune", {})
     if pruned.get("method") == "one_shot":
@@ -39,7 +39,7 @@ def kept(run: RunRecord) -> list[Html]:
 
 
 def granularities(run: RunRecord) -> list[list[str]]:
-    """A row for each granularity that has masks or was cut: open, kept, borderline, lowest."""
+    """Row per granularity that has masks or was pruned: open, kept, borderline, lowest."""
     finalized = run.done.get("finalize", {})
     near = {one.get("granularity"): one for one in finalized.get("borderline", [])}
     cut = finalized.get("kept", {})
@@ -54,7 +54,7 @@ def granularities(run: RunRecord) -> list[list[str]]:
 
 
 def by_layer(run: RunRecord, grids: dict[str, np.ndarray]) -> Html:
-    """Open units of every layer; blanks where the layer itself goes."""
+    """Open units of every layer; blank if the layer is dropped."""
     layer = run.masks.get("layer")
     number = len(layer) if layer is not None else len(next(iter(grids.values())))
     header = ["layer", *(["mask of the layer"] if layer is not None else []), *(f"open, {name}" for name in grids)]

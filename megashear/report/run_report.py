@@ -37,10 +37,16 @@ CAPTIONS = {
 
 
 def write_report(folder: Path, other: Path | None = None, output: Path | None = None) -> Path:
-    """Write the report of a run, compared with a second one where it is named; returns the file.
+    """Write the report of a run, compared with a second one if given; returns the file.
 
-    output: by default `report.html` in the run folder. Raises DataError where a folder is not one of a run or its
-    records are damaged, StorageError where the file cannot be written.
+    Args:
+        run: Run folder.
+        other: Run folder to compare with.
+        output: File; None: `report.html` in the run folder.
+
+    Raises:
+        DataError: A folder is not that of a run, or its records are damaged.
+        StorageError: The file cannot be written.
     """
     run = read_run(folder)
     second = read_run(other) if other is not None else None
@@ -56,7 +62,7 @@ def write_report(folder: Path, other: Path | None = None, output: Path | None = 
 
 
 def render(run: RunRecord, second: RunRecord | None = None) -> str:
-    """The page as text; the caller has set the pictures' style."""
+    """The page as text; the caller sets the style of the plots."""
     parts = [headline(run)]
     if run.missing:
         parts.append(section("What is missing", [bullets(run.missing)]))
@@ -68,7 +74,7 @@ def render(run: RunRecord, second: RunRecord | None = None) -> str:
 
 
 def headline(run: RunRecord) -> Html:
-    """What was sheared to what."""
+    """Section on source and result: parameters and shapes."""
     if run.target is None:
         return paragraph("The shape of this run's model is not known.")
     size = count(run.target.parameters())
@@ -95,7 +101,7 @@ def headline(run: RunRecord) -> Html:
 
 
 def losses(run: RunRecord) -> list[Html]:
-    """Held-out losses of every model of the run."""
+    """Section on held-out losses of every model of the run."""
     columns = run.losses
     if not columns:
         return []
@@ -111,7 +117,7 @@ def losses(run: RunRecord) -> list[Html]:
 
 
 def cost(run: RunRecord) -> list[Html]:
-    """Tokens, FLOPs and time by phase."""
+    """Section on tokens, FLOPs and time by phase."""
     found = costs(run)
     if not found:
         return []
@@ -146,7 +152,7 @@ def number(value: float) -> str:
 
 
 def mixture(run: RunRecord) -> list[Html]:
-    """Weights of the domains and epochs of their data."""
+    """Section on domain weights and epochs."""
     columns: dict[str, dict[str, float]] = {}
     for phase in run.phases:
         evaluated, trained = phase.records.get("eval", []), phase.records.get("train", [])
@@ -174,7 +180,7 @@ def mixture(run: RunRecord) -> list[Html]:
 
 
 def pictures(run: RunRecord) -> list[Html]:
-    """All that `megashear plot` draws."""
+    """Section with the plots of `megashear plot`."""
     figures = chain(draw_pictures(run.phases, run.masks), importance_picture(run.folder))
     drawn = [picture(figure, CAPTIONS[name]) for name, figure in figures]
     return [section("Pictures", drawn)] if drawn else []
