@@ -21,7 +21,7 @@ LOSS, GRADIENT = 3, 5
 def digest(phase: Phase) -> str:
     """Everything that a step may change; the weights' part is this rank's whole copy (data parallel)."""
     seen = hashlib.sha256()
-    masks = phase.stepper.masks
+    masks = phase.stepper.mask_optimizer
     assert masks is not None
     parameters = [p.detach() for chunk in phase.stepper.weights.chunks for p in chunk.parameters()]
     for tensor in [*parameters, *masks.state_dict().values()]:

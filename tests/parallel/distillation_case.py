@@ -24,11 +24,11 @@ from parallel.step_case import LENGTH, PROPORTIONAL, SEED, STEP, some_masks, who
 
 
 def taught_step(
-    shape: str, parallel: dict[str, Any], run_prunes: bool, how: dict[str, Any], layers: int = 5, micro: int = 4
+    shape: str, parallel: dict[str, Any], prunes: bool, how: dict[str, Any], layers: int = 5, micro: int = 4
 ) -> dict[str, Any]:
     """Loss, KL, gradients and weights of one step; pruning has the teacher's shape, else the student is smaller."""
     source = replace(SHAPES[shape], num_layers=layers)
-    student = source if run_prunes else replace(TARGETS[shape], num_heads=source.num_heads, num_layers=layers - 1)
+    student = source if prunes else replace(TARGETS[shape], num_heads=source.num_heads, num_layers=layers - 1)
     student = replace(student, num_query_groups=source.num_query_groups)
     layout, chunks = build_model(student, ParallelConfig(**parallel), Other(student))
     config = transformer_config(source, ParallelConfig(**parallel), torch.float32)
@@ -40,11 +40,11 @@ def taught_step(
     for chunk in taught:
         load_weights(chunk, Drawn(source))
     weights = WeightOptimizer(chunks, PROPORTIONAL, torch.float32, distributed=False)
-    masks = some_masks(source, TARGETS[shape], layout) if run_prunes else None
+    masks = some_masks(source, TARGETS[shape], layout) if prunes else None
     teacher = Teacher(taught, DistillationPlan(**how), layout)
     stepper = Stepper(layout, weights, masks, SEED, 1, clip_norm=1.0, clip_jointly=True, teacher=teacher)
     samples = torch.randint(0, 101, (micro, LENGTH + 1), generator=torch.Generator().manual_seed(3))
-    separator = None if run_prunes else 7
+    separator = None if prunes else 7
     batches = micro_batches(samples[local_rows(micro, layout, 1)], layout, 1, layout.device, separator)
     losses = stepper.forward_backward(batches, STEP)
     gradients = whole(weights, lambda parameter: parameter.main_grad)

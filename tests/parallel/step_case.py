@@ -34,7 +34,7 @@ class Recorder(Stepper):
 
     def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
         loss = super().forward_backward(batches, step)
-        self.mask_gradients = self.masks.gradients_flat().clone()
+        self.mask_gradients = self.mask_optimizer.gradients_flat().clone()
         shards = self.weights.parts[0].config.use_distributed_optimizer
         self.gradients = {} if shards else whole(self.weights, lambda parameter: parameter.main_grad)
         return loss

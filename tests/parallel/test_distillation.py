@@ -31,9 +31,9 @@ LAYOUTS = [
     ),
 ]
 SLOW_LAYOUTS = [
-    (shape, run_prunes, sizes)
+    (shape, prunes, sizes)
     for shape in ("multi-head", "multi-head tied", "grouped", "grouped untied", "grouped by 2")
-    for run_prunes in (PRUNE, PRETRAIN)
+    for prunes in (PRUNE, PRETRAIN)
     for sizes in (
         {"tensor": 2},
         {"tensor": 4},
@@ -54,15 +54,15 @@ SLOW_LAYOUTS = [
 @pytest.fixture(scope="module")
 def single(ranks: Callable[[int], Ranks]) -> Callable[[str, bool], dict[str, Any]]:
     """The single process's step."""
-    return cache(lambda shape, run_prunes: taught(ranks, shape, run_prunes, {}))
+    return cache(lambda shape, prunes: taught(ranks, shape, prunes, {}))
 
 
 def taught(
-    ranks: Callable[[int], Ranks], shape: str, run_prunes: bool, sizes: dict[str, Any], how: dict[str, Any] = HOW
+    ranks: Callable[[int], Ranks], shape: str, prunes: bool, sizes: dict[str, Any], how: dict[str, Any] = HOW
 ) -> dict[str, Any]:
     sizes = dict(sizes)
     world = sizes.pop("data", 1) * sizes.get("tensor", 1) * sizes.get("pipeline", 1)
-    arguments = {"shape": shape, "parallel": sizes, "prunes": run_prunes, "how": how}
+    arguments = {"shape": shape, "parallel": sizes, "prunes": prunes, "how": how}
     return ranks(world).call("parallel.distillation_case:taught_step", **arguments)
 
 
