@@ -32,7 +32,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @dataclass(frozen=True)
 class Folding:
-    """What is needed to fold any tensor of the source; call it tensor by tensor, in any order."""
+    """Folds any tensor of the source; call it tensor by tensor, in any order."""
 
     source: ModelShape
     keep: KeptUnits
@@ -42,10 +42,17 @@ class Folding:
     """prune.masking of the run that made the masks: exact or published."""
 
     def __call__(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The pruned tensor and its name, or None where it goes away (a dropped layer, a tied copy of the embedding).
+        """Fold a tensor.
 
-        name, tensor: a full tensor of the source under its Hugging Face name. Products are taken in at least fp32 and
-        rounded once to the tensor's dtype. Raises ModelError for a name that LLaMA does not have.
+        Args:
+            name, tensor: Full tensor of the source under its Hugging Face name.
+
+        Returns:
+            Name and tensor in the pruned model, computed in at least fp32 and rounded once; None if it is removed (a
+            dropped layer, or a tied copy of the embedding).
+
+        Raises:
+            ModelError: LLaMA has no tensor of this name.
         """
         match = LAYER_NAME.fullmatch(name)
         if match:
@@ -62,7 +69,7 @@ class Folding:
         raise ModelError(f"{name}: not a tensor of a LLaMA; the model holds something that cannot be pruned here")
 
     def _layer(self, layer: int, part: str, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """A tensor of source layer `layer`, renumbered."""
+        """Fold a tensor of source layer `layer`, and renumber it."""
         place = (self.keep.layer == layer).nonzero()
         if place.numel() == 0:
             return None
@@ -91,16 +98,16 @@ class Folding:
         raise ModelError(f"{name}: not a tensor of a LLaMA; the model holds something that cannot be pruned here")
 
     def _head_rows(self, heads: Tensor) -> Tensor:
-        """Rows that the given heads take in a projection: head_dim side by side for each."""
+        """Rows of the given heads in a projection, head_dim per head."""
         return (heads[:, None] * self.source.head_dim + torch.arange(self.source.head_dim)).reshape(-1)
 
     def _norm_scale(self) -> Tensor | None:
-        """What a norm's output is multiplied by, [d]: hidden mask times gain."""
+        """Factor of a norm's output, [d]: hidden mask times gain."""
         hidden, gain = self.masks.hidden, self.masks.norm_gain
         return hidden if hidden is None or gain is None else hidden * gain
 
     def _branch_scale(self, layer: int) -> Tensor | None:
-        """What a branch's output is multiplied by, [d] or [1]: layer mask times hidden mask."""
+        """Factor of a branch's output, [d] or [1]: layer mask times hidden mask."""
         hidden = self.masks.hidden
         if self.masks.layer is None:
             return hidden
@@ -115,10 +122,15 @@ def cut(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> Tensor:
-    """The given rows and columns of a matrix (or entries of a vector), scaled by mask values and rounded once.
+    """Select rows and columns of a matrix (or entries of a vector), scale them by mask values, and round once.
 
-    rows, columns: int64 indices, null keeps all. row_scale, column_scale: values for all source rows and columns ([1]:
-    the same for all), null is ones. Returns a contiguous tensor of the input's dtype on its device.
+    Args:
+        tensor: Matrix or vector.
+        rows, columns: int64 indices; None keeps all.
+        row_scale, column_scale: Values for all source rows and columns, or [1] for the same value; None: ones.
+
+    Returns:
+        Contiguous tensor of the input's dtype, on its device.
     """
     out = tensor
     for dim, index in ((0, rows), (1, columns)):

@@ -20,7 +20,7 @@ from megashear.masks.mask_specs import MaskSpec
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """Kept units, as ascending int64 indices into the source; rows are given for every source layer."""
+    """Kept units as ascending int64 indices into the source; rows exist for every source layer."""
 
     hidden: Tensor
     """[d']."""
@@ -35,16 +35,23 @@ class KeptUnits:
 
 
 def kept_indices(log_alpha: Tensor, spec: MaskSpec) -> Tensor:
-    """Ascending indices of the kept units: log-alpha's shape with the last dimension cut to the target's units."""
+    """Ascending indices of the kept units: log-alpha's shape, with the last dimension cut to the target's units."""
     kept = keep_largest(log_alpha.detach().reshape(spec.rows, spec.units), spec.target_units)
     return kept.nonzero()[:, 1].view(*spec.shape[:-1], spec.target_units)
 
 
 def kept_units_of(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape) -> KeptUnits:
-    """Keep sets of the learned granularities; of the others every unit is kept.
+    """Kept units of the learned granularities; all units of the others.
 
-    log_alpha: granularity -> tensor of its spec's shape. Indices are on the CPU. Query heads: within each kept group
-    the kept queries, so every kept group has the same number of them.
+    Query heads: the kept queries within each kept group, so every kept group has the same number of them.
+
+    Args:
+        log_alpha: Granularity -> tensor of its spec's shape.
+        specs: Learned granularities.
+        source: Shape of the source.
+
+    Returns:
+        Kept units, on the CPU.
     """
     kept = {spec.name: kept_indices(log_alpha[spec.name].cpu(), spec) for spec in specs}
     layers, groups, queries = source.num_layers, source.num_query_groups, source.queries_per_group
@@ -67,7 +74,7 @@ OFF_TARGET = 0.01
 
 @dataclass(frozen=True)
 class Borderline:
-    """How many kept units of a granularity the masks had nearly closed (deterministic value below a half)."""
+    """Number of kept units of a granularity whose mask is nearly closed (deterministic value below 0.5)."""
 
     granularity: str
     kept: int
@@ -77,7 +84,7 @@ class Borderline:
 
 
 def kept_rows(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> dict[str, Tensor]:
-    """Rows [R, N] of each learned granularity that the cut leaves: those of kept layers, for queries of kept groups."""
+    """Rows [R, N] of each learned granularity that remain: those of kept layers, for queries those of kept groups."""
     kept = {
         spec.name: keep_largest(log_alpha[spec.name].detach().reshape(-1, spec.units), spec.target_units)
         for spec in specs
@@ -96,10 +103,10 @@ def kept_rows(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> dic
 
 
 def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec]) -> list[Borderline]:
-    """One report per learned granularity, over the rows that stay.
+    """Report borderline units per learned granularity, over the remaining rows.
 
-    Under the published limit on log-alpha a target of one half closes 52 % of the units, and the cut to exactly n'
-    revives some at 0.004: they are counted here, because each of them costs the pruned model more than its mask says.
+    Under the published limit on log-alpha, a target of one half closes 52 % of the units, and selecting exactly n'
+    revives some at a mask value of 0.004. Each of them costs the pruned model more than its mask value suggests.
     """
     reports, rows_by_name = [], kept_rows(log_alpha, specs)
     for spec in specs:
@@ -110,10 +117,10 @@ def borderline_units(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec])
 
 
 def describe_undecided(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec], config: PruneConfig) -> list[str]:
-    """What is wrong with masks that are to be cut, a sentence for each granularity; nothing where all is well.
+    """Problems of masks that are about to be cut, one sentence per granularity; empty if there are none.
 
-    Wrong is a row that stays whose expected sparsity is more than OFF_TARGET off its target, and a kept unit whose mask
-    is below a half. config: of pruning, from which the reasons come.
+    A problem is a remaining row whose expected sparsity is more than OFF_TARGET off its target, or a kept unit whose
+    mask is below 0.5. The configuration determines the reason that is given.
     """
     found, rows_by_name = [], kept_rows(log_alpha, specs)
     for spec, borderline in zip(specs, borderline_units(log_alpha, specs), strict=True):
@@ -136,7 +143,7 @@ def describe_undecided(log_alpha: Mapping[str, Tensor], specs: Sequence[MaskSpec
 
 
 def _why_undecided(spec: MaskSpec, config: PruneConfig, per_row: float) -> str:
-    """Why so many kept units of a row have a mask below a half, and what would settle them."""
+    """Reason why many kept units of a row have a mask below 0.5, and what would decide them."""
     forced = 0.0 if config.constraint == "projected" else forced_units(spec, config.log_alpha_limit)
     if forced >= 0.5 and per_row <= math.ceil(forced):
         return (
@@ -147,8 +154,10 @@ def _why_undecided(spec: MaskSpec, config: PruneConfig, per_row: float) -> str:
 
 
 def forced_units(spec: MaskSpec, limit: float | None) -> float:
-    """Units of a row beyond those that the target drops which a limit on log-alpha has closed once the row's expected
-    sparsity is on its target: a unit at -limit counts as closed by less than 1, one at +limit by more than 0.
+    """Units of a row that a limit on log-alpha closes beyond those that the target drops.
+
+    When the row's expected sparsity is on its target, a unit at -limit counts as closed by less than 1, and one at
+    +limit by more than 0.
     """
     if limit is None:
         return 0.0

@@ -16,7 +16,7 @@ from megashear.errors import ConfigError
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """One learned granularity: its log-alpha has `shape`, whose last dimension holds the units of a row."""
+    """A learned granularity: its log-alpha has `shape`, whose last dimension is the units of a row."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,12 +25,12 @@ class MaskSpec:
 
     @property
     def index(self) -> int:
-        """Fixed number of the granularity; a coordinate of its noise."""
+        """Fixed index of the granularity, a coordinate of its noise."""
         return GRANULARITIES.index(self.name)
 
     @property
     def rows(self) -> int:
-        """Rows that are constrained apart."""
+        """Rows that have a constraint of their own."""
         return math.prod(self.shape[:-1])
 
     @property
@@ -50,9 +50,10 @@ class MaskSpec:
 
 
 def mask_specs(source: ModelShape, target: ModelShape, granularities: Sequence[str] | None = None) -> list[MaskSpec]:
-    """Specs of the learned granularities in their fixed order; null learns those in which the target is smaller.
+    """Specs of the learned granularities in their fixed order; None learns those in which the target is smaller.
 
-    Raises ConfigError with every problem: unknown names, `query` under multi-head attention, a shrinking one left out.
+    Raises:
+        ConfigError: Unknown names, `query` under multi-head attention, or a shrinking granularity that is not learned.
     """
     problems = granularity_problems(source, target, granularities)
     if problems:

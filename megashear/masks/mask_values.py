@@ -29,20 +29,20 @@ class Masks:
     """[1], by which norms multiply besides the hidden mask, or none; see `norm_gain` below."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Masks":
-        """The same masks on a device; dtype: None keeps theirs."""
+        """The same masks on a device; `dtype` None keeps theirs."""
         return Masks(*(None if mask is None else mask.to(device, dtype) for mask in vars(self).values()))
 
     def arrays(self) -> dict[str, Any]:
-        """Those there are as numpy arrays by name, for files and pictures; the norms' gain is none."""
+        """Existing masks as numpy arrays by name, without the gain of norms."""
         names = ("hidden", "head", "intermediate", "layer")
         return {name: mask.cpu().numpy() for name in names if (mask := getattr(self, name)) is not None}
 
 
 def assemble(values: Mapping[str, Tensor], source: ModelShape, principal: bool = False) -> Masks:
-    """Masks from the values of the learned granularities (shapes of their log-alpha).
+    """Masks from the values of the learned granularities (in the shapes of their log-alpha).
 
-    Query head h of a layer is masked by group[h // q] * query[h // q, h % q], q query heads in a group. principal:
-    hidden units are principal directions, so that norms have a gain.
+    The mask of query head h in a layer is group[h // q] * query[h // q, h % q], with q query heads per group.
+    `principal`: hidden units are principal directions, so norms have a gain.
     """
     group, query = values.get("group"), values.get("query")
     head = None
@@ -58,10 +58,10 @@ def assemble(values: Mapping[str, Tensor], source: ModelShape, principal: bool =
 
 @torch.no_grad()
 def norm_gain(hidden_D: Tensor) -> Tensor:
-    """sqrt(D / the number of hidden units that are not closed), [1]: with it norms keep the scale of what stays.
+    """sqrt(D / number of hidden units that are not closed), [1]: keeps the scale of the remaining units in norms.
 
-    A norm divides by the root of the mean square over open units. Principal directions that close carry next to nothing
-    of the sum of squares, but count: without a gain every norm's output would shrink by the root of the share that
-    stays. The source's own units take about their share of the squares with them, and need none.
+    A norm divides by the root mean square over open units. Closed principal directions contribute almost nothing to the
+    sum of squares but count in the mean, so without a gain every norm's output would shrink. The source's own units
+    carry about their share of the squares, and need no gain.
     """
     return (hidden_D.numel() / (hidden_D != 0).sum().to(hidden_D.dtype)).sqrt().view(1)

@@ -44,7 +44,7 @@ class Rotation:
     """Weight of the final norm in the new basis, for a tied model."""
 
     def __call__(self, name: str) -> Tensor:
-        """The rotated tensor, in the basis's precision on its device."""
+        """The rotated tensor, in the basis's precision, on its device."""
         tensor = self.read(name).to(self.basis_DD)
         if name == EMBEDDING:
             return tensor @ self.basis_DD
@@ -65,9 +65,9 @@ class Rotation:
 
 
 def uniform(norm_D: Tensor) -> Tensor:
-    """The norm's weight in a rotated basis, [D]: one number, the root mean square of what it was (1 where that is 0).
+    """Norm weights in a rotated basis, [D]: the root mean square of the original weights (1 if that is 0).
 
-    Rounded to bf16, so that it is the same number in every precision that a model is written in.
+    Rounded to bf16, so that it is the same number in every precision.
     """
     size = norm_D.square().mean().sqrt().to(torch.bfloat16).to(norm_D)
     return torch.where(size > 0, size, torch.ones_like(size)).expand_as(norm_D)

@@ -22,14 +22,14 @@ phases under some 200 steps end off their targets.
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """The schedule of one pruning phase."""
+    """Sparsity schedule of one pruning phase."""
 
     config: PruneConfig
     specs: tuple[MaskSpec, ...]
 
     @property
     def projected(self) -> bool:
-        """Whether expected sparsities are set to their targets at every step, in place of multipliers."""
+        """Whether expected sparsities are projected onto their targets, instead of using multipliers."""
         return self.config.constraint == "projected"
 
     @property
@@ -39,23 +39,23 @@ class SparsitySchedule:
 
     @property
     def freeze_step(self) -> int:
-        """First step whose masks stand fixed at the target's shape; the number of steps where none do."""
+        """First step with frozen masks; the number of steps if masks are never frozen."""
         return self.config.batch.steps - frozen_steps(self.config)
 
     def at_half_target(self, step: int, expected: Mapping[str, Any]) -> bool:
-        """Whether each granularity was asked for half of its target sparsity at a step (from 0), and has it.
+        """Whether each granularity has reached half of its target sparsity, by schedule and by its expected sparsity.
 
-        expected: sparsity by granularity, on the device: not waited for while the schedule asks for less.
+        `expected` is on the device; it is not read while the schedule is below half.
         """
         half, asked = {spec.name: spec.target_sparsity / 2 for spec in self.specs}, self.targets(step)
         return all(asked[name] >= half[name] for name in half) and all(expected[name] >= half[name] for name in half)
 
     def is_frozen(self, step: int) -> bool:
-        """Whether the masks of this step are fixed."""
+        """Whether the masks of this step are frozen."""
         return self.freeze_step <= step and self.freeze_step < self.config.batch.steps
 
     def freezes_at(self, step: int) -> bool:
-        """Whether this step is the first whose masks are fixed, and masks were learned before it."""
+        """Whether this step is the first with frozen masks, after steps with learned ones."""
         return 0 < step == self.freeze_step and self.is_frozen(step)
 
     def targets(self, step: int) -> dict[str, float]:
@@ -76,14 +76,14 @@ class SparsitySchedule:
         return {s.name: s.target_sparsity * grown.get(s.name, 0.0) for s in self.specs}
 
     def sharpening_factor(self) -> float:
-        """Factor on log-alpha after every step until masks settle: its product is `prune.sharpening`."""
+        """Factor on log-alpha after every step until masks are frozen; its product is `prune.sharpening`."""
         factor: float = self.config.sharpening ** (1.0 / max(1, self.freeze_step))
         return factor
 
     def rates(self) -> tuple[float, float]:
-        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for what null means.
+        """Learning rates of log-alpha and of the multipliers; see `prune.mask_learning_rate` for the default.
 
-        Adam's steps are of the rate's size, so that a rate times the steps is how far log-alpha can travel.
+        Adam's steps have the size of the rate, so rate times steps is the distance that log-alpha can travel.
         """
         config, steps = self.config, self.config.batch.steps
         share = min(1.0, steps / PAPER["batch"]["steps"])

@@ -27,7 +27,7 @@ METADATA = "megashear"
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of every granularity of a model; all tensors fp32, on the CPU."""
+    """Scores of every granularity of a model; fp32 tensors on the CPU."""
 
     units: dict[str, Tensor]
     """Granularity -> score of each unit, in log-alpha's shape: hidden [d], group [L, G], query [L, G, q], intermediate
@@ -45,9 +45,7 @@ class Scores:
 def open_units(
     scores: Mapping[str, Tensor], specs: Sequence[MaskSpec], source: ModelShape, principal: bool = False
 ) -> Masks:
-    """Masks of exactly 1 where a unit is among its row's best and exactly 0 elsewhere, in fp32; principal: see
-    `assemble`.
-    """
+    """Masks of exactly 1 for the best units of each row and 0 for the others, fp32; `principal` as in `assemble`."""
     values = {}
     for spec in specs:
         rows = scores[spec.name].reshape(spec.rows, spec.units)
@@ -56,7 +54,7 @@ def open_units(
 
 
 def near_cut(scores: Scores, spec: MaskSpec) -> int:
-    """Units whose score lies within their standard error of their row's cut, midway between kept and dropped."""
+    """Units whose score is within their standard error of their row's threshold, midway between kept and dropped."""
     rows = scores.units[spec.name].reshape(spec.rows, spec.units)
     ordered = rows.sort(dim=1, descending=True).values
     if spec.target_units == spec.units:
@@ -67,7 +65,7 @@ def near_cut(scores: Scores, spec: MaskSpec) -> int:
 
 
 def save_scores(path: Path, scores: Scores, made_by: Mapping[str, Any]) -> None:
-    """Write scores whole or not at all. made_by: JSON values that tell what they were made from and how."""
+    """Write scores; `made_by` is JSON that describes what they were computed from."""
     tensors = {f"score/{name}": value for name, value in scores.units.items()}
     tensors |= {f"error/{name}": value for name, value in scores.errors.items()}
     for domain, units in scores.domains.items():
@@ -79,9 +77,7 @@ def save_scores(path: Path, scores: Scores, made_by: Mapping[str, Any]) -> None:
 
 
 def load_scores(path: Path, advice: str = "remove it to compute them") -> tuple[Scores, dict[str, Any]]:
-    """Scores and what they were made by. Raises CheckpointError where the file is missing, damaged or no such file,
-    which ends in the advice.
-    """
+    """Load scores and `made_by`. Raises CheckpointError, ending in `advice`, without a valid file."""
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -106,5 +102,5 @@ def _part(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 def not_finite(scores: Scores) -> list[str]:
-    """Granularities of which a score is not a finite number."""
+    """Granularities with a score that is not finite."""
     return [name for name, value in scores.units.items() if not bool(value.isfinite().all())]

@@ -10,9 +10,12 @@ from megashear.engine.layout import Layout
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass of one rank: tokens and next tokens [b, S], and its index within the global batch.
+    """One forward pass of one rank.
 
-    first_BS: int32 [b, S], where the document of each token begins; None where attention crosses documents.
+    Attributes:
+        tokens_BS, labels_BS: Tokens and next tokens, int64 [b, S].
+        index: Index within the global batch.
+        first_BS: Start position of each token's document, int32 [b, S]; None if attention crosses documents.
     """
 
     tokens_BS: Tensor
@@ -24,10 +27,14 @@ class MicroBatch:
 def micro_batches(
     samples: Tensor, layout: Layout, micro_batch: int, device: torch.device, separator: int | None = None
 ) -> list[MicroBatch]:
-    """This rank's micro-batches from its samples [rows, S + 1]; rows are in the order of `local_rows`.
+    """Split this rank's samples [rows, S + 1] into micro-batches; rows are in the order of `local_rows`.
 
-    samples: of any integer dtype; they travel as they are and are widened on the device. separator: the token that ends
-    documents, where attention is to stay inside of them.
+    Args:
+        samples: Any integer dtype; widened on the device.
+        layout: Layout of the ranks.
+        micro_batch: Sequences per micro-batch.
+        device: Device of the rank.
+        separator: Token that ends documents, if attention is restricted to them.
     """
     batches = []
     for number, part in enumerate(samples.to(device, non_blocking=True).long().split(micro_batch)):
@@ -39,7 +46,7 @@ def micro_batches(
 
 
 def document_starts(tokens_BS: Tensor, separator: int) -> Tensor:
-    """Position at which the document of each token begins, int32 [B, S]; a document ends with its separator."""
+    """Start position of each token's document, int32 [B, S]; a document ends with its separator."""
     position_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
     begins_BS = torch.zeros_like(tokens_BS)
     begins_BS[:, 1:] = torch.where(tokens_BS[:, :-1] == separator, position_S[1:], 0)
@@ -49,8 +56,8 @@ def document_starts(tokens_BS: Tensor, separator: int) -> Tensor:
 def local_rows(global_batch: int, layout: Layout, micro_batch: int) -> Tensor:
     """Rows of the global batch that this data-parallel rank trains on.
 
-    Micro-batch j of the global batch is its rows j * b .. (j + 1) * b and belongs to rank j mod DP, so that the
-    micro-batches, and with them the masks drawn for each, are the same in every layout.
+    Micro-batch j of the global batch is rows j * b .. (j + 1) * b and belongs to rank j mod DP, so micro-batches and
+    their masks are the same in every layout.
     """
     rows = torch.arange(global_batch).view(-1, layout.data_size, micro_batch)
     return rows[:, layout.data_rank].reshape(-1)

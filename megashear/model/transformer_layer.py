@@ -21,9 +21,9 @@ from megashear.model.masking import LayerMasks
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream between two layers: x + branch * mask, which the next norm adds up as it reads.
+    """Residual stream between two layers: x + branch * mask, which the next norm adds as it reads.
 
-    x, branch: [S, B, D]; mask: [D], None for ones; no branch: x alone.
+    x, branch: [S, B, D]; mask: [D], None for ones. Without a branch it is x.
     """
 
     x_SBD: Tensor
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return live_product(self.out, out_BHSd.permute(2, 0, 1, 3).flatten(2), masks.live_hidden, live.out_columns)
 
     def _own_rows(self, qkv_SBR: Tensor, live: LiveLayer) -> Tensor:
-        """Where several ranks share a group: of all rows those of this rank's query heads and its group's k and v."""
+        """Rows of this rank's query heads and its group's k and v, if several ranks share a group."""
         x_SBGrd: Tensor = gather_features(qkv_SBR).unflatten(2, (-1, self.queries + 2, self.head_dim))
         group = self.tensor_rank // self.ranks_per_group
         first = (self.tensor_rank % self.ranks_per_group) * self.heads
@@ -134,14 +134,14 @@ class Layer(nn.Module):
     def attend(
         self, stream: Stream, rope: tuple[Tensor, Tensor], masks: LayerMasks, first_BS: Tensor | None = None
     ) -> Stream:
-        """The stream after attention, whose part is not added yet."""
+        """The stream after attention, whose branch is not added yet."""
         if not masks.live.attention:
             return stream
         x_SBD, normed_SBD = self.attention_norm(stream, masks.norm, masks.live_hidden)
         return Stream(x_SBD, self.attention(normed_SBD, rope, masks, first_BS), masks.branch)
 
     def transform(self, stream: Stream, masks: LayerMasks) -> Stream:
-        """The stream after the MLP, whose part is not added yet."""
+        """The stream after the MLP, whose branch is not added yet."""
         if not masks.live.mlp:
             return stream
         x_SBD, normed_SBD = self.mlp_norm(stream, masks.norm, masks.live_hidden)

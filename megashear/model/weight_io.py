@@ -33,7 +33,7 @@ from megashear.model.tensor_placement import Piece, chunk_pieces
 
 
 class TensorSource(Protocol):
-    """Where weights come from; names and full shapes are Hugging Face's."""
+    """Source of weights, with Hugging Face's names and full shapes."""
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Rows (dim 0) or columns (dim 1) start .. stop of a tensor."""
@@ -71,7 +71,7 @@ def read_piece(source: TensorSource, piece: Piece) -> Tensor:
 
 @torch.no_grad()
 def load_weights(module: Llama, source: TensorSource) -> None:
-    """Fill a chunk's parameters, in their own dtype."""
+    """Load a chunk's parameters, in their own dtype."""
     pieces = chunk_pieces(module.shape, module.layout, module.layer_range, module.pre_process, module.post_process)
     for name, parameter in module.named_parameters():
         row = 0
@@ -91,7 +91,7 @@ def filled_chunks(
     mask_embedding: bool = True,
     recompute: bool = False,
 ) -> list[Llama]:
-    """This rank's chunks, their weights from `source`. mask_embedding, recompute: as `Llama` takes them."""
+    """Build this rank's chunks and load their weights from `source`."""
 
     def build(layers: range, pre: bool, post: bool, stage: int | None) -> Llama:
         return Llama(shape, core, layout, layers, pre, post, mask_embedding, recompute, vp_stage=stage)
@@ -105,10 +105,10 @@ def filled_chunks(
 def gather_tensors(
     module: Llama, value: Callable[[Tensor], Tensor] = torch.Tensor.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors of a chunk's parameters, in Hugging Face's form and without vocabulary padding.
+    """Names and complete tensors of a chunk's parameters, in Hugging Face's form, without vocabulary padding.
 
-    value: what to gather of a parameter (itself, or its gradient, of its shape). The last stage's copy of a tied
-    embedding is left out where the first stage has it.
+    `value` selects what is gathered (the parameter, or its gradient). The last stage's copy of a tied embedding is
+    omitted if the first stage has it.
     """
     shapes = tensor_shapes(module.shape)
     layouts = [replace(module.layout, tensor_rank=rank) for rank in range(module.layout.tensor_size)]
@@ -174,7 +174,7 @@ def write_model(
 
 
 def _write_tensors(chunks: list[torch.nn.Module], folder: Path, layout: Layout) -> None:
-    """Write this rank's tensors; on a failure go on gathering, so that no rank waits, and raise on all of them."""
+    """Write this rank's tensors. After a failure keep gathering, so that no rank waits, and raise on all of them."""
     writer: ShardedWriter | None = None
     failure: MegashearError | None = None
 

@@ -70,8 +70,11 @@ class Stepper:
         self._live_flops: float | None = None
 
     def forward_backward(self, batches: list[MicroBatch], step: int) -> Tensor:
-        """Accumulate and reduce the gradients of one global batch; returns its mean losses on every rank, fp64: cross
-        entropy [1], with a teacher also T^2 KL and the teacher's cross entropy [3].
+        """Accumulate and reduce the gradients of one global batch.
+
+        Returns:
+            Mean losses on every rank, fp64: cross entropy [1], with a teacher also T^2 KL and the teacher's cross
+            entropy [3].
         """
         patterns = self._live_patterns([batch.index for batch in batches], step)
         length = batches[0].tokens_BS.shape[1]
@@ -115,9 +118,15 @@ class Stepper:
         return sum_over_world(total)
 
     def run(self, batches: list[MicroBatch], step: int, factor: float, learning_rate: float) -> StepResult:
-        """One step. factor: of the schedule, for masks and multipliers; learning_rate: of the weights.
+        """Run one step.
 
-        The host waits for the device once, for up to six numbers that say whether and how far to step.
+        Synchronises with the device once, for up to six numbers that decide whether and how far to step.
+
+        Args:
+            batches: Micro-batches of this rank.
+            step: Step, from 0.
+            factor: Factor of the learning-rate schedule, for masks and multipliers.
+            learning_rate: Learning rate of the weights.
         """
         started = time.monotonic()
         losses = self.forward_backward(batches, step)
@@ -142,7 +151,7 @@ class Stepper:
         return StepResult(loss, divergence, teacher_loss, clipped, skipped, lagrangian, sparsity, live, seconds)
 
     def _update(self, norm: float, factor: float, learning_rate: float, step: int) -> None:
-        """Clip by the norm and move weights, masks and multipliers."""
+        """Clip by the norm, and update weights, masks and multipliers."""
         scale = self.weights.scale(norm, self.clip_norm)
         if self.mask_optimizer is not None and self.clip_jointly:
             self.mask_optimizer.scale_gradients(scale)
