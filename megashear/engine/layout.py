@@ -81,7 +81,7 @@ def distributed(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Iter
         if not _failed_on_peer(error):
             raise
         raise PeerError(
-            f"another rank has ended, or has not answered for {timeout_minutes:g} minutes ({_reason(error)}). Read its "
+            f"another rank failed, or did not respond for {timeout_minutes:g} minutes ({_reason(error)}). Read its "
             "output for the cause; the launcher names the rank that failed first. Rerun the same command to resume "
             "from the last checkpoint"
         ) from error
